@@ -1,0 +1,11 @@
+"""Mixture-of-Experts layers for TensorFlow 2 and Keras 3."""
+
+from keras_moe import functional, layers, types
+from keras_moe._version import __version__
+
+__all__ = [
+    "__version__",
+    "functional",
+    "layers",
+    "types",
+]

@@ -1,0 +1,103 @@
+"""Checks of arguments, shared by the functional code and the layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+
+def verify_positive_int(value: Any, name: str) -> int:
+    """Returns `value` as an int, or raises if it is not a whole number >= 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least 1. "
+            f"Received: {name}={value!r}. Pass a positive int."
+        )
+    return int(value)
+
+
+def verify_k(k: Any, num_experts: int | None = None) -> int:
+    """Returns `k` as an int, or raises unless `1 <= k <= num_experts`."""
+    k = verify_positive_int(k, "k")
+    if num_experts is not None and k > num_experts:
+        raise ValueError(
+            "`k` must be at most `num_experts`. "
+            f"Received: k={k}, num_experts={num_experts}. "
+            "Lower `k` or add experts."
+        )
+    return k
+
+
+def verify_weight(value: Any, name: str) -> float:
+    """Returns `value` as a float, or raises if it is negative or not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0.0 <= number < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a finite number of at least 0. "
+            f"Received: {name}={value!r}. Use 0 to switch the term off."
+        )
+    return number
+
+
+def verify_rate(value: Any, name: str) -> float:
+    """Returns `value` as a float, or raises unless `0 <= value < 1`."""
+    number = verify_weight(value, name)
+    if number >= 1.0:
+        raise ValueError(
+            f"`{name}` must be at least 0 and below 1. Received: {name}={value!r}. "
+            "It is the fraction of values that are dropped."
+        )
+    return number
+
+
+def verify_units(value: Any, name: str) -> tuple[int, ...]:
+    """Returns `value` (an int or a sequence of ints) as a tuple of positive ints."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not values:
+        raise ValueError(
+            f"`{name}` must name at least one layer. Received: {name}={value!r}. "
+            "Pass an int, or one int for each hidden layer."
+        )
+    return tuple(verify_positive_int(v, name) for v in values)
+
+
+def verify_input_shape(shape: Sequence[int | None], layer_name: str) -> int:
+    """Returns the feature dimension of `shape`, or raises if there is none.
+
+    Args:
+        shape: Shape with at least one leading dimension and a known last one.
+        layer_name: Named in the message.
+
+    Returns:
+        The size of the last dimension.
+
+    Raises:
+        ValueError: The rank is below 2, or the last dimension is unknown.
+    """
+    shape = tuple(shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"`inputs` of {layer_name} must have rank 2 or more: (..., features). "
+            f"Received: shape={shape}, rank={len(shape)}. "
+            "Add a leading batch dimension."
+        )
+    if shape[-1] is None:
+        raise ValueError(
+            f"The last dimension of `inputs` of {layer_name} must be known, since "
+            f"the weights depend on it. Received: shape={shape}. "
+            "Give the feature dimension in `keras.Input` or with `ensure_shape`."
+        )
+    return int(shape[-1])
+
+
+def verify_floating(dtype: Any, layer_name: str) -> None:
+    """Raises if `dtype` is not a floating-point type."""
+    if not tf.as_dtype(dtype).is_floating:
+        raise ValueError(
+            f"`inputs` of {layer_name} must be floating point. "
+            f"Received: dtype={tf.as_dtype(dtype).name}. "
+            "Embed token ids or cast the inputs to a float type first."
+        )

@@ -1,0 +1,49 @@
+"""The maths of the paper as pure functions: tensors in, tensors out."""
+
+from keras_moe.functional.dispatch import (
+    combine,
+    dispatch,
+    expert_capacity,
+    make_capacity_plan,
+    make_dispatch_plan,
+    make_gating_result,
+)
+from keras_moe.functional.experts import feed_forward_experts
+from keras_moe.functional.gating import (
+    noise_stddev,
+    noisy_logits,
+    prob_in_top_k,
+    softmax_gating,
+    top_k_gating,
+)
+from keras_moe.functional.losses import (
+    cv_squared,
+    expert_counts,
+    importance,
+    importance_loss,
+    load,
+    load_loss,
+    max_over_mean,
+)
+
+__all__ = [
+    "combine",
+    "cv_squared",
+    "dispatch",
+    "expert_capacity",
+    "expert_counts",
+    "feed_forward_experts",
+    "importance",
+    "importance_loss",
+    "load",
+    "load_loss",
+    "make_capacity_plan",
+    "make_dispatch_plan",
+    "make_gating_result",
+    "max_over_mean",
+    "noise_stddev",
+    "noisy_logits",
+    "prob_in_top_k",
+    "softmax_gating",
+    "top_k_gating",
+]

@@ -1,0 +1,91 @@
+"""The experts' matrix products: the hot path.
+
+Expert inputs come either as `(M, D)` rows sorted by expert with the number of
+rows of each expert (dropless), or as `(E, C, D)` with the same number of slots
+for every expert (static shapes).
+"""
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+Activation = Callable[[tf.Tensor], tf.Tensor]
+
+
+def feed_forward_experts(
+    expert_inputs: tf.Tensor,
+    kernels: Sequence[tf.Tensor],
+    biases: Sequence[tf.Tensor] | None = None,
+    counts: tf.Tensor | None = None,
+    activation: Activation = tf.nn.relu,
+) -> tf.Tensor:
+    """Runs E feed-forward networks, each on its own rows.
+
+    $E_i(x) = \\mathrm{act}(\\cdots \\mathrm{act}(x W_{i,1}) \\cdots) W_{i,L}$
+
+    The activation follows every kernel but the last.
+
+    Args:
+        expert_inputs: `(M, D)` sorted by expert, or `(E, C, D)`.
+        kernels: L tensors `(E, in, out)`; the first `in` is D.
+        biases: L tensors `(E, out)`, or None for no bias (the paper).
+        counts: `(E,)` int32, rows of each expert, with sum M. Needed for
+            `(M, D)`, not used for `(E, C, D)`.
+        activation: Function of a tensor, element by element.
+
+    Returns:
+        `(M, out)` or `(E, C, out)`. An expert without rows costs nothing.
+
+    Raises:
+        ValueError: `counts` is missing for `(M, D)`.
+
+    Reference:
+        Shazeer et al. 2017, section 2 and appendix C.1.
+    """
+    if expert_inputs.shape.rank == 3:
+        return _static(expert_inputs, kernels, biases, activation)
+    if counts is None:
+        raise ValueError(
+            "`counts` is needed for expert inputs of rank 2, to know which rows are "
+            f"whose. Received: expert_inputs.shape={expert_inputs.shape}, counts=None."
+        )
+    return _expert_by_expert(expert_inputs, kernels, biases, counts, activation)
+
+
+def _static(x, kernels, biases, activation):
+    last = len(kernels) - 1
+    for i, kernel in enumerate(kernels):
+        x = tf.matmul(x, kernel)  # (E, C, in) @ (E, in, out)
+        if biases is not None:
+            x = x + biases[i][:, tf.newaxis, :]
+        if i < last:
+            x = activation(x)
+    return x
+
+
+def _expert_by_expert(x, kernels, biases, counts, activation):
+    """Split, one plain matrix product for each expert, concatenate.
+
+    Splitting along the first axis shares memory, and so does taking one
+    expert's kernel from the stack, so only inputs and outputs are copied.
+    """
+    num_experts = kernels[0].shape[0]
+    parts = [x] if num_experts == 1 else tf.split(x, counts, num=num_experts)
+    kernels_by_expert = zip(*(tf.unstack(kernel) for kernel in kernels), strict=True)
+    biases_by_expert = (
+        zip(*(tf.unstack(bias) for bias in biases), strict=True)
+        if biases is not None
+        else [None] * num_experts
+    )
+    outputs = []
+    for part, own_kernels, own_biases in zip(
+        parts, kernels_by_expert, biases_by_expert, strict=True
+    ):
+        for i, kernel in enumerate(own_kernels):
+            part = tf.matmul(part, kernel)
+            if own_biases is not None:
+                part = part + own_biases[i]
+            if i < len(own_kernels) - 1:
+                part = activation(part)
+        outputs.append(part)
+    return outputs[0] if num_experts == 1 else tf.concat(outputs, axis=0)

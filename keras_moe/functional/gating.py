@@ -1,0 +1,194 @@
+"""Softmax and noisy top-k gates (section 2.1 and appendix A).
+
+Pure functions. Random noise is an argument, never drawn here. Gate maths runs
+in float32 at least: half-precision logits are cast up.
+"""
+
+import tensorflow as tf
+
+from keras_moe import checks
+
+# Logits are clipped to this range, so that infinite logits (an expert that a
+# caller has masked out, or an overflow of half precision) give gates of 0 or 1
+# and never NaN. It is far outside what a finite computation produces.
+_LOGIT_LIMIT = 1e30
+
+
+def as_gate_logits(logits: tf.Tensor) -> tf.Tensor:
+    """Casts to float32 (float64 is kept) and clips infinities.
+
+    Args:
+        logits: Float tensor of any shape.
+
+    Returns:
+        Tensor of the same shape, float32 or float64, within +-1e30. NaN stays
+        NaN.
+    """
+    logits = tf.convert_to_tensor(logits)
+    if logits.dtype not in (tf.float32, tf.float64):
+        logits = tf.cast(logits, tf.float32)
+    return tf.clip_by_value(logits, -_LOGIT_LIMIT, _LOGIT_LIMIT)
+
+
+def softmax_gating(logits: tf.Tensor) -> tf.Tensor:
+    """Gates of a mixture in which every expert takes part.
+
+    $G_\\sigma(x) = \\mathrm{Softmax}(x W_g)$
+
+    Args:
+        logits: `(N, E)` float, $x W_g$.
+
+    Returns:
+        `(N, E)` float32 (float64 for float64 logits); rows sum to 1.
+
+    Reference:
+        Shazeer et al. 2017, equation 2.
+    """
+    return tf.nn.softmax(as_gate_logits(logits), axis=-1)
+
+
+def noise_stddev(raw_noise: tf.Tensor, noise_epsilon: float = 1e-2) -> tf.Tensor:
+    """Standard deviation of the noise on each logit.
+
+    $\\mathrm{Softplus}(x W_{noise}) + \\epsilon$
+
+    Args:
+        raw_noise: `(N, E)` float, $x W_{noise}$.
+        noise_epsilon: Least standard deviation. The paper's equation 4 has
+            none; the authors' code adds 1e-2 for numerical stability.
+
+    Returns:
+        `(N, E)` float32 or float64, greater than 0 for `noise_epsilon > 0`.
+
+    Raises:
+        ValueError: `noise_epsilon` is negative.
+
+    Reference:
+        Shazeer et al. 2017, equation 4.
+    """
+    noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
+    return tf.nn.softplus(as_gate_logits(raw_noise)) + noise_epsilon
+
+
+def noisy_logits(
+    clean_logits: tf.Tensor, stddev: tf.Tensor, noise: tf.Tensor
+) -> tf.Tensor:
+    """Adds scaled noise to the logits.
+
+    $H(x)_i = (x W_g)_i + \\mathrm{noise}_i \\cdot \\mathrm{stddev}_i$
+
+    Args:
+        clean_logits: `(N, E)` float, $x W_g$.
+        stddev: `(N, E)` float, from `noise_stddev`.
+        noise: `(N, E)` float, standard normal, independent for every token and
+            expert.
+
+    Returns:
+        `(N, E)` float32 or float64.
+
+    Reference:
+        Shazeer et al. 2017, equation 4.
+    """
+    clean_logits = as_gate_logits(clean_logits)
+    return clean_logits + stddev * tf.cast(noise, clean_logits.dtype)
+
+
+def top_k_gating(
+    logits: tf.Tensor, k: int, normalization: str = "selected"
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Keeps the k largest logits of each token.
+
+    $G(x) = \\mathrm{Softmax}(\\mathrm{KeepTopK}(H(x), k))$
+
+    Among equal logits the expert of lower index wins.
+
+    Args:
+        logits: `(N, E)` float, noisy in training and clean at inference.
+        k: Experts for each token, `1 <= k <= E`.
+        normalization: `"selected"` takes the softmax over the k kept logits
+            (the paper). `"all"` takes it over all E logits and keeps k of the
+            probabilities, so gates sum to less than 1. With `k=1`,
+            `"selected"` gives gates that are constantly 1 and no gradient from
+            the task to the gate; `"all"` does give one.
+
+    Returns:
+        gates: `(N, K)` float32 or float64, in descending order.
+        expert_indices: `(N, K)` int32, no expert twice in a row.
+
+    Raises:
+        ValueError: `k` or `normalization` is not as above.
+
+    Reference:
+        Shazeer et al. 2017, equations 3 and 5.
+    """
+    logits = as_gate_logits(logits)
+    k = checks.verify_k(k, logits.shape[-1])
+    kept, expert_indices = tf.math.top_k(logits, k=k)
+    if normalization == "selected":
+        return tf.nn.softmax(kept, axis=-1), expert_indices
+    if normalization == "all":
+        log_total = tf.reduce_logsumexp(logits, axis=-1, keepdims=True)
+        return tf.exp(kept - log_total), expert_indices
+    raise ValueError(
+        '`normalization` must be "selected" or "all". '
+        f"Received: normalization={normalization!r}."
+    )
+
+
+def prob_in_top_k(
+    clean_logits: tf.Tensor,
+    noisy_logits: tf.Tensor,
+    stddev: tf.Tensor,
+    k: int,
+) -> tf.Tensor:
+    """Probability that an expert stays chosen if only its noise is redrawn.
+
+    $P(x, i) = \\Phi\\left(\\frac{(x W_g)_i -
+    \\mathrm{kth\\_excluding}(H(x), k, i)}{\\mathrm{stddev}_i}\\right)$
+
+    where kth_excluding is the k-th largest noisy logit once expert i is left
+    out. Gradients flow through all three arguments, through the threshold too,
+    as in the authors' code.
+
+    Args:
+        clean_logits: `(N, E)` float, without noise.
+        noisy_logits: `(N, E)` float, from `noisy_logits`.
+        stddev: `(N, E)` float, greater than 0.
+        k: Experts for each token, `1 <= k < E`.
+
+    Returns:
+        `(N, E)` float32 or float64 within [0, 1].
+
+    Raises:
+        ValueError: `k` is not below the number of experts: then every expert
+            is always chosen and the probability is 1, with no gradient.
+
+    Reference:
+        Shazeer et al. 2017, equations 8 and 9.
+    """
+    clean_logits = as_gate_logits(clean_logits)
+    noisy_logits = as_gate_logits(noisy_logits)
+    num_experts = noisy_logits.shape[-1]
+    k = checks.verify_k(k, num_experts)
+    if k == num_experts:
+        raise ValueError(
+            "`k` must be below the number of experts for a smooth load. "
+            f"Received: k={k}, num_experts={num_experts}. Every expert is always "
+            "chosen; count the tokens instead."
+        )
+    top_values, top_indices = tf.math.top_k(noisy_logits, k=k + 1)
+    threshold_if_in = top_values[..., k : k + 1]
+    threshold_if_out = top_values[..., k - 1 : k]
+    last_kept = top_indices[..., k - 1 : k]
+    # A chosen expert counts as in, even if it ties with the next one. top_k
+    # puts equal values in the order of their index, so the chosen ones among
+    # those equal to the k-th value are those up to the k-th index.
+    columns = tf.range(num_experts, dtype=top_indices.dtype)
+    is_in = (noisy_logits > threshold_if_out) | (
+        (noisy_logits == threshold_if_out) & (columns <= last_kept)
+    )
+    thresholds = tf.where(is_in, threshold_if_in, threshold_if_out)
+    # Nothing is gained beyond 40 standard deviations, and the bound keeps
+    # (clipped) infinite logits from overflowing.
+    z = tf.clip_by_value((clean_logits - thresholds) / stddev, -40.0, 40.0)
+    return 0.5 * tf.math.erfc(-z * tf.cast(0.5**0.5, z.dtype))

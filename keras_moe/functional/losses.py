@@ -1,0 +1,157 @@
+"""Importance, load, and the losses that balance them (section 4, appendix A).
+
+The losses take statistics, not gates: the squared coefficient of variation is
+not linear, so importance and load have to be summed over the whole global
+batch, over every replica, before they are squared.
+"""
+
+import tensorflow as tf
+
+from keras_moe import checks
+
+_EPSILON = 1e-10
+
+
+def importance(
+    gates: tf.Tensor, expert_indices: tf.Tensor, num_experts: int
+) -> tf.Tensor:
+    """Sum of the gates of each expert over a batch.
+
+    $\\mathrm{Importance}(X) = \\sum_{x \\in X} G(x)$
+
+    Args:
+        gates: Float, any shape. Weight of each assignment of a token to an
+            expert; all others are zero.
+        expert_indices: int32, shape of `gates`. The expert of each assignment;
+            `-1` (padding) is left out.
+        num_experts: E.
+
+    Returns:
+        `(E,)`, dtype of `gates`. Zero for experts without a token.
+
+    Reference:
+        Shazeer et al. 2017, equation 6.
+    """
+    # One small matrix product would need a dense (N, E) array; a segment sum
+    # touches the K chosen gates only. Negative ids are dropped by the op.
+    return tf.math.unsorted_segment_sum(
+        tf.reshape(gates, [-1]), tf.reshape(expert_indices, [-1]), num_experts
+    )
+
+
+def load(prob_in_top_k: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+    """Smooth estimate of the number of tokens of each expert.
+
+    $\\mathrm{Load}(X)_i = \\sum_{x \\in X} P(x, i)$
+
+    Args:
+        prob_in_top_k: `(N, E)` float, from `functional.prob_in_top_k`.
+        mask: `(N,)` bool or None. False marks padding, which is left out.
+
+    Returns:
+        `(E,)`, dtype of `prob_in_top_k`.
+
+    Reference:
+        Shazeer et al. 2017, equation 10.
+    """
+    if mask is not None:
+        prob_in_top_k = tf.where(
+            mask[:, tf.newaxis], prob_in_top_k, tf.zeros_like(prob_in_top_k)
+        )
+    return tf.reduce_sum(prob_in_top_k, axis=0)
+
+
+def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
+    """True number of assignments of each expert.
+
+    Args:
+        expert_indices: int32, any shape; `-1` (padding) is left out.
+        num_experts: E.
+
+    Returns:
+        `(E,)` int32. No gradient.
+    """
+    flat = tf.reshape(expert_indices, [-1])
+    return tf.math.unsorted_segment_sum(tf.ones_like(flat), flat, num_experts)
+
+
+def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
+    """Squared coefficient of variation: population variance over squared mean.
+
+    The variance is formed directly, not as the square of a standard deviation,
+    so the gradient at perfect balance is 0 and not NaN.
+
+    Args:
+        values: `(E,)` or any shape; all elements count as one vector.
+        epsilon: Added to the squared mean, so that all-zero values give 0.
+
+    Returns:
+        `()`, dtype of `values` (float32 at least).
+
+    Reference:
+        Shazeer et al. 2017, equations 7 and 11.
+    """
+    values = tf.convert_to_tensor(values)
+    if values.dtype not in (tf.float32, tf.float64):
+        values = tf.cast(values, tf.float32)
+    mean = tf.reduce_mean(values)
+    variance = tf.reduce_mean(tf.square(values - mean))
+    return variance / (tf.square(mean) + epsilon)
+
+
+def importance_loss(importance: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
+    """Penalty on unequal importance of the experts.
+
+    $L_{importance}(X) = w_{importance} \\cdot CV(\\mathrm{Importance}(X))^2$
+
+    Args:
+        importance: `(E,)` float, summed over the global batch.
+        weight: $w_{importance}$, at least 0.
+
+    Returns:
+        `()` float32 or float64.
+
+    Raises:
+        ValueError: `weight` is negative or not finite.
+
+    Reference:
+        Shazeer et al. 2017, equation 7.
+    """
+    return checks.verify_weight(weight, "weight") * cv_squared(importance)
+
+
+def load_loss(load: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
+    """Penalty on unequal numbers of tokens of the experts.
+
+    $L_{load}(X) = w_{load} \\cdot CV(\\mathrm{Load}(X))^2$
+
+    Args:
+        load: `(E,)` float, summed over the global batch.
+        weight: $w_{load}$, at least 0.
+
+    Returns:
+        `()` float32 or float64.
+
+    Raises:
+        ValueError: `weight` is negative or not finite.
+
+    Reference:
+        Shazeer et al. 2017, equation 11.
+    """
+    return checks.verify_weight(weight, "weight") * cv_squared(load)
+
+
+def max_over_mean(values: tf.Tensor) -> tf.Tensor:
+    """Largest value over the mean: 1 at perfect balance, at most n / k.
+
+    Args:
+        values: `(E,)`, for example the counts or the load of the experts.
+
+    Returns:
+        `()` float32, 0 if all values are zero.
+
+    Reference:
+        Shazeer et al. 2017, table 6.
+    """
+    values = tf.cast(values, tf.float32)
+    return tf.math.divide_no_nan(tf.reduce_max(values), tf.reduce_mean(values))

@@ -1,0 +1,13 @@
+"""Keras layers."""
+
+from keras_moe.layers.experts import FeedForwardExperts
+from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
+from keras_moe.layers.moe import MoE
+
+__all__ = [
+    "FeedForwardExperts",
+    "MoE",
+    "NoisyTopKGating",
+    "SoftmaxGating",
+    "TopKGating",
+]

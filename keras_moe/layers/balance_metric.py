@@ -1,0 +1,114 @@
+"""Balance of the experts in the logs of `fit` and `evaluate`.
+
+A layer that writes variables in `call` would write them in an exported model
+too. So `call` only hands its statistics to the metric, as tensors of the graph
+it runs in; Keras asks the metrics for their results at the end of a training or
+test step, in the same graph, and there the statistics are added up. Prediction
+and export never ask, so they contain no trace of it.
+"""
+
+import keras
+import tensorflow as tf
+
+from keras_moe import functional
+from keras_moe.types import GateStatistics
+
+
+class BalanceMetric(keras.metrics.Metric):
+    """Importance and true load of the experts, added up since the last reset.
+
+    `result()` gives, under names that begin with the layer's:
+
+    * `importance_cv`: coefficient of variation of the importance;
+    * `load_cv`: the same of the number of tokens of each expert;
+    * `max_over_mean_load`: tokens of the busiest expert over the mean;
+    * `overflow`: share of assignments dropped, only with a capacity.
+
+    Args:
+        num_experts: Int. Number of experts.
+        has_capacity: Bool. Whether to report overflow. Defaults to `False`.
+        name: Prefix of the names, the name of the layer.
+    """
+
+    def __init__(self, num_experts, has_capacity=False, name=None):
+        super().__init__(name=name, dtype="float32")
+        self.num_experts = num_experts
+        self.has_capacity = has_capacity
+        # Counts in float64: a float32 sum stalls after 16 million tokens.
+        self._importance = self.add_variable((num_experts,), "zeros", "float64")
+        self._counts = self.add_variable((num_experts,), "zeros", "float64")
+        self._overflow = self.add_variable((), "zeros", "float64")
+        self._pending = None
+
+    def record(self, statistics: GateStatistics, overflow: tf.Tensor) -> None:
+        """Takes note of one call of the layer, without writing a variable."""
+        new = [
+            tf.cast(tf.stop_gradient(statistics.importance), tf.float64),
+            tf.cast(statistics.counts, tf.float64),
+            tf.cast(overflow, tf.float64),
+        ]
+        pending = self._take_pending()
+        if pending is not None:  # the layer is called more than once in a step
+            new = [a + b for a, b in zip(pending, new, strict=True)]
+        self._set_pending(new)
+
+    def update_state(self, statistics: GateStatistics, overflow: tf.Tensor) -> None:
+        """Adds the statistics of one batch.
+
+        Args:
+            statistics: `GateStatistics` of the batch.
+            overflow: `()` int32, assignments dropped.
+        """
+        self.record(statistics, overflow)
+        self._fold()
+
+    def result(self):
+        self._fold()
+        importance, counts = self._importance, self._counts
+        results = {
+            "importance_cv": tf.sqrt(functional.cv_squared(importance)),
+            "load_cv": tf.sqrt(functional.cv_squared(counts)),
+            "max_over_mean_load": functional.max_over_mean(counts),
+        }
+        if self.has_capacity:
+            results["overflow"] = tf.math.divide_no_nan(
+                tf.convert_to_tensor(self._overflow), tf.reduce_sum(counts)
+            )
+        return {f"{self.name}_{k}": tf.cast(v, tf.float32) for k, v in results.items()}
+
+    def counts(self):
+        """`(num_experts,)` float64: tokens of each expert since the last reset."""
+        self._fold()
+        return tf.convert_to_tensor(self._counts)
+
+    def reset_state(self):
+        self._set_pending(None)
+        super().reset_state()
+
+    def _fold(self):
+        pending = self._take_pending()
+        if pending is not None:
+            for variable, value in zip(
+                (self._importance, self._counts, self._overflow), pending, strict=True
+            ):
+                variable.assign(variable + value)
+
+    def _take_pending(self):
+        """What was recorded in the present graph (or eagerly) and not yet added.
+
+        Tensors of another graph (a prediction, an export) are of no use here.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        graph, values = pending
+        return values if graph is _current_graph() else None
+
+    def _set_pending(self, values):
+        self._pending = None if values is None else (_current_graph(), values)
+
+
+def _current_graph():
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()

@@ -1,0 +1,363 @@
+"""Gates: which experts take a token, and with what weight."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks, functional
+from keras_moe.types import GatingResult
+
+
+class _Gating(keras.layers.Layer):
+    """What all gates of this package share: size, dtype, kernel, checks."""
+
+    def __init__(
+        self,
+        num_experts: int | None = None,
+        *,
+        gate_initializer: Any = "zeros",
+        dtype: Any = None,
+        **kwargs: Any,
+    ):
+        # Gate maths runs in float32 under every mixed-precision policy: a
+        # policy that computes in half precision is replaced by its variables'
+        # type, which also keeps Keras from casting the inputs down.
+        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        if policy.compute_dtype != "float64":
+            policy = keras.dtype_policies.DTypePolicy("float32")
+        super().__init__(dtype=policy, **kwargs)
+        if num_experts is not None:
+            num_experts = checks.verify_positive_int(num_experts, "num_experts")
+        # Set by the surrounding MoE where it is left out.
+        self.num_experts: Any = num_experts
+        self.gate_initializer = keras.initializers.get(gate_initializer)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        features = checks.verify_input_shape(input_shape, type(self).__name__)
+        if len(input_shape) != 2:
+            raise ValueError(
+                f"`inputs` of {type(self).__name__} must be (tokens, features). "
+                f"Received: shape={tuple(input_shape)}, rank={len(input_shape)}. "
+                "Flatten the leading dimensions, or use the gate inside `MoE`."
+            )
+        if self.num_experts is None:
+            raise ValueError(
+                f"`num_experts` of {type(self).__name__} is not known. Received: "
+                "num_experts=None. Pass it, or use the gate inside `MoE`, which "
+                "takes it from its experts."
+            )
+        self._verify_against_num_experts()
+        self.gate_kernel = self._add_kernel(
+            "gate_kernel", features, self.gate_initializer
+        )
+
+    def _add_kernel(self, name, features, initializer):
+        return self.add_weight(
+            name=name, shape=(features, self.num_experts), initializer=initializer
+        )
+
+    def _verify_against_num_experts(self):
+        pass
+
+    def compute_mask(self, inputs, mask=None):
+        # The result is a tuple of routing tensors, none of which is a sequence.
+        return None
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "gate_initializer": keras.initializers.serialize(self.gate_initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class SoftmaxGating(_Gating):
+    """A gate (router) that gives every token to every expert.
+
+    $G_\\sigma(x) = \\mathrm{Softmax}(x W_g)$ (equation 2). There is no saving
+    of computation; it serves as the dense reference and for few experts.
+
+    Args:
+        num_experts: Int or None. Number of experts; None takes it from the
+            experts of the surrounding `MoE`. Defaults to `None`.
+        gate_initializer: Initial value of `gate_kernel`. Defaults to `"zeros"`:
+            all gates are equal at the start.
+
+    Call arguments:
+        inputs: Float tensor `(tokens, features)`.
+        mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
+            statistics.
+        training: Not used.
+
+    Input shape:
+        `(tokens, features)`.
+
+    Output shape:
+        A `GatingResult`: gates `(tokens, num_experts)` float32, the dispatch
+        plan, the statistics.
+
+    Losses and state:
+        Weight `gate_kernel` of shape `(features, num_experts)`, no bias. No
+        losses: the surrounding `MoE` forms them. Every expert's load is the
+        number of tokens, so a load loss is 0.
+
+    Raises:
+        ValueError: `num_experts` is not positive, or unknown when built;
+            inputs are not `(tokens, features)`.
+
+    Example:
+
+    >>> gating = keras_moe.layers.SoftmaxGating(num_experts=4)
+    >>> gates, plan, statistics = gating(np.ones((3, 8), "float32"))
+    >>> gates.numpy()[0].tolist()
+    [0.25, 0.25, 0.25, 0.25]
+
+    Reference:
+        Shazeer et al. 2017, section 2.1.
+    """
+
+    def call(self, inputs, mask=None, training=None) -> GatingResult:
+        gates = functional.softmax_gating(tf.matmul(inputs, self.gate_kernel))
+        experts = tf.range(self.num_experts)
+        # gates * 0 and not tf.broadcast_to: the shape may be dynamic.
+        expert_indices = tf.cast(gates * 0, tf.int32) + experts
+        return functional.make_gating_result(
+            gates, expert_indices, self.num_experts, mask=mask
+        )
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class TopKGating(_Gating):
+    """A gate (router) that picks the k experts of largest logit, without noise.
+
+    `NoisyTopKGating` without its noise: an ablation of the paper, and the gate
+    of most later work. The load is a hard count and carries no gradient, so
+    only the importance loss balances the experts.
+
+    Args:
+        k: Int. Experts for each token. Defaults to `4`.
+        num_experts: Int or None. Number of experts; None takes it from the
+            experts of the surrounding `MoE`. Defaults to `None`.
+        normalization: `"selected"` takes the softmax over the k kept logits
+            (equation 3); `"all"` takes it over all logits, so that gates sum to
+            less than 1 and the gate learns from the task even for `k=1`.
+            Defaults to `"selected"`.
+        gate_initializer: Initial value of `gate_kernel`. Defaults to
+            `"glorot_uniform"`: with zeros and no noise all logits tie, and
+            every token would go to experts 0 to k-1.
+
+    Call arguments:
+        inputs: Float tensor `(tokens, features)`.
+        mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
+            statistics.
+        training: Not used.
+
+    Input shape:
+        `(tokens, features)`.
+
+    Output shape:
+        A `GatingResult`: gates `(tokens, k)` float32, the dispatch plan, the
+        statistics.
+
+    Losses and state:
+        Weight `gate_kernel` of shape `(features, num_experts)`, no bias. No
+        losses: the surrounding `MoE` forms them.
+
+    Raises:
+        ValueError: `k` is below 1 or above `num_experts`; `normalization` is
+            unknown; `num_experts` is unknown when built; inputs are not
+            `(tokens, features)`.
+
+    Example:
+
+    >>> gating = keras_moe.layers.TopKGating(k=2, num_experts=4)
+    >>> gates, plan, statistics = gating(np.ones((3, 8), "float32"))
+    >>> gates.shape.as_list()
+    [3, 2]
+
+    Reference:
+        Shazeer et al. 2017, equations 3 and 5.
+    """
+
+    def __init__(
+        self,
+        k: int = 4,
+        num_experts: int | None = None,
+        *,
+        normalization: str = "selected",
+        gate_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ):
+        k = checks.verify_k(k, num_experts)
+        if normalization not in ("selected", "all"):
+            raise ValueError(
+                '`normalization` must be "selected" or "all". '
+                f"Received: normalization={normalization!r}."
+            )
+        super().__init__(num_experts, gate_initializer=gate_initializer, **kwargs)
+        self.k = k
+        self.normalization = normalization
+
+    def _verify_against_num_experts(self):
+        checks.verify_k(self.k, self.num_experts)
+
+    def call(self, inputs, mask=None, training=None) -> GatingResult:
+        return self._result(tf.matmul(inputs, self.gate_kernel), mask)
+
+    def _result(self, logits, mask, load=None):
+        gates, expert_indices = functional.top_k_gating(
+            logits, self.k, self.normalization
+        )
+        return functional.make_gating_result(
+            gates, expert_indices, self.num_experts, load=load, mask=mask
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "k": self.k,
+            "normalization": self.normalization,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class NoisyTopKGating(TopKGating):
+    """The paper's gate (router): noisy logits, the k largest kept.
+
+    $G(x) = \\mathrm{Softmax}(\\mathrm{KeepTopK}(H(x), k))$ (3)
+
+    $H(x)_i = (x W_g)_i + \\mathrm{StandardNormal}() \\cdot
+    \\mathrm{Softplus}((x W_{noise})_i)$ (4)
+
+    The noise helps the experts to share the work and makes the load a smooth
+    function of the weights (equation 10), so a load loss can balance it.
+    At inference there is no noise.
+
+    Gate maths runs in float32 under every mixed-precision policy.
+
+    Args:
+        k: Int. Experts for each token. Defaults to `4`.
+        num_experts: Int or None. Number of experts; None takes it from the
+            experts of the surrounding `MoE`. Defaults to `None`.
+        normalization: `"selected"` takes the softmax over the k kept logits
+            (the paper); `"all"` takes it over all logits, so that gates sum to
+            less than 1 and the gate learns from the task even for `k=1`.
+            Defaults to `"selected"`.
+        noise_epsilon: Float. Least standard deviation of the noise, added to
+            the softplus as in the authors' code. Defaults to `1e-2`.
+        gate_initializer: Initial value of `gate_kernel`. Defaults to `"zeros"`
+            (appendix A): all experts start with the same chance.
+        noise_initializer: Initial value of `noise_kernel`. Defaults to
+            `"zeros"` (appendix A).
+        seed: Int, `keras.random.SeedGenerator` or None. Seed of the noise.
+            Defaults to `None`.
+
+    Call arguments:
+        inputs: Float tensor `(tokens, features)`.
+        mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
+            statistics.
+        training: Bool. True adds the noise.
+
+    Input shape:
+        `(tokens, features)`.
+
+    Output shape:
+        A `GatingResult`: gates `(tokens, k)` float32, the dispatch plan, the
+        statistics.
+
+    Losses and state:
+        Weights `gate_kernel` and `noise_kernel`, each `(features,
+        num_experts)`, no bias; the state of the seed generator. No losses: the
+        surrounding `MoE` forms them. The load is smooth in training if
+        `k < num_experts`, otherwise a hard count.
+
+    Raises:
+        ValueError: `k` is below 1 or above `num_experts`; `normalization` is
+            unknown; `noise_epsilon` is negative; `num_experts` is unknown when
+            built; inputs are not `(tokens, features)`.
+
+    Example:
+
+    >>> gating = keras_moe.layers.NoisyTopKGating(k=2, num_experts=4)
+    >>> gates, plan, statistics = gating(np.ones((3, 8), "float32"), training=True)
+    >>> int(sum(statistics.counts)), gates.shape.as_list()
+    (6, [3, 2])
+
+    Reference:
+        Shazeer et al. 2017, section 2.1 and appendix A.
+    """
+
+    def __init__(
+        self,
+        k: int = 4,
+        num_experts: int | None = None,
+        *,
+        normalization: str = "selected",
+        noise_epsilon: float = 1e-2,
+        gate_initializer: Any = "zeros",
+        noise_initializer: Any = "zeros",
+        seed: Any = None,
+        **kwargs: Any,
+    ):
+        noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
+        super().__init__(
+            k,
+            num_experts,
+            normalization=normalization,
+            gate_initializer=gate_initializer,
+            **kwargs,
+        )
+        self.noise_epsilon = noise_epsilon
+        self.noise_initializer = keras.initializers.get(noise_initializer)
+        self.seed = seed
+        self.seed_generator = (
+            seed
+            if isinstance(seed, keras.random.SeedGenerator)
+            else keras.random.SeedGenerator(seed)
+        )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.noise_kernel = self._add_kernel(
+            "noise_kernel", input_shape[-1], self.noise_initializer
+        )
+
+    def call(self, inputs, mask=None, training=None) -> GatingResult:
+        clean_logits = tf.matmul(inputs, self.gate_kernel)
+        if not training:
+            return self._result(clean_logits, mask)
+        stddev = functional.noise_stddev(
+            tf.matmul(inputs, self.noise_kernel), self.noise_epsilon
+        )
+        noise = keras.random.normal(
+            tf.shape(clean_logits), dtype=self.compute_dtype, seed=self.seed_generator
+        )
+        noisy = functional.noisy_logits(clean_logits, stddev, noise)
+        # Paper: at k = n every expert is always chosen; the load is a count.
+        load = None
+        if self.k < self.num_experts:
+            load = functional.load(
+                functional.prob_in_top_k(clean_logits, noisy, stddev, self.k), mask
+            )
+        return self._result(noisy, mask, load)
+
+    def get_config(self):
+        seed = self.seed
+        if isinstance(seed, keras.random.SeedGenerator):
+            seed = keras.saving.serialize_keras_object(seed)
+        return {
+            **super().get_config(),
+            "noise_epsilon": self.noise_epsilon,
+            "noise_initializer": keras.initializers.serialize(self.noise_initializer),
+            "seed": seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        if isinstance(config.get("seed"), dict):
+            seed = keras.saving.deserialize_keras_object(config["seed"])
+            config = {**config, "seed": seed}
+        return super().from_config(config)

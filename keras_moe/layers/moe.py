@@ -1,0 +1,317 @@
+"""The Mixture-of-Experts layer: gate, dispatch, experts, combine, losses."""
+
+import warnings
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks, functional
+from keras_moe.layers.balance_metric import BalanceMetric
+from keras_moe.layers.gating import NoisyTopKGating, TopKGating
+from keras_moe.types import GatingResult
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoE(keras.layers.Layer):
+    """The Sparsely-Gated Mixture-of-Experts layer.
+
+    $y = \\sum_i G(x)_i E_i(x)$ (equation 1), where the gate $G(x)$ is zero for
+    all but k experts, and an expert runs only on the tokens that chose it. So
+    the number of parameters grows with the number of experts while the cost of
+    a token does not.
+
+    All leading dimensions of the inputs are flattened: every time step of every
+    sequence is a token, and all of them make one batch (section 3.1). Nothing is
+    dropped: without `capacity_factor` a token's output does not depend on the
+    other tokens of the batch.
+
+    Args:
+        experts: `FeedForwardExperts`, or another layer with a `num_experts`
+            attribute that maps rows sorted by expert, and their `counts`, to
+            rows.
+        gating: The gate, for example `NoisyTopKGating(k=4)`: a layer that maps
+            `(tokens, features)` to a `GatingResult`. None means
+            `NoisyTopKGating(k=4)`. Defaults to `None`.
+        importance_loss_weight: Float. Weight of the squared coefficient of
+            variation of the experts' importance (equation 7). Defaults to
+            `0.1`, the paper's for language models.
+        load_loss_weight: Float. Weight of the same of their load (equation
+            11). Defaults to `0.1`.
+        activation: Activation of the combined output. The paper's language
+            models use `"sigmoid"`. Defaults to `None`.
+        capacity_factor: Float or None. A number gives every expert
+            `ceil(capacity_factor * k * tokens / num_experts)` slots, so that all
+            shapes are static and XLA can compile the layer; tokens that do
+            not fit get zero from that expert, and the share of dropped
+            assignments is reported as `overflow`. None drops nothing.
+            Defaults to `None`.
+
+    Call arguments:
+        inputs: Float tensor `(..., features)`.
+        mask: Bool tensor of the leading dimensions, or None. Tokens marked
+            False (padding) are neither routed nor counted; their output is zero
+            before `activation`.
+        training: Bool. Whether the gate adds its noise.
+
+    Input shape:
+        `(..., features)`, rank 2 or more. Leading dimensions may be unknown,
+        and zero tokens are allowed.
+
+    Output shape:
+        `(..., output_units)` of the experts, by default the input shape.
+
+    Losses and state:
+        Adds the two losses with `add_loss` (in evaluation too, there from true
+        counts). The balance of the experts appears in the logs of `fit` and
+        `evaluate`, under `<name>_importance_cv`, `<name>_load_cv` and
+        `<name>_max_over_mean_load`, summed over the epoch. Weights are those
+        of the gate and the experts.
+
+    Raises:
+        ValueError: Inputs are not floating point, of rank below 2 or without a
+            known feature dimension; a weight is negative; the gate and the
+            experts disagree on `num_experts`; `k` exceeds it.
+
+    XLA: Without `capacity_factor` shapes depend on the data, so the layer tells
+    Keras not to compile it with XLA. With it, `jit_compile=True` works.
+
+    Mixed precision: gate maths runs in float32, experts in the compute type.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MoE(
+    ...     experts=keras_moe.layers.FeedForwardExperts(16, hidden_units=32),
+    ...     gating=keras_moe.layers.NoisyTopKGating(k=2),
+    ... )
+    >>> layer(np.ones((2, 5, 8), "float32"), training=True).shape.as_list()
+    [2, 5, 8]
+    >>> len(layer.losses)
+    2
+
+    Reference:
+        Shazeer et al. 2017, "Outrageously Large Neural Networks: The
+        Sparsely-Gated Mixture-of-Experts Layer", arXiv 1701.06538.
+    """
+
+    def __init__(
+        self,
+        experts: keras.layers.Layer,
+        gating: keras.layers.Layer | None = None,
+        *,
+        importance_loss_weight: float = 0.1,
+        load_loss_weight: float = 0.1,
+        activation: Any = None,
+        capacity_factor: float | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(name=name or _default_name(), **kwargs)
+        _verify_experts(experts)
+        self.importance_loss_weight = checks.verify_weight(
+            importance_loss_weight, "importance_loss_weight"
+        )
+        self.load_loss_weight = checks.verify_weight(
+            load_loss_weight, "load_loss_weight"
+        )
+        if capacity_factor is not None:
+            functional.expert_capacity(1, 1, 1, capacity_factor)  # raises if <= 0
+            capacity_factor = float(capacity_factor)
+        if gating is None:
+            gating = NoisyTopKGating(dtype=self.dtype_policy)
+        self.experts = experts
+        self.gating = gating
+        self.activation = keras.activations.get(activation)
+        self.capacity_factor = capacity_factor
+        self.supports_masking = True
+        # Dropless shapes depend on the data, which XLA cannot compile.
+        self.supports_jit = capacity_factor is not None
+        _share_num_experts(gating, experts)
+        self._warn_of_missing_gradients()
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return self.experts.num_experts
+
+    def _warn_of_missing_gradients(self):
+        gating = self.gating
+        if not isinstance(gating, TopKGating):
+            return
+        if gating.k == 1 < self.num_experts and gating.normalization == "selected":
+            warnings.warn(
+                f"{self.name}: with k=1 of num_experts={self.num_experts} and "
+                'normalization="selected", every gate is constantly 1 and the task '
+                'gives the gate no gradient. Use normalization="all" or k >= 2.',
+                stacklevel=3,
+            )
+        if (
+            isinstance(gating, NoisyTopKGating)
+            and self.load_loss_weight
+            and 1 < gating.k == self.num_experts
+        ):
+            warnings.warn(
+                f"{self.name}: with k={gating.k} of num_experts={self.num_experts} "
+                "every expert takes every token, so the load loss "
+                f"(load_loss_weight={self.load_loss_weight}) is constantly 0. Set it "
+                "to 0, lower `k` or add experts.",
+                stacklevel=3,
+            )
+
+    def build(self, input_shape):
+        features = checks.verify_input_shape(input_shape, type(self).__name__)
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        if not self.gating.built:
+            self.gating.build((None, features))
+        if not self.experts.built:
+            self.experts.build((None, features))
+        self._balance = BalanceMetric(
+            self.num_experts, self.capacity_factor is not None, name=self.name
+        )
+
+    def call(self, inputs, mask=None, training=None):
+        checks.verify_floating(inputs.dtype, type(self).__name__)
+        tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
+        mask = None if mask is None else _flatten_mask(mask, inputs)
+        if mask is None or self.capacity_factor is not None:
+            outputs = self._mix(tokens, mask, training)
+        else:
+            # Padding leaves before the gate sees it, and zeros come back in
+            # its place. Indices are unique: the scatter is deterministic.
+            real = tf.where(mask)
+            outputs = self._mix(tf.gather_nd(tokens, real), None, training)
+            shape = tf.stack([tf.shape(tokens, tf.int64)[0], outputs.shape[-1]])
+            outputs = tf.scatter_nd(real, outputs, shape)
+        leading = tf.shape(inputs)[:-1]
+        outputs = tf.reshape(outputs, tf.concat([leading, [outputs.shape[-1]]], axis=0))
+        outputs.set_shape(self.compute_output_shape(inputs.shape))
+        return self.activation(outputs)
+
+    def _mix(self, tokens, mask, training):
+        """`(N, D) -> (N, output_units)`, losses and statistics on the way."""
+        gates, plan, statistics = self._route(tokens, mask, training)
+        expert_inputs = functional.dispatch(tokens, plan)
+        expert_outputs = self.experts(expert_inputs, counts=plan.counts)
+        outputs = functional.combine(
+            expert_outputs, gates, plan, num_tokens=tf.shape(tokens)[0]
+        )
+        if self.importance_loss_weight:
+            self.add_loss(
+                functional.importance_loss(
+                    statistics.importance, self.importance_loss_weight
+                )
+            )
+        if self.load_loss_weight:
+            self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
+        self._balance.record(statistics, plan.overflow)
+        return outputs
+
+    def _route(self, tokens, mask, training) -> GatingResult:
+        gates, plan, statistics = self.gating(tokens, mask=mask, training=training)
+        if self.capacity_factor is not None:
+            capacity = functional.expert_capacity(
+                tf.shape(tokens)[0],
+                self.num_experts,
+                plan.positions.shape[-1],
+                self.capacity_factor,
+            )
+            plan = functional.make_capacity_plan(
+                plan.expert_indices, self.num_experts, capacity, mask
+            )
+        return GatingResult(gates, plan, statistics)
+
+    def route(self, inputs, training: bool = False) -> GatingResult:
+        """Which experts take which tokens, without running them.
+
+        Args:
+            inputs: Float tensor `(..., features)`, not masked.
+            training: Bool. Whether the gate adds its noise. Defaults to
+                `False`.
+
+        Returns:
+            A `GatingResult` over the flattened tokens: `gates` and
+            `plan.expert_indices` are `(tokens, k)`.
+        """
+        inputs = tf.convert_to_tensor(inputs)
+        if not self.built:
+            self.build(inputs.shape)
+        tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
+        return self.gating(tokens, training=training)
+
+    def compute_output_shape(self, input_shape):
+        last = self.experts.compute_output_shape((None, input_shape[-1]))[-1]
+        return (*input_shape[:-1], last)
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "experts": serialize(self.experts),
+            "gating": serialize(self.gating),
+            "importance_loss_weight": self.importance_loss_weight,
+            "load_loss_weight": self.load_loss_weight,
+            "activation": keras.activations.serialize(self.activation),
+            "capacity_factor": self.capacity_factor,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        deserialize = keras.saving.deserialize_keras_object
+        config = dict(config)
+        config["experts"] = deserialize(config["experts"])
+        config["gating"] = deserialize(config["gating"])
+        return cls(**config)
+
+
+def _default_name():
+    """`moe`, `moe_1`, ...: Keras would make `mo_e` of the class name."""
+    uid = keras.backend.get_uid("moe")
+    return "moe" if uid == 1 else f"moe_{uid - 1}"
+
+
+def _verify_experts(experts):
+    if not isinstance(experts, keras.layers.Layer) or not hasattr(
+        experts, "num_experts"
+    ):
+        raise ValueError(
+            "`experts` must be a layer with a `num_experts` attribute, such as "
+            f"keras_moe.layers.FeedForwardExperts. Received: experts={experts!r}."
+        )
+
+
+def _share_num_experts(gating, experts):
+    """Tells the gate how many experts there are, if it does not say itself."""
+    if not isinstance(gating, keras.layers.Layer):
+        raise ValueError(
+            "`gating` must be a layer that returns a keras_moe.types.GatingResult, "
+            "such as keras_moe.layers.NoisyTopKGating. "
+            f"Received: gating={gating!r}."
+        )
+    stated = getattr(gating, "num_experts", None)
+    if stated is None:
+        gating.num_experts = experts.num_experts
+    elif stated != experts.num_experts:
+        raise ValueError(
+            "`gating` and `experts` must agree on `num_experts`. Received: "
+            f"gating.num_experts={stated}, experts.num_experts="
+            f"{experts.num_experts}. Leave it out of the gate, or make them equal; "
+            "a gate cannot be shared by layers with different numbers of experts."
+        )
+    if getattr(gating, "k", None) is not None:
+        checks.verify_k(gating.k, experts.num_experts)
+
+
+def _flatten_mask(mask, inputs):
+    """`(...)` or a prefix of it -> `(N,)` bool, for inputs `(..., features)`."""
+    mask = tf.cast(mask, tf.bool)
+    missing = inputs.shape.rank - 1 - mask.shape.rank
+    if missing < 0 or not mask.shape.is_compatible_with(
+        inputs.shape[: mask.shape.rank]
+    ):
+        raise ValueError(
+            "`mask` must have the leading dimensions of `inputs`. Received: "
+            f"mask.shape={mask.shape}, inputs.shape={inputs.shape}."
+        )
+    for _ in range(missing):
+        mask = mask[..., tf.newaxis]
+    return tf.reshape(tf.broadcast_to(mask, tf.shape(inputs)[:-1]), [-1])
