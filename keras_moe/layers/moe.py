@@ -165,9 +165,10 @@ class MoE(keras.layers.Layer):
             self.gating.build((None, features))
         if not self.experts.built:
             self.experts.build((None, features))
-        self._balance = BalanceMetric(
-            self.num_experts, self.capacity_factor is not None, name=self.name
-        )
+        if self.num_experts > 1:  # a single expert has nothing to balance
+            self._balance = BalanceMetric(
+                self.num_experts, self.capacity_factor is not None, name=self.name
+            )
 
     def call(self, inputs, mask=None, training=None):
         checks.verify_floating(inputs.dtype, type(self).__name__)
@@ -203,7 +204,8 @@ class MoE(keras.layers.Layer):
             )
         if self.load_loss_weight:
             self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
-        self._balance.record(statistics, plan.overflow)
+        if self.num_experts > 1:
+            self._balance.record(statistics, plan.overflow)
         return outputs
 
     def _route(self, tokens, mask, training) -> GatingResult:

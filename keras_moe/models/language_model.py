@@ -1,0 +1,410 @@
+"""The LSTM language model with a mixture of experts between its LSTMs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_moe import checks
+from keras_moe.layers.moe import MoE
+from keras_moe.layers.recurrent import ProjectedLSTMCell
+from keras_moe.models.sampling import sample_tokens
+from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoELanguageModel(keras.Model):
+    """Embedding, LSTM, middle layers, LSTM, softmax (appendix C.1).
+
+    The output of every layer but the softmax goes through dropout, and then the
+    output of the previous layer is added (no such residual after the
+    embedding). A `MoE` in the middle sees all time steps of the batch at once.
+    Without a `MoE` the same class builds the paper's baselines; see
+    `keras_moe.models.middle_layers`.
+
+    Train it on a stream of text with `stateful=True`: row b of each batch goes
+    on where row b of the batch before ended, and the states of the LSTMs are
+    carried from batch to batch, in training and in evaluation alike. `fit`
+    starts every epoch from zero state; `evaluate` and `predict` start and end
+    with it.
+
+    Args:
+        vocabulary_size: Int. Number of token ids; id 0 is padding.
+        units: Int. Width of every layer's output. Defaults to `512`.
+        middle: A layer, a list of layers, or None. What stands between the two
+            LSTMs, each with output width `units`. A recurrent layer there must
+            have `return_sequences=True` and `return_state=True`. Defaults to
+            `None`: nothing.
+        lstm_units: Int or None. Units of the LSTM cells, whose output is then
+            projected to `units`; None means `units` and no projection.
+            Defaults to `None`.
+        dropout: Float. Fraction of each output that is dropped (the paper's
+            DropProb). Defaults to `0.1`.
+        stateful: Bool. Whether states are carried from batch to batch.
+            Defaults to `False`.
+
+    Call arguments:
+        inputs: Int tensor `(batch, time)` of token ids.
+        training: Bool. Whether to apply dropout and the gates' noise.
+
+    Input shape:
+        `(batch, time)`. With `stateful` the batch size must be static.
+
+    Output shape:
+        Logits `(batch, time, vocabulary_size)`, float32 under every policy.
+        Position t predicts token t + 1.
+
+    Losses and state:
+        The balancing losses of the mixtures. Padding (id 0) is neither routed
+        nor counted, and carries a Keras mask to loss and metrics. The carried
+        states are no weights: they are not saved.
+
+    Raises:
+        ValueError: A size or rate is out of range; inputs are not integers of
+            rank 2; a recurrent middle layer does not return its state; a
+            stateful model is given an unknown batch size.
+
+    Example:
+
+    >>> model = keras_moe.models.MoELanguageModel(
+    ...     vocabulary_size=100,
+    ...     units=16,
+    ...     middle=keras_moe.layers.MoE(
+    ...         keras_moe.layers.FeedForwardExperts(8, hidden_units=32),
+    ...         activation="sigmoid",
+    ...     ),
+    ... )
+    >>> model(np.ones((2, 5), "int32")).shape.as_list()
+    [2, 5, 100]
+
+    Reference:
+        Shazeer et al. 2017, section 5.1 and appendix C; Jozefowicz et al.
+        2016, "Exploring the limits of language modeling".
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        units: int = 512,
+        *,
+        middle: keras.layers.Layer | Sequence[keras.layers.Layer] | None = None,
+        lstm_units: int | None = None,
+        dropout: float = 0.1,
+        stateful: bool = False,
+        **kwargs: Any,
+    ):
+        vocabulary_size = checks.verify_positive_int(vocabulary_size, "vocabulary_size")
+        units = checks.verify_positive_int(units, "units")
+        if lstm_units is not None:
+            lstm_units = checks.verify_positive_int(lstm_units, "lstm_units")
+        dropout = checks.verify_rate(dropout, "dropout")
+        super().__init__(**kwargs)
+        self.vocabulary_size = vocabulary_size
+        self.units = units
+        self.lstm_units = lstm_units
+        self.dropout = dropout
+        self.stateful = bool(stateful)
+        self.middle = _as_list(middle)
+        self.embedding = keras.layers.Embedding(
+            vocabulary_size, units, name="embedding"
+        )
+        self.first_lstm = self._make_lstm("first_lstm")
+        self.last_lstm = self._make_lstm("last_lstm")
+        self.softmax = keras.layers.Dense(
+            vocabulary_size, dtype=self._output_policy(), name="softmax"
+        )
+        self.dropouts = [
+            keras.layers.Dropout(dropout) for _ in range(len(self.middle) + 3)
+        ]
+        self._stream_state = StreamState()
+
+    def _make_lstm(self, name):
+        options = {"return_sequences": True, "return_state": True, "name": name}
+        if self.lstm_units is None:
+            return keras.layers.LSTM(self.units, **options)
+        return keras.layers.RNN(
+            ProjectedLSTMCell(self.lstm_units, projection_units=self.units), **options
+        )
+
+    def _output_policy(self):
+        # Logits and their softmax in float32 at least.
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    @property
+    def stack(self) -> list[keras.layers.Layer]:
+        """The layers between embedding and softmax, in order."""
+        return [self.first_lstm, *self.middle, self.last_lstm]
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The mixtures among the middle layers."""
+        return [layer for layer in self.middle if isinstance(layer, MoE)]
+
+    def build(self, input_shape):
+        shape = (None, None, self.units)
+        self.embedding.build((None, None))
+        for dropout in self.dropouts:
+            dropout.build(shape)
+        for layer in self.stack:
+            if not layer.built:
+                layer.build(shape)
+            if isinstance(layer, MoE):
+                _verify_width(layer.compute_output_shape(shape)[-1], layer, self.units)
+        self.softmax.build(shape)
+        self.built = True
+
+    def call(self, inputs, training=None):
+        _verify_tokens(inputs)
+        if not self.stateful:
+            return self._run(inputs, self.initial_state(tf.shape(inputs)[0]), training)[
+                0
+            ]
+        batch_size = inputs.shape[0]
+        if batch_size is None:
+            raise ValueError(
+                "A stateful MoELanguageModel needs a static batch size. Received: "
+                f"inputs.shape={inputs.shape}. Use `TextCorpus.dataset`, or batch "
+                "with `drop_remainder=True`, or set `stateful` to False."
+            )
+        state = self._stream_state.read(
+            batch_size, lambda: self.initial_state(batch_size)
+        )
+        logits, state = self._run(inputs, state, training)
+        self._stream_state.write(batch_size, state)
+        return logits
+
+    def call_with_state(self, tokens, state, training: bool = False):
+        """Logits and the states to go on with; nothing is carried or written.
+
+        Args:
+            tokens: Int tensor `(batch, time)`.
+            state: From `initial_state` or an earlier call.
+            training: Bool. Defaults to `False`.
+
+        Returns:
+            logits: `(batch, time, vocabulary_size)`.
+            state: The states after the last time step.
+        """
+        tokens = tf.convert_to_tensor(tokens)
+        _verify_tokens(tokens)
+        if not self.built:
+            self.build(tokens.shape)
+        return self._run(tokens, state, training)
+
+    def initial_state(self, batch_size):
+        """Zero states: for each recurrent layer the list of its states.
+
+        Args:
+            batch_size: Int or scalar int tensor.
+
+        Returns:
+            List of lists of `(batch_size, state units)` tensors.
+        """
+        return [
+            [
+                tf.zeros((batch_size, size), self.compute_dtype)
+                for size in _state_sizes(layer)
+            ]
+            for layer in self.stack
+            if isinstance(layer, keras.layers.RNN)
+        ]
+
+    def _run(self, tokens, state, training):
+        mask = tf.not_equal(tokens, 0)
+        hidden = self.embedding(tokens)
+        hidden = self.dropouts[0](hidden, training=training)
+        state = iter(state)
+        next_state = []
+        for layer, dropout in zip(self.stack, self.dropouts[1:], strict=True):
+            if isinstance(layer, keras.layers.RNN):
+                # The recurrence takes no mask: padding comes after the text,
+                # where it changes no earlier output, and streams have none.
+                output, *layer_state = layer(
+                    hidden, initial_state=next(state), training=training
+                )
+                next_state.append(layer_state)
+            elif isinstance(layer, MoE):
+                output = layer(hidden, mask=mask, training=training)
+            else:
+                output = layer(hidden)
+            hidden = hidden + dropout(output, training=training)
+        return self.softmax(hidden), next_state
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return tf.not_equal(inputs, 0)
+
+    def reset_state(self) -> None:
+        """Sets the carried states to zero."""
+        self._stream_state.reset()
+
+    def fit(self, *args, callbacks=None, **kwargs):
+        if self.stateful:
+            callbacks = ResetAtEpochBegin.added_to(callbacks)
+        history = super().fit(*args, callbacks=callbacks, **kwargs)
+        self.reset_state()
+        return history
+
+    def evaluate(self, *args, **kwargs):
+        self.reset_state()
+        result = super().evaluate(*args, **kwargs)
+        self.reset_state()
+        return result
+
+    def predict(self, *args, **kwargs):
+        self.reset_state()
+        result = super().predict(*args, **kwargs)
+        self.reset_state()
+        return result
+
+    def generate(
+        self,
+        prompt,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        forbidden_tokens: Sequence[int] = (0,),
+    ) -> np.ndarray:
+        """Continues token sequences by sampling.
+
+        Args:
+            prompt: Int array `(batch, time)` without padding, time at least 1.
+            max_new_tokens: Int. Tokens to add. Defaults to `50`.
+            temperature: Float. Divides the logits; 0 takes the most probable
+                token. Defaults to `1.0`.
+            top_k: Int or None. Samples among the `top_k` most probable tokens
+                only. Defaults to `None`: all.
+            seed: Int or None. The same seed gives the same text. Defaults to
+                `None`.
+            forbidden_tokens: Ids never sampled. Defaults to `(0,)`: padding.
+
+        Returns:
+            `(batch, time + max_new_tokens)` int32, the prompt included.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        tokens = tf.cast(tf.convert_to_tensor(prompt), tf.int32)
+        _verify_tokens(tokens)
+        max_new_tokens = checks.verify_positive_int(max_new_tokens, "max_new_tokens")
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                "`prompt` must have at least one token. Received: "
+                f"prompt.shape={tokens.shape}. Begin with the end-of-sentence token."
+            )
+        generator = (
+            tf.random.Generator.from_non_deterministic_state()
+            if seed is None
+            else tf.random.Generator.from_seed(seed)
+        )
+        step = tf.function(self.call_with_state, reduce_retracing=True)
+        logits, state = step(tokens, self.initial_state(tokens.shape[0]))
+        new_tokens: list[tf.Tensor] = []
+        for i in range(max_new_tokens):
+            if i:
+                logits, state = step(new_tokens[-1][:, tf.newaxis], state)
+            new_tokens.append(
+                sample_tokens(
+                    logits[:, -1],
+                    generator.make_seeds(1)[:, 0],
+                    temperature=temperature,
+                    top_k=top_k,
+                    forbidden_tokens=forbidden_tokens,
+                )
+            )
+        return tf.concat([tokens, tf.stack(new_tokens, axis=1)], axis=1).numpy()
+
+    def routing(self, tokens) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Which experts take each token, in inference.
+
+        Args:
+            tokens: Int array `(batch, time)`.
+
+        Returns:
+            For each mixture, under its layer's name: expert indices and gates,
+            both `(batch, time, k)`, the largest gate first.
+        """
+        tokens = tf.convert_to_tensor(tokens)
+        _verify_tokens(tokens)
+        if not self.built:
+            self.build(tokens.shape)
+        hidden = self.embedding(tokens)
+        found = {}
+        for layer in self.stack:
+            if isinstance(layer, MoE):
+                result = layer.route(hidden)
+                shape = (*tokens.shape, -1)
+                found[layer.name] = (
+                    tf.reshape(result.plan.expert_indices, shape).numpy(),
+                    tf.reshape(result.gates, shape).numpy(),
+                )
+            output = layer(hidden)
+            hidden += output[0] if isinstance(layer, keras.layers.RNN) else output
+        return found
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "units": self.units,
+            "middle": [keras.saving.serialize_keras_object(m) for m in self.middle],
+            "lstm_units": self.lstm_units,
+            "dropout": self.dropout,
+            "stateful": self.stateful,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        middle = [
+            keras.saving.deserialize_keras_object(m, custom_objects)
+            for m in config["middle"]
+        ]
+        return cls(**{**config, "middle": middle})
+
+
+def _as_list(middle):
+    if middle is None:
+        return []
+    layers = list(middle) if isinstance(middle, Sequence) else [middle]
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(
+                "`middle` must be a layer or a list of layers. "
+                f"Received: {layer!r} in middle={middle!r}."
+            )
+        if isinstance(layer, keras.layers.RNN) and not (
+            layer.return_sequences and layer.return_state
+        ):
+            raise ValueError(
+                "A recurrent layer in `middle` must have return_sequences=True and "
+                f"return_state=True. Received: layer {layer.name!r} with "
+                f"return_sequences={layer.return_sequences}, "
+                f"return_state={layer.return_state}."
+            )
+    return layers
+
+
+def _state_sizes(layer):
+    sizes = layer.cell.state_size
+    return sizes if isinstance(sizes, (list, tuple)) else [sizes]
+
+
+def _verify_width(width, layer, units):
+    if width != units:
+        raise ValueError(
+            f"Layer {layer.name!r} in `middle` must give `units` features, for the "
+            f"residual. Received: {width} features, units={units}. Leave out "
+            "`output_units` of its experts."
+        )
+
+
+def _verify_tokens(tokens):
+    if not tf.as_dtype(tokens.dtype).is_integer or len(tokens.shape) != 2:
+        raise ValueError(
+            "`inputs` of MoELanguageModel must be integer token ids of shape "
+            f"(batch, time). Received: dtype={tf.as_dtype(tokens.dtype).name}, "
+            f"shape={tuple(tokens.shape)}."
+        )

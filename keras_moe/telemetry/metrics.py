@@ -1,0 +1,37 @@
+"""Keras metrics."""
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class Perplexity(keras.metrics.SparseCategoricalCrossentropy):
+    """Exponential of the mean cross-entropy over all tokens, weighted.
+
+    $\\exp\\left(-\\frac{\\sum_t w_t \\log p(y_t)}{\\sum_t w_t}\\right)$
+
+    Args:
+        name: String. Defaults to `"perplexity"`.
+        dtype: Data type of the result. Defaults to `None`.
+        from_logits: Bool. Whether predictions are logits. Defaults to `True`.
+
+    Example:
+
+    >>> metric = keras_moe.telemetry.Perplexity()
+    >>> metric.update_state([[1, 2]], np.zeros((1, 2, 4), "float32"))
+    >>> round(float(metric.result()), 3)
+    4.0
+    """
+
+    def __init__(self, name="perplexity", dtype=None, from_logits=True):
+        super().__init__(name=name, dtype=dtype, from_logits=from_logits)
+
+    def result(self):
+        return tf.exp(super().result())
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "from_logits": self.from_logits,
+        }
