@@ -1,6 +1,15 @@
 """Mixture-of-Experts layers for TensorFlow 2 and Keras 3."""
 
-from keras_moe import data, functional, layers, models, optimizers, telemetry, types
+from keras_moe import (
+    data,
+    functional,
+    layers,
+    models,
+    optimizers,
+    serving,
+    telemetry,
+    types,
+)
 from keras_moe._version import __version__
 
 __all__ = [
@@ -10,6 +19,7 @@ __all__ = [
     "layers",
     "models",
     "optimizers",
+    "serving",
     "telemetry",
     "types",
 ]

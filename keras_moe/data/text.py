@@ -3,16 +3,25 @@
 import gzip
 import lzma
 import zlib
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import checks
-from keras_moe.data.vocabulary import EOS, TOKENIZERS, Vocabulary, tokenize
+from keras_moe.data.vocabulary import (
+    EOS,
+    RESERVED,
+    Vocabulary,
+    tokenize,
+    verify_at_least,
+)
 
 SPLITS = ("train", "valid", "test")
 _OPENERS: dict[str, Callable] = {
@@ -22,17 +31,27 @@ _OPENERS: dict[str, Callable] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextCorpus:
     """Three streams of token ids over one vocabulary.
 
-    Attributes:
-        name: Name of the corpus.
-        tokenizer: How the text was split.
-        vocabulary: The `Vocabulary`, learnt from the training text.
+    Args:
+        name: Str. Name of the corpus.
+        tokenizer: Str. How the text was split, see `tokenize`.
+        vocabulary: `Vocabulary`, learnt from the training text.
         train: `(n,)` int32, the training text; every line ends with `<eos>`.
         valid: Likewise, the validation text.
         test: Likewise, the test text.
+
+    Example:
+
+    >>> corpus = keras_moe.data.load_text_corpus()
+    >>> corpus.vocabulary.to_text(corpus.train[59:73])
+    '"My dear Mr. Bennet," said his lady to'
+    >>> corpus.num_steps("test", batch_size=8, sequence_length=35)
+    60
+    >>> corpus.dataset("test", batch_size=8, sequence_length=35).element_spec[0].shape
+    TensorShape([8, 35])
     """
 
     name: str
@@ -45,24 +64,43 @@ class TextCorpus:
     def stream(self, split: str) -> np.ndarray:
         """The ids of a split.
 
+        Args:
+            split: `"train"`, `"valid"` or `"test"`.
+
+        Returns:
+            `(n,)` int32.
+
         Raises:
-            ValueError: `split` is not `"train"`, `"valid"` or `"test"`.
+            ValueError: `split` is none of the three.
         """
         if split not in SPLITS:
             raise ValueError(
-                f"`split` must be one of {SPLITS}. Received: split={split!r}."
+                f"`split` must be one of {SPLITS}. Received: split={split!r}. "
+                "Pass one of them."
             )
         return getattr(self, split)
 
     def num_steps(self, split: str, batch_size: int, sequence_length: int) -> int:
-        """Batches of `dataset(split, batch_size, sequence_length)`."""
-        batch_size = checks.verify_positive_int(batch_size, "batch_size")
-        sequence_length = checks.verify_positive_int(sequence_length, "sequence_length")
+        """Number of batches of `dataset(split, batch_size, sequence_length)`.
+
+        Args:
+            split: `"train"`, `"valid"` or `"test"`.
+            batch_size: Int, B. Rows of a batch.
+            sequence_length: Int, T. Time steps of a batch.
+
+        Returns:
+            `ceil(ceil(n / B) / T)` for a split of n tokens.
+
+        Raises:
+            ValueError: A size is below 1, or a row would be empty.
+        """
+        verify_at_least(batch_size, 1, "batch_size")
+        verify_at_least(sequence_length, 1, "sequence_length")
         size = self.stream(split).size
         if size < batch_size:
             raise ValueError(
                 f"Every row of a batch needs at least one token of the {split!r} split "
-                f"of {self.name}. Received: batch_size={batch_size}, {size} tokens. "
+                f"of {self.name!r}. Received: batch_size={batch_size}, {size} tokens. "
                 "Lower `batch_size`."
             )
         per_row = -(-size // batch_size)
@@ -73,11 +111,12 @@ class TextCorpus:
     ) -> tf.data.Dataset:
         """Batches for a model that carries its state from one to the next.
 
-        The stream is cut into `batch_size` rows of equal length, the last ones
-        shorter by what is missing. Row b of a batch goes on where row b of the
-        batch before ended. Every token of the split is a target exactly once:
-        none is lost and none counted twice. What fills up the end is padding,
-        id 0 with weight 0.
+        The stream is cut into `batch_size` contiguous rows whose lengths differ
+        by one token at most. Row b of a batch goes on where row b of the batch
+        before ended. Every token of the split is a target exactly once: none is
+        lost and none counted twice, so that the weights sum to the number of
+        tokens. What fills up the end of a row is padding: input 0, target 0,
+        weight 0. The order is always the same.
 
         Args:
             split: `"train"`, `"valid"` or `"test"`.
@@ -85,44 +124,49 @@ class TextCorpus:
             sequence_length: Int, T. Time steps of a batch.
 
         Returns:
-            A `tf.data.Dataset` of `(inputs, targets, weights)`: int32, int32
-            and float32, each of the static shape `(B, T)`. An input is the
-            token before its target, `<eos>` before the first of the split.
+            A `tf.data.Dataset` of `(tokens, targets, sample_weight)`: int32,
+            int32 and float32, each of the static shape `(B, T)`. A token is the
+            one before its target in the stream, `<eos>` before the first of the
+            split.
 
         Raises:
-            ValueError: A size is not positive, or a row would be empty.
+            ValueError: A size is below 1, or a row would be empty.
         """
         steps = self.num_steps(split, batch_size, sequence_length)
-        ids = self.stream(split)
-        rows = _cut_into_rows(ids, batch_size)
-        before = np.concatenate([[self.vocabulary.encode([EOS])[0]], ids[:-1]])
-        inputs = _cut_into_rows(before.astype(np.int32), batch_size)
-        weights = _cut_into_rows(np.ones(ids.size, np.float32), batch_size)
-
-        def batches(array):
-            padding = steps * sequence_length - array.shape[1]
-            array = np.pad(array, [(0, 0), (0, padding)])
-            array = array.reshape(batch_size, steps, sequence_length)
-            return np.ascontiguousarray(array.transpose(1, 0, 2))
-
-        arrays = tuple(batches(a) for a in (inputs, rows, weights))
         with tf.device("CPU"):
-            data = tf.data.Dataset.from_tensor_slices(arrays)
+            rows, lengths = _cut_into_rows(
+                self.stream(split), batch_size, steps * sequence_length
+            )
+
+        def batch(step):
+            start = step * sequence_length
+            window = tf.slice(rows, [0, start], [batch_size, sequence_length + 1])
+            real = start + tf.range(sequence_length, dtype=tf.int64) < lengths
+            tokens = tf.where(real, window[:, :-1], 0)
+            return tokens, window[:, 1:], tf.cast(real, tf.float32)
+
+        # All rows are held once, as one tensor; a batch is a slice of it.
+        data = tf.data.Dataset.range(steps).map(batch)
         return data.prefetch(tf.data.AUTOTUNE)
 
 
-def _cut_into_rows(values: np.ndarray, batch_size: int) -> np.ndarray:
-    """`(n,)` -> `(B, ceil(n / B))`, filled up with zeros.
+def _cut_into_rows(
+    ids: np.ndarray, batch_size: int, width: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """`(n,)` -> `(B, 1 + width)` int32 and the rows' lengths, `(B, 1)` int64.
 
-    Rows differ by one value at most, so that a small split still gives every
-    row something.
+    A row is the token before it and its tokens, then zeros. Lengths differ by
+    one at most, so that a small split still gives every row something.
     """
-    lengths = np.full(batch_size, values.size // batch_size)
-    lengths[: values.size % batch_size] += 1
-    rows = np.zeros((batch_size, lengths[0]), values.dtype)
-    filled = np.arange(lengths[0]) < lengths[:, np.newaxis]
-    rows[filled] = values  # row by row: a boolean mask is filled in C order
-    return rows
+    lengths: np.ndarray = np.full(batch_size, ids.size // batch_size, np.int64)
+    lengths[: ids.size % batch_size] += 1
+    rows: np.ndarray = np.zeros((batch_size, 1 + width), np.int32)
+    end = 0
+    for row, length in zip(rows, lengths, strict=True):
+        start, end = end, end + length
+        row[0] = ids[start - 1] if start else RESERVED.index(EOS)
+        row[1 : 1 + length] = ids[start:end]
+    return tf.constant(rows), tf.constant(lengths[:, np.newaxis])
 
 
 def load_text_corpus(
@@ -136,112 +180,130 @@ def load_text_corpus(
     """Reads a corpus of three files, or the one that comes with the package.
 
     Args:
-        data_dir: Folder with `train`, `valid` and `test`, each as `.txt`,
-            `.txt.gz` or `.txt.xz`, UTF-8. None takes the embedded corpus, three
-            novels by Jane Austen. Defaults to `None`.
-        tokenizer: `"words"` for raw text; blank lines are skipped.
-            `"whitespace"` for tokenized text; every line counts, a blank one is
-            a lone `<eos>`, as is usual for WikiText and the Penn Treebank. None
-            means `"words"` for the embedded corpus and `"whitespace"` for a
-            folder. Defaults to `None`.
+        data_dir: Str, path or None. Folder with `train`, `valid` and `test`,
+            each as `.txt`, `.txt.gz` or `.txt.xz`, UTF-8. None takes the
+            embedded corpus, three novels by Jane Austen. Defaults to `None`.
+        tokenizer: Str or None. `"words"` for raw text; blank lines are skipped.
+            `"whitespace"` for text that is tokenized already; every line
+            counts, a blank one is a lone `<eos>`, as is usual for WikiText and
+            the Penn Treebank. None means `"words"` for the embedded corpus and
+            `"whitespace"` for a folder. Defaults to `None`.
         vocabulary_size: Int or None. Most ids, the reserved three included;
             other words become `<unk>`. Defaults to `None`: no limit.
         min_count: Int. Words that occur less often in the training text become
             `<unk>`. Defaults to `1`.
-        vocabulary: A `Vocabulary` to use instead of learning one. Defaults to
-            `None`.
+        vocabulary: A `Vocabulary` to use, for instance that of an earlier run;
+            `vocabulary_size` and `min_count` then have no effect. None learns
+            one from the training text alone. Defaults to `None`.
 
     Returns:
-        A `TextCorpus`.
+        A `TextCorpus`. A corpus may well be one long line: the stream is cut
+        into rows wherever the lines end.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
         ValueError: A file has no tokens, is not UTF-8 or is damaged; there are
             two forms of one file; an argument is out of range.
+
+    Example:
+
+    >>> corpus = keras_moe.data.load_text_corpus(min_count=2)
+    >>> len(corpus.vocabulary), corpus.train.size
+    (6508, 354008)
     """
     if tokenizer is None:
         tokenizer = "words" if data_dir is None else "whitespace"
-    if tokenizer not in TOKENIZERS:
-        tokenize("", tokenizer)  # raises
-    lines = {}
-    for split, path in _find_files(data_dir).items():
-        lines[split] = _read_lines(path, tokenizer)
-        if not any(lines[split]):
-            raise ValueError(
-                f"The corpus is empty: {path} has no tokens. Received: "
-                f"data_dir={data_dir!r}, {len(lines[split])} lines. Put text into it."
-            )
-    if len(lines["train"]) < 2:
-        raise ValueError(
-            "The training text must have at least 2 lines, or the end of a sentence "
-            f"cannot be learnt. Received: {len(lines['train'])} line of "
-            f"{len(lines['train'][0])} tokens in data_dir={data_dir!r}. Put one "
-            "sentence or paragraph on a line."
-        )
-    if vocabulary is None:
-        vocabulary = Vocabulary.learn(
-            lines["train"], max_size=vocabulary_size, min_count=min_count
-        )
-    streams = {
-        split: vocabulary.encode(
-            token for tokens in lines[split] for token in (*tokens, EOS)
-        )
-        for split in SPLITS
+    tokenize("", tokenizer)  # raises if unknown
+    verify_at_least(min_count, 1, "min_count")
+    if vocabulary_size is not None:
+        verify_at_least(vocabulary_size, len(RESERVED) + 1, "vocabulary_size")
+    # Every token gets a provisional code when it is first met, so that no more
+    # than one string a type is held.
+    codes_of: defaultdict[str, int] = defaultdict(count().__next__)
+    codes = {
+        split: _read_codes(path, tokenizer, codes_of)
+        for split, path in _find_files(data_dir).items()
     }
+    if vocabulary is None:
+        counts = np.bincount(codes["train"], minlength=len(codes_of))
+        vocabulary = Vocabulary.from_tokens(
+            Counter(dict(zip(codes_of, counts.tolist(), strict=True))),
+            max_size=vocabulary_size,
+            min_count=min_count,
+        )
+    ids = vocabulary.encode(codes_of)
     name = "austen" if data_dir is None else Path(data_dir).resolve().name
-    return TextCorpus(name, tokenizer, vocabulary, **streams)
+    return TextCorpus(
+        name, tokenizer, vocabulary, **{split: ids[codes[split]] for split in SPLITS}
+    )
 
 
-def _find_files(data_dir) -> dict:
+def _find_files(data_dir: str | Path | None) -> dict[str, Any]:
     """Path of each split."""
     if data_dir is None:
         folder = resources.files("keras_moe.data") / "corpora"
         return {split: folder / f"austen.{split}.txt.xz" for split in SPLITS}
-    folder = Path(data_dir)
-    if not folder.is_dir():
+    path = Path(data_dir)
+    if not path.is_dir():
         raise FileNotFoundError(
             "`data_dir` must be a folder with train, valid and test files. "
             f"Received: data_dir={str(data_dir)!r}, which "
-            f"{'is a file' if folder.exists() else 'does not exist'}."
+            f"{'is a file' if path.exists() else 'does not exist'}. Pass the "
+            "folder's path, or None for the embedded corpus."
         )
-    found = {}
-    for split in SPLITS:
-        forms = [folder / f"{split}{suffix}" for suffix in _OPENERS]
-        present = [path for path in forms if path.is_file()]
-        if not present:
-            raise FileNotFoundError(
-                f"`data_dir` has no {split!r} file. Received: data_dir="
-                f"{str(data_dir)!r}; looked for {', '.join(p.name for p in forms)}."
-            )
-        if len(present) > 1:
-            raise ValueError(
-                f"`data_dir` has more than one {split!r} file. Received: "
-                f"{', '.join(p.name for p in present)} in {str(data_dir)!r}. "
-                "Keep one of them."
-            )
-        found[split] = present[0]
-    return found
+    return {split: _find_file(path, split) for split in SPLITS}
 
 
-def _read_lines(path, tokenizer) -> list[list[str]]:
+def _find_file(folder: Path, split: str) -> Path:
+    forms = [folder / f"{split}{suffix}" for suffix in _OPENERS]
+    present = [path for path in forms if path.is_file()]
+    if not present:
+        raise FileNotFoundError(
+            f"`data_dir` has no {split!r} file. Received: data_dir={str(folder)!r}; "
+            f"looked for {', '.join(path.name for path in forms)}. Put one of them "
+            "there."
+        )
+    if len(present) > 1:
+        raise ValueError(
+            f"`data_dir` has {len(present)} forms of the {split!r} file. Received: "
+            f"data_dir={str(folder)!r} with "
+            f"{', '.join(path.name for path in present)}. Keep one of them."
+        )
+    return present[0]
+
+
+def _read_codes(
+    path: Any, tokenizer: str, codes_of: defaultdict[str, int]
+) -> np.ndarray:
+    """Codes of all tokens of a file, `(n,)` int32; `codes_of` learns new tokens."""
     suffix = next(s for s in (".txt.gz", ".txt.xz", ".txt") if path.name.endswith(s))
-    lines = []
+    codes = array("i")
     number = 0  # lines read so far
+    words = 0
     try:
         with resources.as_file(path) as real, _OPENERS[suffix](real, "rb") as file:
             for raw in file:
                 number += 1
-                tokens = tokenize(raw.decode("utf-8"), tokenizer)
+                # Some editors begin a file with a byte order mark.
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                tokens = tokenize(line, tokenizer)
+                words += len(tokens)
                 if tokens or tokenizer == "whitespace":
-                    lines.append(tokens)
+                    codes.extend(map(codes_of.__getitem__, tokens))
+                    codes.append(codes_of[EOS])
     except UnicodeDecodeError as error:
         raise ValueError(
             f"A corpus must be UTF-8. Received: {path}, line {number}: {error}. "
             "Convert the file first."
         ) from error
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
             f"{path} could not be read after line {number}: {error}. The file is "
             "damaged or not in the format its name says; make it again."
         ) from error
-    return lines
+    if not words:
+        raise ValueError(
+            f"A corpus must have at least one token in every file. Received: {path}, "
+            f"{number} lines, 0 tokens. Put text into it."
+        )
+    return np.array(codes, np.int32)

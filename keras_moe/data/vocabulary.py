@@ -4,31 +4,45 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-from keras_moe import checks
 
 PAD, UNK, EOS = "<pad>", "<unk>", "<eos>"
 RESERVED = (PAD, UNK, EOS)
 
 # Words with inner apostrophes, decimal numbers with inner points or commas, and
-# any other visible character by itself. Python's `re` knows no Unicode classes
-# and RE2 (in a TensorFlow graph) no `\w` beyond ASCII, so the same language is
-# written twice; a test compares the two.
+# any other visible character by itself. `WORD_PATTERN` is for RE2, that is for
+# the inside of a TensorFlow graph. Python's `re` knows no Unicode classes and
+# RE2 no `\w` beyond ASCII, so the same language is written twice; a test compares
+# the two on every character of Unicode.
 _LETTER = r"[\pL\p{No}\p{Nl}]"
 _VISIBLE = r"[^\s\pZ\x0b\x1c-\x1f\x{85}]"
 WORD_PATTERN = rf"{_LETTER}+(?:['’]{_LETTER}+)*|\p{{Nd}}+(?:[.,]\p{{Nd}}+)*|{_VISIBLE}"
 _WORD_PATTERN_PYTHON = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:[.,]\d+)*|\S")
 TOKENIZERS = ("words", "whitespace")
 
+_UNK_ID = RESERVED.index(UNK)
+_LINE = re.compile(r"(.*)\t([0-9]+)\n", re.DOTALL)
+_DETOKENIZER = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r" *@([-,.])@ *", r"\1"),  # WikiText: 25 @,@ 000
+        (r" ('(?:s|re|ve|ll|d|m)|n't)\b", r"\1"),  # Penn Treebank: do n't
+        (r" +([,.;:!?’”)\]])", r"\1"),
+        (r"([“‘(\[]) +", r"\1"),
+        (r" *- *", "-"),
+        (r'" *([^"\n]*?) *("|$|(?=\n))', r'"\1\2'),
+    )
+]
+
 
 def tokenize(line: str, tokenizer: str) -> list[str]:
     """Splits a line of text into tokens.
 
     Args:
-        line: A line of text.
-        tokenizer: `"words"` for raw text: words (with inner apostrophes, as in
+        line: Str. A line of text.
+        tokenizer: Str. `"words"` for raw text: words (with inner apostrophes, as in
             don't), numbers, and every other visible character by itself; case
             is kept. `"whitespace"` for text that is tokenized already.
 
@@ -48,80 +62,124 @@ def tokenize(line: str, tokenizer: str) -> list[str]:
     if tokenizer == "whitespace":
         return line.split()
     raise ValueError(
-        f"`tokenizer` must be one of {TOKENIZERS}. Received: tokenizer={tokenizer!r}."
+        f"`tokenizer` must be one of {TOKENIZERS}. Received: tokenizer={tokenizer!r}. "
+        "Pass 'words' for raw text, 'whitespace' for text that is tokenized already."
     )
+
+
+def verify_at_least(value: Any, least: int, name: str) -> None:
+    """Raises a `ValueError` unless `value` is a whole number >= `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least}. "
+            f"Received: {name}={value!r}. Pass {least} or more."
+        )
 
 
 class Vocabulary:
     """Token ids with counts. 0 is `<pad>`, 1 is `<unk>`, 2 is `<eos>`.
 
+    In a text, a literal `<unk>` or `<eos>` has the reserved id; a literal `<pad>`
+    is an unknown word, never padding.
+
     Args:
-        tokens: All tokens in the order of their ids, the reserved three first.
-        counts: Occurrences of each in the text the vocabulary was learnt from.
+        tokens: List of str. All tokens in the order of their ids, the reserved
+            three first. A token holds no line feed.
+        counts: `(len(tokens),)` int. Occurrences of each in the text that the
+            vocabulary was learnt from.
 
     Raises:
         ValueError: The reserved tokens are not at the front, a token stands
-            twice, or the lengths differ.
+            twice or holds a line feed, a count is negative, or the lengths
+            differ.
+
+    Example:
+
+    >>> lines = [["to", "be", "or", "not", "to", "be"], ["be", "it", "so"]]
+    >>> vocabulary = keras_moe.data.Vocabulary.from_tokens(lines, min_count=2)
+    >>> vocabulary.tokens, vocabulary.counts.tolist()
+    (['<pad>', '<unk>', '<eos>', 'be', 'to'], [0, 4, 2, 3, 2])
+    >>> vocabulary.encode(["to", "see", "<eos>"]).tolist()
+    [4, 1, 2]
     """
 
-    def __init__(self, tokens: Sequence[str], counts: Sequence[int]):
+    def __init__(self, tokens: Sequence[str], counts: Sequence[int] | np.ndarray):
         tokens = list(tokens)
         if tuple(tokens[:3]) != RESERVED:
             raise ValueError(
-                f"`tokens` must begin with {RESERVED}. Received: {tokens[:3]}."
+                f"`tokens` must begin with {RESERVED}. Received: {tokens[:3]}. "
+                "Put the reserved tokens first."
             )
         if len(tokens) != len(counts):
             raise ValueError(
-                "`tokens` and `counts` must have the same length. "
-                f"Received: {len(tokens)} tokens, {len(counts)} counts."
+                "`tokens` and `counts` must have the same length. Received: "
+                f"{len(tokens)} tokens, {len(counts)} counts. Give one count a token."
             )
         self.tokens = tokens
         self.counts = np.asarray(counts, np.int64)
+        if self.counts.min() < 0:
+            raise ValueError(
+                "`counts` must be at least 0. Received: a count of "
+                f"{self.counts.min()} for {tokens[self.counts.argmin()]!r}. "
+                "Count occurrences."
+            )
         self._ids = {token: i for i, token in enumerate(tokens)}
         if len(self._ids) != len(tokens):
             twice = [token for token, n in Counter(tokens).items() if n > 1][:3]
             raise ValueError(
-                f"`tokens` must be different. Received more than once: {twice}."
+                f"`tokens` must be different. Received more than once: {twice}. "
+                "Drop the second ones."
             )
-        # A literal "<pad>" in a text is an unknown word, never padding.
-        self._ids[PAD] = 1
+        broken = [token for token in tokens if "\n" in token][:3]
+        if broken:
+            raise ValueError(
+                "A token must not hold a line feed, for `save` writes one token a "
+                f"line. Received: {broken}. Split the text into lines first."
+            )
+        self._ids[PAD] = _UNK_ID
 
     @classmethod
-    def learn(
+    def from_tokens(
         cls,
-        lines: Iterable[Sequence[str]],
+        tokens: Iterable[Sequence[str]] | Counter[str],
         *,
         max_size: int | None = None,
         min_count: int = 1,
     ) -> "Vocabulary":
-        """Counts tokens; frequent ones get small ids, ties go alphabetically.
+        """Learns a vocabulary: frequent tokens get small ids, ties alphabetically.
+
+        The alphabet is that of Unicode code points, so that the result does not
+        depend on the order of the text.
 
         Args:
-            lines: Tokens of each line.
-            max_size: Most ids, the reserved three included. None means no
-                limit. Defaults to `None`.
-            min_count: Tokens that occur less often become `<unk>`. Defaults to
-                `1`.
+            tokens: The tokens of each line, a list of str a line, or a `Counter`
+                of all tokens in which `"<eos>"` counts the lines.
+            max_size: Int or None. Most ids, the reserved three included.
+                Defaults to `None`: no limit.
+            min_count: Int. Tokens that occur less often become `<unk>`. Defaults
+                to `1`.
 
         Returns:
-            A `Vocabulary`. Words left out count as `<unk>`, lines as `<eos>`.
+            A `Vocabulary`. `<unk>` counts the words left out and the literal
+            `<unk>` (and `<pad>`) of the text, `<eos>` the lines and the literal
+            `<eos>`.
 
         Raises:
-            ValueError: `max_size` leaves no room for a word, or `min_count` is
-                below 1.
+            ValueError: `max_size` leaves no room for a word, `min_count` is
+                below 1, or a line is a str, not a list of them.
         """
-        min_count = checks.verify_positive_int(min_count, "min_count")
-        if max_size is not None and max_size <= len(RESERVED):
-            raise ValueError(
-                "The size of the vocabulary (`max_size`, `vocabulary_size`) must be "
-                f"above the {len(RESERVED)} reserved ids. Received: {max_size}."
-            )
+        verify_at_least(min_count, 1, "min_count")
+        if max_size is not None:
+            verify_at_least(max_size, len(RESERVED) + 1, "max_size")
         counter: Counter[str] = Counter()
-        num_lines = 0
-        for tokens in lines:
+        if isinstance(tokens, Counter):
             counter.update(tokens)
-            num_lines += 1
-        num_lines += counter.pop(EOS, 0)
+        else:
+            for line in tokens:
+                _verify_no_str(line, "tokens")
+                counter.update(line)
+                counter[EOS] += 1
+        eos = counter.pop(EOS, 0)
         unknown = counter.pop(UNK, 0) + counter.pop(PAD, 0)
         ranked = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
         limit = None if max_size is None else max_size - len(RESERVED)
@@ -129,13 +187,13 @@ class Vocabulary:
         unknown += sum(counter.values()) - sum(count for _, count in kept)
         return cls(
             [*RESERVED, *(token for token, _ in kept)],
-            [0, unknown, num_lines, *(count for _, count in kept)],
+            [0, unknown, eos, *(count for _, count in kept)],
         )
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Vocabulary)
             and self.tokens == other.tokens
@@ -145,37 +203,71 @@ class Vocabulary:
     __hash__ = None  # type: ignore[assignment]
 
     def encode(self, tokens: Iterable[str]) -> np.ndarray:
-        """Ids of tokens, `(len,)` int32; unknown ones become 1."""
+        """Ids of tokens.
+
+        Args:
+            tokens: List of str.
+
+        Returns:
+            `(len(tokens),)` int32; unknown tokens become 1.
+
+        Raises:
+            ValueError: `tokens` is a str, not a list of them.
+        """
+        _verify_no_str(tokens, "tokens")
         get = self._ids.get
-        return np.fromiter((get(token, 1) for token in tokens), np.int32)
+        return np.fromiter((get(token, _UNK_ID) for token in tokens), np.int32)
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Tokens of ids.
 
+        Args:
+            ids: `(n,)` int.
+
+        Returns:
+            List of n str.
+
         Raises:
-            ValueError: An id is outside the vocabulary.
+            ValueError: `ids` is not one-dimensional, or an id is outside the
+                vocabulary.
         """
-        array = np.asarray(list(ids), np.int64)
-        if array.size and not 0 <= array.min() <= array.max() < len(self):
-            raise ValueError(
-                f"`ids` must be within [0, {len(self)}). Received: ids from "
-                f"{array.min()} to {array.max()}."
-            )
-        return [self.tokens[i] for i in array]
+        return [self.tokens[i] for i in self._verify_ids(ids, least=0)]
 
     def to_text(self, ids: Iterable[int]) -> str:
-        """Readable text: `<eos>` ends a line, no blanks before punctuation."""
+        """Readable text: `<eos>` ends a line, punctuation stands where it should.
+
+        Rules of thumb, made for English: no blank before a closing mark, after
+        an opening one or around a hyphen; straight double quotes open and close
+        in turn, afresh on every line; the parts of `do n't` and `@-@` of
+        tokenized corpora are joined. Padding is dropped.
+
+        Args:
+            ids: `(n,)` int.
+
+        Returns:
+            Str, without line feeds at its ends.
+
+        Raises:
+            ValueError: As `decode`.
+
+        Example:
+
+        >>> words = ["\"", "Well", "-", "a", "-", "day", "!", "\"", "said", "she", "."]
+        >>> vocabulary = keras_moe.data.Vocabulary.from_tokens([words])
+        >>> vocabulary.to_text(vocabulary.encode(words))
+        '"Well-a-day!" said she.'
+        """
         text = " ".join("\n" if t == EOS else t for t in self.decode(ids) if t != PAD)
-        text = re.sub(r" +([,.;:!?’)\]])", r"\1", text)
-        text = re.sub(r"([(\[]) +", r"\1", text)
-        # Straight quotes open and close in turn, afresh on every line.
-        lines = [re.sub(r'" *([^"]*?) *("|$)', r'"\1\2', x) for x in text.split("\n")]
-        return "\n".join(line.strip() for line in lines).strip()
+        for pattern, replacement in _DETOKENIZER:
+            text = pattern.sub(replacement, text)
+        return "\n".join(line.strip(" ") for line in text.split("\n")).strip("\n")
 
     def unigram_log_probs(self) -> np.ndarray:
-        """`(len,)` float64: log frequency with one added to every count.
+        """Log frequencies of the training text, with one added to every count.
 
-        Padding has no probability (`-inf`).
+        Returns:
+            `(len,)` float64, natural logarithms. The probabilities of all ids
+            but `<pad>` sum to 1; that of `<pad>` is 0, its logarithm `-inf`.
         """
         smoothed = self.counts.astype(np.float64) + 1.0
         smoothed[0] = 0.0
@@ -183,40 +275,93 @@ class Vocabulary:
             return np.log(smoothed / smoothed.sum())
 
     def save(self, path: str | Path) -> None:
-        """Writes one `token<TAB>count` a line, UTF-8."""
+        """Writes one `token<TAB>count` a line, UTF-8, in the order of the ids.
+
+        Args:
+            path: Str or path of the file.
+        """
         lines = [f"{t}\t{c}\n" for t, c in zip(self.tokens, self.counts, strict=True)]
-        Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
+        # Lone surrogates, as in file names, are no UTF-8 but must come back too.
+        Path(path).write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
         """Reads what `save` wrote.
 
+        Args:
+            path: Str or path of the file.
+
+        Returns:
+            An equal `Vocabulary`.
+
         Raises:
+            FileNotFoundError: There is no such file.
             ValueError: A line is not `token<TAB>count`.
         """
         tokens, counts = [], []
         # Not splitlines(): tokens may hold other Unicode line separators.
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(path, encoding="utf-8", errors="surrogatepass", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                token, tab, count = line.rstrip("\n").rpartition("\t")
-                if not tab or not count.isdigit():
+                match = _LINE.fullmatch(line)
+                if not match:
                     raise ValueError(
                         f"A vocabulary file must hold token<TAB>count lines. Received: "
-                        f"{line!r} in line {number} of {path}."
+                        f"{line!r} in line {number} of {path}. Write it with `save`."
                     )
-                tokens.append(token)
-                counts.append(int(count))
+                tokens.append(match[1])
+                counts.append(int(match[2]))
         return cls(tokens, counts)
 
+    def _verify_ids(self, ids: Iterable[int], least: int) -> np.ndarray:
+        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
+        if array.ndim != 1:
+            raise ValueError(
+                f"`ids` must have one dimension. Received: shape {array.shape}. "
+                "Pass one row at a time."
+            )
+        if array.size and not least <= array.min() <= array.max() < len(self):
+            raise ValueError(
+                f"`ids` must be within [{least}, {len(self)}). Received: ids from "
+                f"{array.min()} to {array.max()}. Use the ids of this vocabulary."
+            )
+        return array
 
-def unigram_perplexity(vocabulary: Vocabulary, ids: np.ndarray) -> float:
+
+def _verify_no_str(tokens: Any, name: str) -> None:
+    if isinstance(tokens, str):
+        raise ValueError(
+            f"`{name}` must be lists of tokens, not text. Received: {tokens[:40]!r}. "
+            "Split it with `tokenize` first."
+        )
+
+
+def unigram_perplexity(vocabulary: Vocabulary, ids: Iterable[int]) -> float:
     """Perplexity of a stream under the frequencies of the training text.
 
+    `exp(-mean(log p(id)))` with `p` from `Vocabulary.unigram_log_probs`: what a
+    model has to beat that sees no context.
+
     Args:
-        vocabulary: Gives the counts; one is added to each.
+        vocabulary: `Vocabulary`. Gives the counts; one is added to each.
         ids: `(n,)` int token ids, without padding.
 
     Returns:
-        Perplexity, at least 1.
+        Float, at least 1.
+
+    Raises:
+        ValueError: `ids` is empty, holds padding, or an id is outside the
+            vocabulary.
+
+    Example:
+
+    >>> corpus = keras_moe.data.load_text_corpus()
+    >>> round(keras_moe.data.unigram_perplexity(corpus.vocabulary, corpus.test), 1)
+    435.3
     """
-    return float(np.exp(-vocabulary.unigram_log_probs()[np.asarray(ids)].mean()))
+    array = vocabulary._verify_ids(ids, least=1)
+    if not array.size:
+        raise ValueError(
+            "`ids` must hold at least one token. Received: 0 tokens. Pass a stream "
+            "such as `corpus.test`."
+        )
+    return float(np.exp(-vocabulary.unigram_log_probs()[array].mean()))

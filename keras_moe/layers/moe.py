@@ -166,7 +166,7 @@ class MoE(keras.layers.Layer):
         if not self.experts.built:
             self.experts.build((None, features))
         if self.num_experts > 1:  # a single expert has nothing to balance
-            self._balance = BalanceMetric(
+            self.balance = BalanceMetric(
                 self.num_experts, self.capacity_factor is not None, name=self.name
             )
 
@@ -205,7 +205,7 @@ class MoE(keras.layers.Layer):
         if self.load_loss_weight:
             self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
         if self.num_experts > 1:
-            self._balance.record(statistics, plan.overflow)
+            self.balance.record(statistics, plan.overflow)
         return outputs
 
     def _route(self, tokens, mask, training) -> GatingResult:

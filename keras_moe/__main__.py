@@ -1,0 +1,53 @@
+"""`python -m keras_moe COMMAND`: the package's commands."""
+
+import argparse
+import os
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Arguments, the command first. None takes those of the process.
+
+    Returns:
+        Exit status: 0 on success, 2 for bad arguments or input.
+    """
+    # Before TensorFlow is imported: its start-up notes say nothing to a user.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    parser = argparse.ArgumentParser(
+        prog="python -m keras_moe",
+        description="Mixture-of-Experts layers for TensorFlow 2 and Keras 3.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train_lm = commands.add_parser(
+        "train-lm",
+        help="train a Mixture-of-Experts language model, evaluate, export, sample",
+    )
+    # Options are declared without TensorFlow, so that --help answers at once.
+    from keras_moe.commands import options
+
+    options.add_train_lm_options(train_lm)
+    arguments = vars(parser.parse_args(argv))
+    command = arguments.pop("command")
+    if command == "train-lm":
+        from keras_moe.commands import train_lm as train_lm_command
+
+        run = train_lm_command.run
+    try:
+        run(options.TrainLMOptions(**arguments))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. The same command goes on from the last finished epoch.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Options of the commands, declared once: name, default, help text."""
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+
+
+def _option(default, help_text, *, choices=None):
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainLMOptions:
+    """Options of `train-lm`."""
+
+    data_dir: str | None = _option(
+        None,
+        "folder with train, valid and test files (.txt, .txt.gz or .txt.xz); "
+        "default: the embedded Austen corpus",
+    )
+    output_dir: str = _option("runs/language_model", "folder for everything written")
+    tokenizer: str | None = _option(
+        None,
+        "words (raw text) or whitespace (tokenized text); default: words for the "
+        "embedded corpus, whitespace for --data-dir",
+        choices=("words", "whitespace"),
+    )
+    min_count: int = _option(2, "words that occur less often become <unk>")
+    vocabulary_size: int | None = _option(None, "most words to know; default: all")
+    middle: str = _option(
+        "moe",
+        "what stands between the LSTMs: the mixture or a dense baseline",
+        choices=("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none"),
+    )
+    num_experts: int = _option(64, "number of experts")
+    k: int = _option(4, "experts for each token")
+    units: int = _option(128, "width of the model")
+    hidden_units: int = _option(256, "hidden units of an expert")
+    lstm_units: int | None = _option(
+        None, "LSTM cells, projected to --units; default: --units, no projection"
+    )
+    dropout: float = _option(0.4, "fraction of each layer's output that is dropped")
+    loss_weight: float = _option(0.1, "weight of the importance and the load loss")
+    learning_rate: float = _option(0.004, "highest learning rate of Adam")
+    warmup_steps: int = _option(300, "steps over which the learning rate rises")
+    batch_size: int = _option(32, "rows of a batch, each a stream of text")
+    sequence_length: int = _option(32, "time steps of a batch")
+    epochs: int = _option(8, "passes over the training text, at most")
+    patience: int = _option(2, "epochs without a better validation before stopping")
+    seed: int = _option(1, "random seed")
+    baseline: bool = _option(
+        False, "also train a dense model of equal operations and compare"
+    )
+    overwrite: bool = _option(False, "delete what --output-dir holds first")
+    verbose: int = _option(1, "0 silent, 1 progress bar, 2 a line an epoch")
+
+    # Options that may differ when an interrupted run goes on.
+    _FREE = ("output_dir", "overwrite", "verbose", "epochs", "baseline")
+
+    def settings(self) -> dict:
+        """The options that make a run what it is; kept with its checkpoints."""
+        return {k: v for k, v in asdict(self).items() if k not in self._FREE}
+
+
+def add_train_lm_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `train-lm` to a parser."""
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    for item in fields(TrainLMOptions):
+        name = "--" + item.name.replace("_", "-")
+        text = item.metadata["help"]
+        if item.type is bool or isinstance(item.default, bool):
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        if item.default is None:
+            # The text says what happens; "(default: None)" would not.
+            kind = int if "int" in str(item.type) else str
+            parser.add_argument(
+                name,
+                type=kind,
+                choices=item.metadata["choices"],
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+            continue
+        parser.add_argument(
+            name,
+            type=type(item.default),
+            choices=item.metadata["choices"],
+            default=item.default,
+            help=text,
+        )

@@ -1,0 +1,20 @@
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _clean_keras():
+    """Every test starts from the same seed, names and float32 policy."""
+    keras.utils.clear_session()
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(1701)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(6538)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Makes a virtual environment, installs the package with what its tests need, and
+# passes the tests: first the quick ones, then the slow ones.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3.11}"
+venv=.venv-tests
+rm -rf "$venv"
+"$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+export TF_CPP_MIN_LOG_LEVEL=2
+"$venv/bin/python" -m ruff check .
+"$venv/bin/python" -m ruff format --check .
+"$venv/bin/python" -m mypy
+"$venv/bin/python" -m pytest -q -n 2 -m "not slow"
+"$venv/bin/python" -m pytest -q -n 2 -m "slow" --timeout 600
