@@ -38,13 +38,13 @@ class TrainLMOptions:
     lstm_units: int | None = _option(
         None, "LSTM cells, projected to --units; default: --units, no projection"
     )
-    dropout: float = _option(0.4, "fraction of each layer's output that is dropped")
+    dropout: float = _option(0.3, "fraction of each layer's output that is dropped")
     loss_weight: float = _option(0.1, "weight of the importance and the load loss")
     learning_rate: float = _option(0.004, "highest learning rate of Adam")
-    warmup_steps: int = _option(300, "steps over which the learning rate rises")
+    warmup_steps: int = _option(200, "steps over which the learning rate rises")
     batch_size: int = _option(32, "rows of a batch, each a stream of text")
     sequence_length: int = _option(32, "time steps of a batch")
-    epochs: int = _option(8, "passes over the training text, at most")
+    epochs: int = _option(4, "passes over the training text, at most")
     patience: int = _option(2, "epochs without a better validation before stopping")
     seed: int = _option(1, "random seed")
     baseline: bool = _option(

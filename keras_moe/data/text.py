@@ -46,7 +46,7 @@ class TextCorpus:
     Example:
 
     >>> corpus = keras_moe.data.load_text_corpus()
-    >>> corpus.vocabulary.to_text(corpus.train[59:73])
+    >>> corpus.vocabulary.to_text(corpus.train[78:90])
     '"My dear Mr. Bennet," said his lady to'
     >>> corpus.num_steps("test", batch_size=8, sequence_length=35)
     60

@@ -252,7 +252,7 @@ class Vocabulary:
 
         Example:
 
-        >>> words = ["\"", "Well", "-", "a", "-", "day", "!", "\"", "said", "she", "."]
+        >>> words = '" Well - a - day ! " said she .'.split()
         >>> vocabulary = keras_moe.data.Vocabulary.from_tokens([words])
         >>> vocabulary.to_text(vocabulary.encode(words))
         '"Well-a-day!" said she.'

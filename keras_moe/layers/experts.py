@@ -89,7 +89,7 @@ class FeedForwardExperts(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
 
-    def build(self, input_shape, counts_shape=None):
+    def build(self, input_shape):
         features = self._verify_inputs(input_shape)
         sizes = [features, *checks.verify_units(self.hidden_units, "hidden_units")]
         sizes.append(self.output_units or features)
@@ -134,7 +134,7 @@ class FeedForwardExperts(keras.layers.Layer):
             self.activation,
         )
 
-    def compute_output_shape(self, input_shape, counts_shape=None):
+    def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.output_units or input_shape[-1])
 
     def get_config(self):

@@ -76,7 +76,7 @@ class ProjectedLSTMCell(keras.layers.Layer):
         self.state_size = [self.projection_units, self.units]
         self.output_size = self.projection_units
 
-    def build(self, input_shape, states_shape=None):
+    def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.kernel = self.add_weight(
             name="kernel",

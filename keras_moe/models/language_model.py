@@ -233,7 +233,7 @@ class MoELanguageModel(keras.Model):
         return self.softmax(hidden), next_state
 
     def compute_mask(self, inputs, previous_mask=None):
-        return tf.not_equal(inputs, 0)
+        return keras.ops.not_equal(inputs, 0)
 
     def reset_state(self) -> None:
         """Sets the carried states to zero."""

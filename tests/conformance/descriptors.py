@@ -1,0 +1,186 @@
+"""Every public layer once: how to make it and what to feed it.
+
+A new layer adds one row here and is then held to every property of
+`test_conformance.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from keras_moe import layers, models
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """One layer of the table.
+
+    Attributes:
+        name: Name of the row.
+        make: Makes the layer; takes keyword arguments of `keras.layers.Layer`.
+        shape: Shape of an input, the batch dimension first.
+        of: The public class the row stands for.
+        dynamic_axes: Axes that may be unknown when the layer is traced.
+        supports_xla: Whether `jit_compile=True` works.
+        float32_only: Whether the result is float32 under half-precision policies.
+        integer_inputs: Whether inputs are token ids.
+        takes_nothing: Whether a batch may be empty.
+        result: Picks from the outputs the tensor that is compared.
+    """
+
+    name: str
+    make: Callable
+    shape: tuple
+    of: type
+    dynamic_axes: tuple = (0,)
+    supports_xla: bool = False
+    float32_only: bool = False
+    integer_inputs: bool = False
+    takes_nothing: bool = True
+    result: Callable = lambda outputs: outputs
+
+    def inputs(self, batch_size=None, seed=0):
+        shape = list(self.shape)
+        if batch_size is not None:
+            shape[0] = batch_size
+        rng = np.random.default_rng(seed)
+        if self.integer_inputs:
+            return rng.integers(1, 20, size=shape).astype("int32")
+        return rng.normal(size=shape).astype("float32")
+
+
+def _moe(gating, **fixed):
+    def make(**kwargs):
+        experts = layers.FeedForwardExperts(
+            6, hidden_units=8, dtype=kwargs.get("dtype")
+        )
+        return layers.MoE(experts, gating(), **fixed, **kwargs)
+
+    return make
+
+
+def _random_gate(k=2, **kwargs):
+    # Not the default of zeros, so that equal logits do not hide differences.
+    return layers.NoisyTopKGating(
+        k=k,
+        gate_initializer="glorot_normal",
+        noise_initializer="glorot_normal",
+        **kwargs,
+    )
+
+
+def _language_model(**kwargs):
+    moe = layers.MoE(
+        layers.FeedForwardExperts(4, hidden_units=8),
+        _random_gate(),
+        activation="sigmoid",
+    )
+    return models.MoELanguageModel(20, 8, middle=moe, **kwargs)
+
+
+def _gates(outputs):
+    return outputs.gates
+
+
+GATE = {"float32_only": True, "supports_xla": True, "result": _gates}
+
+DESCRIPTORS = [
+    Descriptor(
+        "SoftmaxGating",
+        lambda **kw: layers.SoftmaxGating(
+            num_experts=5, gate_initializer="glorot_normal", **kw
+        ),
+        (7, 4),
+        layers.SoftmaxGating,
+        **GATE,
+    ),
+    Descriptor(
+        "TopKGating",
+        lambda **kw: layers.TopKGating(k=2, num_experts=5, **kw),
+        (7, 4),
+        layers.TopKGating,
+        **GATE,
+    ),
+    Descriptor(
+        "NoisyTopKGating",
+        lambda **kw: _random_gate(num_experts=5, **kw),
+        (7, 4),
+        layers.NoisyTopKGating,
+        **GATE,
+    ),
+    Descriptor(
+        "FeedForwardExperts",
+        lambda **kw: layers.FeedForwardExperts(3, hidden_units=8, **kw),
+        (3, 4, 5),
+        layers.FeedForwardExperts,
+        dynamic_axes=(1,),
+        supports_xla=True,
+    ),
+    Descriptor(
+        "FeedForwardExperts, deep with bias",
+        lambda **kw: layers.FeedForwardExperts(
+            3, [8, 6], output_units=2, activation="tanh", use_bias=True, **kw
+        ),
+        (3, 4, 5),
+        layers.FeedForwardExperts,
+        dynamic_axes=(1,),
+        supports_xla=True,
+    ),
+    Descriptor("MoE", _moe(_random_gate), (3, 5, 4), layers.MoE, dynamic_axes=(0, 1)),
+    Descriptor(
+        "MoE, rank 2, wider output",
+        lambda **kw: layers.MoE(
+            layers.FeedForwardExperts(6, 8, output_units=3), _random_gate(), **kw
+        ),
+        (9, 4),
+        layers.MoE,
+    ),
+    Descriptor(
+        "MoE, softmax gating",
+        _moe(lambda: layers.SoftmaxGating(gate_initializer="glorot_normal")),
+        (3, 2, 2, 4),
+        layers.MoE,
+        dynamic_axes=(0, 1, 2),
+    ),
+    Descriptor(
+        "MoE, top-k", _moe(lambda: layers.TopKGating(k=3)), (3, 5, 4), layers.MoE
+    ),
+    Descriptor(
+        "MoE, k=1 of the full softmax",
+        _moe(lambda: _random_gate(k=1, normalization="all")),
+        (3, 5, 4),
+        layers.MoE,
+    ),
+    Descriptor(
+        "MoE, with capacity",
+        _moe(_random_gate, capacity_factor=3.0),
+        (3, 5, 4),
+        layers.MoE,
+        supports_xla=True,
+    ),
+    Descriptor(
+        "ProjectedLSTMCell",
+        lambda **kw: keras.layers.RNN(
+            layers.ProjectedLSTMCell(6, projection_units=3, dtype=kw.get("dtype")),
+            return_sequences=True,
+            **kw,
+        ),
+        (3, 5, 4),
+        layers.ProjectedLSTMCell,
+        dynamic_axes=(0,),
+        supports_xla=True,
+    ),
+    Descriptor(
+        "MoELanguageModel",
+        _language_model,
+        (3, 5),
+        models.MoELanguageModel,
+        dynamic_axes=(0, 1),
+        float32_only=True,
+        integer_inputs=True,
+        # keras.layers.LSTM itself fails on an empty batch (Keras 3.15).
+        takes_nothing=False,
+    ),
+]
