@@ -9,7 +9,11 @@
 a stream with carried state, resumed, evaluated, exported and reloaded.
 """
 
+import os
 import sys
+
+# TensorFlow's start-up notes say nothing to a reader of this output.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from keras_moe.__main__ import main
 

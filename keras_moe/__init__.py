@@ -1,5 +1,13 @@
 """Mixture-of-Experts layers for TensorFlow 2 and Keras 3."""
 
+import os as _os
+import sys as _sys
+
+if _sys.orig_argv[1:3] == ["-m", "keras_moe"]:
+    # This package is imported before its own `__main__`: only here can the
+    # command line keep TensorFlow's start-up notes off the screen.
+    _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 from keras_moe import (
     data,
     functional,

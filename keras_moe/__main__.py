@@ -1,7 +1,6 @@
 """`python -m keras_moe COMMAND`: the package's commands."""
 
 import argparse
-import os
 import sys
 
 
@@ -14,8 +13,6 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 2 for bad arguments or input.
     """
-    # Before TensorFlow is imported: its start-up notes say nothing to a user.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     parser = argparse.ArgumentParser(
         prog="python -m keras_moe",
         description="Mixture-of-Experts layers for TensorFlow 2 and Keras 3.",

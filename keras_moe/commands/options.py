@@ -44,7 +44,7 @@ class TrainLMOptions:
     warmup_steps: int = _option(200, "steps over which the learning rate rises")
     batch_size: int = _option(32, "rows of a batch, each a stream of text")
     sequence_length: int = _option(32, "time steps of a batch")
-    epochs: int = _option(4, "passes over the training text, at most")
+    epochs: int = _option(3, "passes over the training text, at most")
     patience: int = _option(2, "epochs without a better validation before stopping")
     seed: int = _option(1, "random seed")
     baseline: bool = _option(

@@ -63,8 +63,8 @@ def run(options: TrainLMOptions) -> dict:
     model.save(folder / _MODEL)
     saved_model = serving.export(model, folder / "saved_model")
     written = pictures.draw_history(_read_history(folder), folder / "loss.png")
-    counts = report.pop("counts", None)
-    if counts is not None:
+    if "expert_counts" in report:
+        counts = np.array(report["expert_counts"])
         written += pictures.draw_load(counts, folder / "expert_load.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_report(report)
@@ -152,6 +152,8 @@ def build_model(
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[telemetry.Perplexity()],
     )
+    # Now and not in the first step, so that a file saved before it is complete.
+    model.optimizer.build(model.trainable_variables)
     return model
 
 
@@ -206,6 +208,7 @@ def _fit(model, train, valid, options, folder, best):
                 save_weights_only=True,
                 initial_value_threshold=best,
             ),
+            _NoiseOfEpoch(),
             _History(folder / _HISTORY),
             keras.callbacks.BackupAndRestore(
                 folder / _BACKUP, double_checkpoint=True, delete_checkpoint=False
@@ -215,6 +218,20 @@ def _fit(model, train, valid, options, folder, best):
             ),
         ],
     )
+
+
+class _NoiseOfEpoch(keras.callbacks.Callback):
+    """Sets the random generators of the layers to what belongs to an epoch.
+
+    Keras does not save their states. With the epoch in their counters a run that
+    goes on after an interruption draws the noise it would have drawn without.
+    """
+
+    def on_epoch_begin(self, epoch, logs=None):
+        for variable in self.model.variables:
+            if variable.path.endswith("seed_generator_state"):
+                seed = keras.ops.convert_to_numpy(variable)[0]
+                variable.assign([seed, epoch << 20])
 
 
 class _History(keras.callbacks.Callback):
@@ -266,7 +283,7 @@ def _evaluate(model, corpus, options):
         if layer.num_experts > 1:
             report["max_over_mean_load"] = logs[f"{layer.name}_max_over_mean_load"]
             report["load_cv"] = logs[f"{layer.name}_load_cv"]
-            report["counts"] = layer.balance.counts().numpy()
+            report["expert_counts"] = layer.balance.counts().numpy().tolist()
     return report
 
 

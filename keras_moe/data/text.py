@@ -197,13 +197,13 @@ def load_text_corpus(
             one from the training text alone. Defaults to `None`.
 
     Returns:
-        A `TextCorpus`. A corpus may well be one long line: the stream is cut
-        into rows wherever the lines end.
+        A `TextCorpus`.
 
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
-        ValueError: A file has no tokens, is not UTF-8 or is damaged; there are
-            two forms of one file; an argument is out of range.
+        ValueError: A file has no tokens, is not UTF-8 or is damaged; the
+            training text is a single line; there are two forms of one file; an
+            argument is out of range.
 
     Example:
 
@@ -224,6 +224,14 @@ def load_text_corpus(
         split: _read_codes(path, tokenizer, codes_of)
         for split, path in _find_files(data_dir).items()
     }
+    num_lines = int(np.sum(codes["train"] == codes_of[EOS]))
+    if num_lines < 2:
+        raise ValueError(
+            "The training text must have at least 2 lines: a line is a sentence or a "
+            "paragraph, and its end is a token to be learnt. Received: data_dir="
+            f"{str(data_dir)!r}, {num_lines} line of {codes['train'].size - 1} tokens. "
+            "Put one sentence or paragraph on a line."
+        )
     if vocabulary is None:
         counts = np.bincount(codes["train"], minlength=len(codes_of))
         vocabulary = Vocabulary.from_tokens(

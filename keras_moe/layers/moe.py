@@ -190,7 +190,7 @@ class MoE(keras.layers.Layer):
 
     def _mix(self, tokens, mask, training):
         """`(N, D) -> (N, output_units)`, losses and statistics on the way."""
-        gates, plan, statistics = self._route(tokens, mask, training)
+        gates, plan, statistics, auxiliary_loss = self._route(tokens, mask, training)
         expert_inputs = functional.dispatch(tokens, plan)
         expert_outputs = self.experts(expert_inputs, counts=plan.counts)
         outputs = functional.combine(
@@ -204,23 +204,34 @@ class MoE(keras.layers.Layer):
             )
         if self.load_loss_weight:
             self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
+        if auxiliary_loss is not None:
+            self.add_loss(auxiliary_loss)
         if self.num_experts > 1:
             self.balance.record(statistics, plan.overflow)
         return outputs
 
     def _route(self, tokens, mask, training) -> GatingResult:
-        gates, plan, statistics = self.gating(tokens, mask=mask, training=training)
-        if self.capacity_factor is not None:
-            capacity = functional.expert_capacity(
-                tf.shape(tokens)[0],
-                self.num_experts,
-                plan.positions.shape[-1],
-                self.capacity_factor,
+        result = self.gating(tokens, mask=mask, training=training)
+        if self.capacity_factor is None:
+            return result
+        plan = result.plan
+        if plan.positions.shape.rank != 2:
+            raise ValueError(
+                f"{self.name}: `capacity_factor` needs a gate that gives every token "
+                f"the same number of experts. Received: capacity_factor="
+                f"{self.capacity_factor} with {type(self.gating).__name__}. Leave "
+                "`capacity_factor` out."
             )
-            plan = functional.make_capacity_plan(
-                plan.expert_indices, self.num_experts, capacity, mask
-            )
-        return GatingResult(gates, plan, statistics)
+        capacity = functional.expert_capacity(
+            tf.shape(tokens)[0],
+            self.num_experts,
+            plan.positions.shape[-1],
+            self.capacity_factor,
+        )
+        plan = functional.make_capacity_plan(
+            plan.expert_indices, self.num_experts, capacity, mask
+        )
+        return result._replace(plan=plan)
 
     def route(self, inputs, training: bool = False) -> GatingResult:
         """Which experts take which tokens, without running them.
@@ -232,7 +243,8 @@ class MoE(keras.layers.Layer):
 
         Returns:
             A `GatingResult` over the flattened tokens: `gates` and
-            `plan.expert_indices` are `(tokens, k)`.
+            `plan.expert_indices` are `(tokens, k)`, or `(assignments,)` for a
+            gate that gives tokens different numbers of experts.
         """
         inputs = tf.convert_to_tensor(inputs)
         if not self.built:

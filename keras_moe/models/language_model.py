@@ -93,6 +93,7 @@ class MoELanguageModel(keras.Model):
         lstm_units: int | None = None,
         dropout: float = 0.1,
         stateful: bool = False,
+        name: str = "moe_language_model",
         **kwargs: Any,
     ):
         vocabulary_size = checks.verify_positive_int(vocabulary_size, "vocabulary_size")
@@ -100,7 +101,7 @@ class MoELanguageModel(keras.Model):
         if lstm_units is not None:
             lstm_units = checks.verify_positive_int(lstm_units, "lstm_units")
         dropout = checks.verify_rate(dropout, "dropout")
-        super().__init__(**kwargs)
+        super().__init__(name=name, **kwargs)
         self.vocabulary_size = vocabulary_size
         self.units = units
         self.lstm_units = lstm_units

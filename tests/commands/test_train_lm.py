@@ -1,0 +1,176 @@
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_moe.__main__ import main
+from keras_moe.commands import train_lm
+from keras_moe.commands.options import TrainLMOptions
+
+WORDS = [f"w{i}" for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Sentences in which every word tells the next: w3 w4 w5 ..."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for split, lines in (("train", 120), ("valid", 30), ("test", 30)):
+        starts = rng.integers(0, 20, size=lines)
+        text = [" ".join(WORDS[(s + i) % 20] for i in range(6)) for s in starts]
+        (folder / f"{split}.txt").write_text("\n".join(text) + "\n")
+    return folder
+
+
+def small(data_dir, folder, **changes):
+    return TrainLMOptions(
+        **{
+            "data_dir": str(data_dir),
+            "output_dir": str(folder),
+            "min_count": 1,
+            "num_experts": 4,
+            "k": 2,
+            "units": 16,
+            "hidden_units": 16,
+            "dropout": 0.0,
+            "learning_rate": 0.03,
+            "warmup_steps": 5,
+            "batch_size": 8,
+            "sequence_length": 7,
+            "epochs": 3,
+            "verbose": 0,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_job(data_dir, tmp_path, capsys):
+    folder = tmp_path / "run"
+    report = train_lm.run(small(data_dir, folder, baseline=True))
+    assert report["test_perplexity"] < 0.5 * report["unigram_test_perplexity"]
+    assert report["baseline_test_perplexity"] < report["unigram_test_perplexity"]
+    assert report["max_over_mean_load"] >= 1.0
+    printed = capsys.readouterr().out
+    for text in ("unigram", "max/mean", "Sampled", "model.keras", "Which experts"):
+        assert text in printed
+    for name in ("loss.png", "expert_load.png", "vocabulary.tsv", "report.json"):
+        assert (folder / name).stat().st_size > 0
+    # The counts of a test text of 30 * 7 tokens, k=2 experts each.
+    assert sum(report["expert_counts"]) == 30 * 7 * 2
+    model = keras.saving.load_model(folder / "model.keras")
+    tokens = np.array([[2, 3, 4], [3, 0, 0]], "int32")
+    # The SavedModel loads where neither Keras nor this package can be imported.
+    script = f"""
+import sys
+sys.modules["keras"] = sys.modules["keras_moe"] = None
+import numpy as np, tensorflow as tf
+loaded = tf.saved_model.load({str(folder / "saved_model" / "1")!r})
+outputs = loaded.signatures["serving_default"](inputs=tf.constant({tokens.tolist()}))
+np.save({str(tmp_path / "logits.npy")!r}, outputs["outputs"].numpy())
+scores = loaded.signatures["score"](inputs=tf.constant({tokens.tolist()}))
+np.save({str(tmp_path / "scores.npy")!r}, scores["token_log_probs"].numpy())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    model.stateful = False
+    logits = model(tokens)
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits, atol=1e-5)
+    shifted = model(np.array([[2, 2, 3], [2, 3, 0]], "int32"))
+    expected = tf.gather(tf.nn.log_softmax(shifted), tokens, axis=-1, batch_dims=2)
+    expected = np.where(tokens == 0, 0.0, expected)
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-5)
+
+
+class _Interrupt(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    data_dir, tmp_path, monkeypatch
+):
+    options = {"dropout": 0.2, "epochs": 3}
+    whole = train_lm.run(small(data_dir, tmp_path / "whole", **options))
+    interrupted = small(data_dir, tmp_path / "broken", **options)
+    fit = keras.Model.fit
+
+    def fit_until_interrupted(self, *args, callbacks, **kwargs):
+        return fit(self, *args, callbacks=[*callbacks, _Interrupt()], **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Model, "fit", fit_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_lm.run(interrupted)
+    resumed = train_lm.run(interrupted)
+    assert resumed["test_perplexity"] == pytest.approx(
+        whole["test_perplexity"], rel=1e-5
+    )
+    history = (tmp_path / "broken" / "history.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in history] == ["epoch", "0.0", "1.0", "2"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_trained_again(data_dir, tmp_path, capsys):
+    options = small(data_dir, tmp_path / "run", epochs=1)
+    first = train_lm.run(options)
+    again = train_lm.run(options)
+    assert "holds a trained model" in capsys.readouterr().out
+    assert again["test_perplexity"] == first["test_perplexity"]
+    assert (tmp_path / "run" / "saved_model" / "2").is_dir()
+
+
+def test_a_run_with_other_settings_is_refused(data_dir, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    options = small(data_dir, folder)
+    (folder / "settings.json").write_text(json.dumps(options.settings()))
+    other = small(data_dir, folder, units=32, k=1)
+    with pytest.raises(ValueError, match="k: 2 there, 1 now, units: 16 there, 32 now"):
+        train_lm.run(other)
+    assert folder.exists()
+
+
+def test_a_folder_of_other_files_is_refused_and_kept(data_dir, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        train_lm.run(small(data_dir, tmp_path, overwrite=True))
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 9}, r"k=9, num_experts=4"),
+        ({"k": 0}, r"k=0"),
+        ({"epochs": 0}, r"epochs=0"),
+        ({"batch_size": 0}, r"batch_size=0"),
+        ({"learning_rate": 0.0}, r"learning_rate=0.0"),
+        ({"dropout": 1.0}, r"dropout=1.0"),
+        ({"loss_weight": -1.0}, r"-1.0"),
+    ],
+)
+def test_bad_options_are_refused(data_dir, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_lm.run(small(data_dir, tmp_path / "run", **changes))
+
+
+def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
+    status = main(["train-lm", "--data-dir", str(tmp_path / "nowhere")])
+    assert status == 2
+    assert "error: `data_dir` must be a folder" in capsys.readouterr().err
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train-lm", "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("--data-dir", "--num-experts", "--baseline", "--overwrite"):
+        assert name in printed
+    assert "None" not in printed
