@@ -74,11 +74,11 @@ class GatingResult(NamedTuple):
         gates: float, shape of `plan.positions`. Weight of each assignment.
         plan: The `DispatchPlan`.
         statistics: The `GateStatistics` of the batch.
-        auxiliary_loss: `()` float, a loss of the gate's own, weighted; the
-            surrounding layer adds it as it is. None if there is none.
+        auxiliary_losses: Losses of the gate's own, each `()` float and weighted
+            already; the surrounding layer adds them as they are. Usually none.
     """
 
     gates: tf.Tensor
     plan: DispatchPlan
     statistics: GateStatistics
-    auxiliary_loss: tf.Tensor | None = None
+    auxiliary_losses: tuple[tf.Tensor, ...] = ()

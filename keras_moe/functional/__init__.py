@@ -1,5 +1,12 @@
 """The maths of the paper as pure functions: tensors in, tensors out."""
 
+from keras_moe.functional.balancing import (
+    batchwise_mask,
+    masked_gating,
+    threshold_loss,
+    threshold_mask,
+    tokens_per_expert,
+)
 from keras_moe.functional.dispatch import (
     combine,
     dispatch,
@@ -16,6 +23,10 @@ from keras_moe.functional.gating import (
     softmax_gating,
     top_k_gating,
 )
+from keras_moe.functional.hierarchical import (
+    hierarchical_gates,
+    hierarchical_load,
+)
 from keras_moe.functional.losses import (
     cv_squared,
     expert_counts,
@@ -27,12 +38,15 @@ from keras_moe.functional.losses import (
 )
 
 __all__ = [
+    "batchwise_mask",
     "combine",
     "cv_squared",
     "dispatch",
     "expert_capacity",
     "expert_counts",
     "feed_forward_experts",
+    "hierarchical_gates",
+    "hierarchical_load",
     "importance",
     "importance_loss",
     "load",
@@ -40,10 +54,14 @@ __all__ = [
     "make_capacity_plan",
     "make_dispatch_plan",
     "make_gating_result",
+    "masked_gating",
     "max_over_mean",
     "noise_stddev",
     "noisy_logits",
     "prob_in_top_k",
     "softmax_gating",
+    "threshold_loss",
+    "threshold_mask",
+    "tokens_per_expert",
     "top_k_gating",
 ]

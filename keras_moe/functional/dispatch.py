@@ -17,15 +17,19 @@ def make_gating_result(
     expert_indices: tf.Tensor,
     num_experts: int,
     *,
+    token_indices: tf.Tensor | None = None,
     load: tf.Tensor | None = None,
     mask: tf.Tensor | None = None,
 ) -> GatingResult:
     """Wraps chosen experts and their gates into what a gating layer returns.
 
     Args:
-        gates: `(N, K)` float.
-        expert_indices: `(N, K)` int32 within [0, E).
+        gates: Float, `(N, K)`, or `(M,)` if tokens have different numbers of
+            experts.
+        expert_indices: int32 within [0, E), shape of `gates`.
         num_experts: E.
+        token_indices: `(M,)` int32, ascending: the token of each assignment.
+            Only for gates of shape `(M,)`.
         load: `(E,)` float, a smooth load that carries a gradient. None takes
             the hard counts.
         mask: `(N,)` bool or None. Tokens marked False are left out of the
@@ -33,19 +37,26 @@ def make_gating_result(
 
     Returns:
         A `GatingResult` with a dropless plan over all N tokens.
+
+    Raises:
+        ValueError: The ranks do not fit, see `make_dispatch_plan`.
     """
     counted = expert_indices
     if mask is not None:
-        counted = tf.where(mask[:, tf.newaxis], expert_indices, -1)
+        kept = (
+            mask[:, tf.newaxis]
+            if token_indices is None
+            else tf.gather(mask, token_indices)
+        )
+        counted = tf.where(kept, expert_indices, -1)
     counts = losses.expert_counts(counted, num_experts)
     statistics = GateStatistics(
         importance=losses.importance(gates, counted, num_experts),
         load=tf.cast(counts, gates.dtype) if load is None else load,
         counts=counts,
     )
-    return GatingResult(
-        gates, make_dispatch_plan(expert_indices, num_experts), statistics
-    )
+    plan = make_dispatch_plan(expert_indices, num_experts, token_indices)
+    return GatingResult(gates, plan, statistics)
 
 
 def make_dispatch_plan(

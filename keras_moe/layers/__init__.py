@@ -1,12 +1,19 @@
 """Keras layers."""
 
+from keras_moe.layers.balanced_gating import BalancedGating
+from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
+from keras_moe.layers.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.recurrent import ProjectedLSTMCell
 
 __all__ = [
+    "BalancedGating",
+    "ExpertList",
     "FeedForwardExperts",
+    "HierarchicalGating",
+    "HierarchicalMoE",
     "MoE",
     "NoisyTopKGating",
     "ProjectedLSTMCell",

@@ -31,6 +31,9 @@ class FeedForwardExperts(keras.layers.Layer):
             gets its own draw, with the fans of a single expert. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initial value of the biases. Defaults to `"zeros"`.
+        recompute: Bool. Whether hidden activations are computed again in the
+            backward pass instead of being kept (appendix D): same gradients,
+            less memory, more operations. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor, `(rows, features)` sorted by expert, or
@@ -74,6 +77,7 @@ class FeedForwardExperts(keras.layers.Layer):
         use_bias: bool = False,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
+        recompute: bool = False,
         **kwargs: Any,
     ):
         num_experts = checks.verify_positive_int(num_experts, "num_experts")
@@ -88,6 +92,7 @@ class FeedForwardExperts(keras.layers.Layer):
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.recompute = bool(recompute)
 
     def build(self, input_shape):
         features = self._verify_inputs(input_shape)
@@ -132,6 +137,7 @@ class FeedForwardExperts(keras.layers.Layer):
             [tf.convert_to_tensor(bias) for bias in self.biases] or None,
             counts,
             self.activation,
+            self.recompute,
         )
 
     def compute_output_shape(self, input_shape):
@@ -147,4 +153,5 @@ class FeedForwardExperts(keras.layers.Layer):
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "recompute": self.recompute,
         }

@@ -190,7 +190,7 @@ class MoE(keras.layers.Layer):
 
     def _mix(self, tokens, mask, training):
         """`(N, D) -> (N, output_units)`, losses and statistics on the way."""
-        gates, plan, statistics, auxiliary_loss = self._route(tokens, mask, training)
+        gates, plan, statistics, auxiliary_losses = self._route(tokens, mask, training)
         expert_inputs = functional.dispatch(tokens, plan)
         expert_outputs = self.experts(expert_inputs, counts=plan.counts)
         outputs = functional.combine(
@@ -204,8 +204,8 @@ class MoE(keras.layers.Layer):
             )
         if self.load_loss_weight:
             self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
-        if auxiliary_loss is not None:
-            self.add_loss(auxiliary_loss)
+        for loss in auxiliary_losses:
+            self.add_loss(loss)
         if self.num_experts > 1:
             self.balance.record(statistics, plan.overflow)
         return outputs
@@ -311,7 +311,7 @@ def _share_num_experts(gating, experts):
             f"{experts.num_experts}. Leave it out of the gate, or make them equal; "
             "a gate cannot be shared by layers with different numbers of experts."
         )
-    if getattr(gating, "k", None) is not None:
+    if isinstance(getattr(gating, "k", None), int):
         checks.verify_k(gating.k, experts.num_experts)
 
 

@@ -71,6 +71,19 @@ def _random_gate(k=2, **kwargs):
     )
 
 
+def _expert_list(**kwargs):
+    dense = keras.layers.Dense(6, dtype=kwargs.get("dtype"))
+    deep = keras.Sequential(
+        [
+            keras.layers.Dense(4, "tanh", dtype=kwargs.get("dtype")),
+            keras.layers.Dropout(0.2, dtype=kwargs.get("dtype")),
+            keras.layers.Dense(6, dtype=kwargs.get("dtype")),
+        ]
+    )
+    other = keras.layers.Dense(6, "relu", dtype=kwargs.get("dtype"))
+    return layers.ExpertList([dense, deep, other], **kwargs)
+
+
 def _language_model(**kwargs):
     moe = layers.MoE(
         layers.FeedForwardExperts(4, hidden_units=8),
@@ -159,6 +172,51 @@ DESCRIPTORS = [
         (3, 5, 4),
         layers.MoE,
         supports_xla=True,
+    ),
+    Descriptor(
+        "FeedForwardExperts, recomputed",
+        lambda **kw: layers.FeedForwardExperts(3, hidden_units=8, recompute=True, **kw),
+        (3, 4, 5),
+        layers.FeedForwardExperts,
+        dynamic_axes=(1,),
+        supports_xla=True,
+    ),
+    Descriptor(
+        "ExpertList",
+        _expert_list,
+        (3, 4, 5),
+        layers.ExpertList,
+        dynamic_axes=(1,),
+        supports_xla=True,
+    ),
+    Descriptor(
+        "HierarchicalGating",
+        lambda **kw: layers.HierarchicalGating(
+            3,
+            (2, 1),
+            num_experts=6,
+            primary_gating=_random_gate(),
+            gate_initializer="glorot_normal",
+            noise_initializer="glorot_normal",
+            **kw,
+        ),
+        (7, 4),
+        layers.HierarchicalGating,
+        float32_only=True,
+        result=_gates,
+    ),
+    Descriptor(
+        "HierarchicalMoE",
+        lambda **kw: layers.HierarchicalMoE(
+            layers.FeedForwardExperts(6, hidden_units=8, dtype=kw.get("dtype")),
+            num_groups=3,
+            k=(2, 1),
+            primary_gating=_random_gate(),
+            **kw,
+        ),
+        (3, 5, 4),
+        layers.HierarchicalMoE,
+        dynamic_axes=(0, 1),
     ),
     Descriptor(
         "ProjectedLSTMCell",

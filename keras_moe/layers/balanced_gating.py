@@ -1,0 +1,171 @@
+"""The strictly balanced gate of appendix F."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks, functional
+from keras_moe.layers.gating import _Gating
+from keras_moe.types import GatingResult
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class BalancedGating(_Gating):
+    """A gate (router) that gives every expert the same number of tokens.
+
+    $G(x)_i = \\frac{G_\\sigma(x)_i M_i}{\\sum_j G_\\sigma(x)_j M_j}$ (16) with
+    $G_\\sigma(x) = \\mathrm{Softmax}(x W_g)$ (15)
+
+    In training the mask M keeps the m largest values of every expert over the
+    batch (18), $m = k |X| / n$: the load is exactly equal, and no balancing loss
+    is needed for it. At inference it keeps the values above a threshold of the
+    expert (19), so that a token's gates do not depend on the other tokens. The
+    thresholds are trained to select what the batchwise mask selects (20).
+
+    A token has k experts on average only. It may have more, or none: then its
+    output of the mixture is zero.
+
+    The batchwise mask looks across the batch and across time steps. In a causal
+    language model later tokens influence the selection in training, so trust
+    the loss of evaluation, where thresholds select, rather than that of training.
+
+    Paper: these choices are open there. m is rounded to the nearest whole
+    number, at least 1. A token without experts gets zero. Thresholds start at
+    `1 / num_experts`, the mean of the softmax. The threshold loss is divided by
+    the number of tokens and trains the thresholds alone; neither it nor the masks
+    give the gate a gradient. `gate_kernel` does not start at zero: all tokens
+    would tie, and the first m of the batch go to every expert. There is no noise.
+
+    Args:
+        k: Int. Experts for each token on average. Defaults to `4`.
+        num_experts: Int or None. Number of experts; None takes it from the
+            experts of the surrounding `MoE`. Defaults to `None`.
+        threshold_loss_weight: Float. Weight of the threshold loss (equation
+            20), divided by the number of tokens. With 0 the thresholds stay
+            where they are. Defaults to `1.0`.
+        gate_initializer: Initial value of `gate_kernel`. None means a normal
+            distribution of standard deviation 0.02. Defaults to `None`.
+
+    Call arguments:
+        inputs: Float tensor `(tokens, features)`.
+        mask: Bool tensor `(tokens,)` or None. Tokens marked False are neither
+            routed nor counted, nor do they enter m.
+        training: Bool. True selects with the batchwise mask, otherwise the
+            thresholds do.
+
+    Input shape:
+        `(tokens, features)`.
+
+    Output shape:
+        A `GatingResult`: gates `(assignments,)` float32 in the order of the
+        tokens, the dispatch plan, the statistics, the losses. The number of
+        assignments is `m * num_experts` in training and depends on the data at
+        inference.
+
+    Losses and state:
+        Weights `gate_kernel` of shape `(features, num_experts)`, no bias, and
+        `thresholds` of shape `(num_experts,)`. In training `auxiliary_losses`
+        holds the threshold loss, which the surrounding `MoE` adds; at inference
+        it is empty, since the masks would need the batch: the loss of an
+        evaluation is without it. The load is a hard count and constant in
+        training, so a load loss has no gradient: set `load_loss_weight=0` in
+        `MoE`. An importance loss does have one. Under a distribution strategy
+        each replica balances its own part of the batch.
+
+    Raises:
+        ValueError: `k` is below 1 or above `num_experts`;
+            `threshold_loss_weight` is negative; `num_experts` is unknown when
+            built; inputs are not `(tokens, features)`. `MoE` refuses a
+            `capacity_factor` with this gate.
+
+    XLA: shapes depend on the data, so the layer tells Keras not to compile it.
+
+    Mixed precision: gate maths runs in float32 under every policy.
+
+    Example:
+
+    >>> gating = keras_moe.layers.BalancedGating(k=2, num_experts=4)
+    >>> inputs = np.random.default_rng(0).normal(size=(6, 8))
+    >>> result = gating(inputs, training=True)  # m = 2 * 6 / 4
+    >>> result.statistics.counts.numpy().tolist()
+    [3, 3, 3, 3]
+
+    Reference:
+        Shazeer et al. 2017, appendix F.
+    """
+
+    def __init__(
+        self,
+        k: int = 4,
+        num_experts: int | None = None,
+        *,
+        threshold_loss_weight: float = 1.0,
+        gate_initializer: Any = None,
+        **kwargs: Any,
+    ):
+        k = checks.verify_k(k, num_experts)
+        threshold_loss_weight = checks.verify_weight(
+            threshold_loss_weight, "threshold_loss_weight"
+        )
+        if gate_initializer is None:
+            gate_initializer = keras.initializers.RandomNormal(stddev=0.02)
+        super().__init__(num_experts, gate_initializer=gate_initializer, **kwargs)
+        self.k = k
+        self.threshold_loss_weight = threshold_loss_weight
+        # The number of assignments depends on the data, which XLA cannot compile.
+        self.supports_jit = False
+
+    def _verify_against_num_experts(self):
+        checks.verify_k(self.k, self.num_experts)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.thresholds = self.add_weight(
+            name="thresholds",
+            shape=(self.num_experts,),
+            initializer=keras.initializers.Constant(1.0 / self.num_experts),
+        )
+
+    def call(self, inputs, mask=None, training=None) -> GatingResult:
+        real = None
+        if mask is not None:
+            # Padding must not compete with real tokens for a place.
+            real = tf.cast(tf.where(mask)[:, 0], tf.int32)
+            inputs = tf.gather(inputs, real)
+        logits = tf.matmul(inputs, self.gate_kernel)
+        selected, losses = self._select(functional.softmax_gating(logits), training)
+        assignments = tf.where(selected)  # (M, 2), in the order of the tokens
+        token_indices, expert_indices = tf.unstack(
+            tf.cast(assignments, tf.int32), axis=1
+        )
+        if real is not None:
+            token_indices = tf.gather(real, token_indices)
+        result = functional.make_gating_result(
+            tf.gather_nd(functional.masked_gating(logits, selected), assignments),
+            expert_indices,
+            self.num_experts,
+            token_indices=token_indices,
+        )
+        return result._replace(auxiliary_losses=losses)
+
+    def _select(self, softmax_gates, training):
+        """The mask `(N, E)` and the losses that come with it."""
+        thresholds = tf.convert_to_tensor(self.thresholds)
+        if not training:
+            return functional.threshold_mask(softmax_gates, thresholds), ()
+        num_tokens = tf.shape(softmax_gates)[0]
+        m = functional.tokens_per_expert(num_tokens, self.num_experts, self.k)
+        selected = functional.batchwise_mask(softmax_gates, m)
+        if not self.threshold_loss_weight:
+            return selected, ()
+        loss = functional.threshold_loss(softmax_gates, thresholds, m)
+        mean = loss / tf.cast(tf.maximum(num_tokens, 1), loss.dtype)
+        return selected, (self.threshold_loss_weight * mean,)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "k": self.k,
+            "threshold_loss_weight": self.threshold_loss_weight,
+        }

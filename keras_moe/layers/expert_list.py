@@ -1,0 +1,164 @@
+"""Any Keras layers as experts."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class ExpertList(keras.layers.Layer):
+    """Experts that are Keras layers of any kind, alike or different.
+
+    Each layer is called on the rows of its own tokens, a batch
+    `(tokens, features)`; `training` is passed on. A layer that works on more
+    axes takes its tokens through a `keras.Sequential` that begins with
+    `Reshape`. Experts of one feed-forward shape run faster as
+    `FeedForwardExperts`.
+
+    An expert without tokens in a batch is called on one row of zeros whose
+    answer is thrown away, since many layers fail on an empty batch.
+
+    Args:
+        experts: Sequence of layers, models or `Sequential`s, each with inputs
+            `(tokens, features)`, all with outputs `(tokens, output_units)`. No
+            layer may stand in it twice.
+
+    Call arguments:
+        inputs: Float tensor, `(rows, features)` sorted by expert, or
+            `(num_experts, capacity, features)`.
+        counts: int32 tensor `(num_experts,)`: rows of each expert. Needed for
+            inputs of rank 2.
+        training: Bool. Passed on to every expert that takes it.
+
+    Input shape:
+        `(rows, features)` or `(num_experts, capacity, features)`.
+
+    Output shape:
+        The same with `output_units` in place of `features`.
+
+    Losses and state:
+        Those of the experts. With a capacity, experts see the zeros in their
+        empty slots too; that matters for layers with batch statistics only.
+
+    Raises:
+        ValueError: There is no expert, something is not a layer or stands in
+            the list twice; output shapes differ or are not `(tokens,
+            output_units)`; `counts` is missing.
+
+    Example:
+
+    >>> experts = keras_moe.layers.ExpertList(
+    ...     [keras.layers.Dense(8), keras.layers.Dense(8, activation="tanh")]
+    ... )
+    >>> layer = keras_moe.layers.MoE(experts, keras_moe.layers.NoisyTopKGating(k=1,
+    ...     normalization="all"))
+    >>> layer(np.ones((5, 8), "float32")).shape.as_list()
+    [5, 8]
+
+    Reference:
+        Shazeer et al. 2017, section 2: experts only need equal sizes of input
+        and output.
+    """
+
+    def __init__(self, experts: Sequence[keras.layers.Layer], **kwargs: Any):
+        super().__init__(**kwargs)
+        experts = list(experts)
+        if not experts:
+            raise ValueError(
+                "`experts` must hold at least one layer. Received: experts=[]."
+            )
+        for expert in experts:
+            if not isinstance(expert, keras.layers.Layer):
+                raise ValueError(
+                    f"`experts` must be Keras layers. Received: {expert!r}."
+                )
+        if len({id(expert) for expert in experts}) < len(experts):
+            names = [expert.name for expert in experts]
+            raise ValueError(
+                "`experts` must be different layers, or they would share their "
+                f"weights. Received a layer more than once: {names}."
+            )
+        self.experts = experts
+        self.supports_jit = all(expert.supports_jit for expert in experts)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return len(self.experts)
+
+    def build(self, input_shape):
+        features = checks.verify_input_shape(input_shape, type(self).__name__)
+        for expert in self.experts:
+            if not expert.built:
+                expert.build((None, features))
+        self._output_units(features)
+
+    def call(self, inputs, counts=None, training=None):
+        if inputs.shape.rank == 3:
+            parts = tf.unstack(inputs, num=self.num_experts)
+            return tf.stack(
+                [
+                    self._run(expert, part, training)
+                    for expert, part in zip(self.experts, parts, strict=True)
+                ]
+            )
+        if counts is None:
+            raise ValueError(
+                "`counts` is needed for inputs of rank 2, to know which rows are "
+                f"whose. Received: inputs.shape={inputs.shape}, counts=None."
+            )
+        outputs = []
+        parts = tf.split(inputs, counts, num=self.num_experts)
+        for expert, part in zip(self.experts, parts, strict=True):
+            rows = tf.shape(part)[0]
+            missing = tf.cast(rows == 0, tf.int32)
+            part = tf.pad(part, [[0, missing], [0, 0]])
+            outputs.append(self._run(expert, part, training)[:rows])
+        return tf.concat(outputs, axis=0)
+
+    def _run(self, expert, rows, training):
+        rows = tf.ensure_shape(rows, (None, rows.shape[-1]))
+        if "training" in inspect.signature(expert.call).parameters:
+            return expert(rows, training=training)
+        return expert(rows)
+
+    def _output_units(self, features):
+        shapes = [
+            tuple(
+                expert.compute_output_spec(
+                    keras.KerasTensor((None, features), self.compute_dtype)
+                ).shape
+            )
+            for expert in self.experts
+        ]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 2 or shapes[0][-1] is None:
+            listed = ", ".join(
+                f"{e.name}: {s}" for e, s in zip(self.experts, shapes, strict=True)
+            )
+            raise ValueError(
+                "All `experts` must map (tokens, features) to one shape (tokens, "
+                f"output_units). Received outputs {listed} for features={features}."
+            )
+        return shapes[0][-1]
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self._output_units(input_shape[-1]))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "experts": [keras.saving.serialize_keras_object(e) for e in self.experts],
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        experts = [
+            keras.saving.deserialize_keras_object(expert)
+            for expert in config["experts"]
+        ]
+        return cls(**{**config, "experts": experts})
