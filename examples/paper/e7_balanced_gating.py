@@ -20,7 +20,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
-import topic_bigram
 from topic_bigram import build_model, evaluate, make_moe, make_task, train
 
 from keras_moe.layers import BalancedGating, NoisyTopKGating
@@ -55,7 +54,7 @@ def main():
             evaluation_steps=evaluation_steps,
         )
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        reports[name] |= experts_per_token(models[name], task)
+        reports[name] |= experts_per_token(models[name], task, evaluation_steps)
 
     model = models["balanced"]
     trained = model.get_layer("moe").gating.thresholds
@@ -63,7 +62,7 @@ def main():
     trained.assign(0.5 * learned)
     name = "balanced, thresholds halved"
     reports[name] = evaluate(model, task, steps=evaluation_steps)
-    reports[name] |= experts_per_token(model, task)
+    reports[name] |= experts_per_token(model, task, evaluation_steps)
     trained.assign(learned)
 
     columns = list(reports["balanced"])
@@ -77,17 +76,19 @@ def main():
         check(reports, arguments.k)
 
 
-def experts_per_token(model, task):
+def experts_per_token(model, task, batches):
     """Mean number of experts of a token at inference, and the share without one."""
-    (topics, tokens), _ = next(iter(task.dataset(1, seed=777_777)))
     moe = model.get_layer("moe")
     inputs_of_moe = keras.Model(model.inputs, moe.input)
-    plan = moe.route(inputs_of_moe([topics, tokens])).plan
-    number = np.zeros(topic_bigram.BATCH_SIZE * topic_bigram.TIME)
-    np.add.at(number, plan.token_indices.numpy(), 1)
+    numbers = []
+    for (topics, tokens), _ in task.dataset(batches, seed=777_777):
+        plan = moe.route(inputs_of_moe([topics, tokens])).plan
+        numbers.append(
+            np.bincount(plan.token_indices, minlength=tokens.shape.num_elements())
+        )
     return {
-        "experts_per_token": float(number.mean()),
-        "without_expert": float(np.mean(number == 0)),
+        "experts_per_token": float(np.mean(numbers)),
+        "without_expert": float(np.mean(np.equal(numbers, 0))),
     }
 
 

@@ -63,7 +63,8 @@ def batchwise_mask(gates: tf.Tensor, m: tf.Tensor | int) -> tf.Tensor:
     Reference:
         Shazeer et al. 2017, equation 18.
     """
-    columns_EN = tf.transpose(_verify_gates(gates))
+    gates = _verify_gates(gates)
+    columns_EN = tf.transpose(gates)
     num_experts, num_tokens = tf.unstack(tf.shape(columns_EN))
     m = tf.minimum(tf.cast(m, tf.int32), num_tokens)
     _, tokens_Em = tf.math.top_k(columns_EN, k=m)

@@ -10,6 +10,13 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.recurrent import ProjectedLSTMCell
+from keras_moe.models.language_model_checks import (
+    as_layers,
+    state_sizes,
+    verify_tokens,
+    verify_width,
+)
+from keras_moe.models.routing import routing_of
 from keras_moe.models.sampling import sample_tokens
 from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
 
@@ -50,7 +57,7 @@ class MoELanguageModel(keras.Model):
         training: Bool. Whether to apply dropout and the gates' noise.
 
     Input shape:
-        `(batch, time)`. With `stateful` the batch size must be static.
+        `(batch, time)`. With `stateful` all batches of a stream have one size.
 
     Output shape:
         Logits `(batch, time, vocabulary_size)`, float32 under every policy.
@@ -63,8 +70,9 @@ class MoELanguageModel(keras.Model):
 
     Raises:
         ValueError: A size or rate is out of range; inputs are not integers of
-            rank 2; a recurrent middle layer does not return its state; a
-            stateful model is given an unknown batch size.
+            rank 2; a recurrent middle layer does not return its state.
+        tf.errors.InvalidArgumentError: With `stateful`, the batch size changes
+            within a stream.
 
     Example:
 
@@ -107,7 +115,7 @@ class MoELanguageModel(keras.Model):
         self.lstm_units = lstm_units
         self.dropout = dropout
         self.stateful = bool(stateful)
-        self.middle = _as_list(middle)
+        self.middle = as_layers(middle)
         self.embedding = keras.layers.Embedding(
             vocabulary_size, units, name="embedding"
         )
@@ -152,28 +160,18 @@ class MoELanguageModel(keras.Model):
             if not layer.built:
                 layer.build(shape)
             if isinstance(layer, MoE):
-                _verify_width(layer.compute_output_shape(shape)[-1], layer, self.units)
+                verify_width(layer.compute_output_shape(shape)[-1], layer, self.units)
         self.softmax.build(shape)
         self.built = True
 
     def call(self, inputs, training=None):
-        _verify_tokens(inputs)
+        verify_tokens(inputs)
+        state = self.initial_state(tf.shape(inputs)[0])
         if not self.stateful:
-            return self._run(inputs, self.initial_state(tf.shape(inputs)[0]), training)[
-                0
-            ]
-        batch_size = inputs.shape[0]
-        if batch_size is None:
-            raise ValueError(
-                "A stateful MoELanguageModel needs a static batch size. Received: "
-                f"inputs.shape={inputs.shape}. Use `TextCorpus.dataset`, or batch "
-                "with `drop_remainder=True`, or set `stateful` to False."
-            )
-        state = self._stream_state.read(
-            batch_size, lambda: self.initial_state(batch_size)
-        )
+            return self._run(inputs, state, training)[0]
+        state = self._stream_state.read(state)
         logits, state = self._run(inputs, state, training)
-        self._stream_state.write(batch_size, state)
+        self._stream_state.write(state)
         return logits
 
     def call_with_state(self, tokens, state, training: bool = False):
@@ -189,7 +187,7 @@ class MoELanguageModel(keras.Model):
             state: The states after the last time step.
         """
         tokens = tf.convert_to_tensor(tokens)
-        _verify_tokens(tokens)
+        verify_tokens(tokens)
         if not self.built:
             self.build(tokens.shape)
         return self._run(tokens, state, training)
@@ -206,7 +204,7 @@ class MoELanguageModel(keras.Model):
         return [
             [
                 tf.zeros((batch_size, size), self.compute_dtype)
-                for size in _state_sizes(layer)
+                for size in state_sizes(layer)
             ]
             for layer in self.stack
             if isinstance(layer, keras.layers.RNN)
@@ -289,7 +287,7 @@ class MoELanguageModel(keras.Model):
             ValueError: An argument is out of range.
         """
         tokens = tf.cast(tf.convert_to_tensor(prompt), tf.int32)
-        _verify_tokens(tokens)
+        verify_tokens(tokens)
         max_new_tokens = checks.verify_positive_int(max_new_tokens, "max_new_tokens")
         if tokens.shape[1] == 0:
             raise ValueError(
@@ -326,22 +324,18 @@ class MoELanguageModel(keras.Model):
 
         Returns:
             For each mixture, under its layer's name: expert indices and gates,
-            both `(batch, time, k)`, the largest gate first.
+            both `(batch, time, k)`. Where a gate gives tokens different numbers
+            of experts, k is the largest of them, filled up with -1 and 0.
         """
         tokens = tf.convert_to_tensor(tokens)
-        _verify_tokens(tokens)
+        verify_tokens(tokens)
         if not self.built:
             self.build(tokens.shape)
         hidden = self.embedding(tokens)
         found = {}
         for layer in self.stack:
             if isinstance(layer, MoE):
-                result = layer.route(hidden)
-                shape = (*tokens.shape, -1)
-                found[layer.name] = (
-                    tf.reshape(result.plan.expert_indices, shape).numpy(),
-                    tf.reshape(result.gates, shape).numpy(),
-                )
+                found[layer.name] = routing_of(layer.route(hidden), tuple(tokens.shape))
             output = layer(hidden)
             hidden += output[0] if isinstance(layer, keras.layers.RNN) else output
         return found
@@ -364,48 +358,3 @@ class MoELanguageModel(keras.Model):
             for m in config["middle"]
         ]
         return cls(**{**config, "middle": middle})
-
-
-def _as_list(middle):
-    if middle is None:
-        return []
-    layers = list(middle) if isinstance(middle, Sequence) else [middle]
-    for layer in layers:
-        if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(
-                "`middle` must be a layer or a list of layers. "
-                f"Received: {layer!r} in middle={middle!r}."
-            )
-        if isinstance(layer, keras.layers.RNN) and not (
-            layer.return_sequences and layer.return_state
-        ):
-            raise ValueError(
-                "A recurrent layer in `middle` must have return_sequences=True and "
-                f"return_state=True. Received: layer {layer.name!r} with "
-                f"return_sequences={layer.return_sequences}, "
-                f"return_state={layer.return_state}."
-            )
-    return layers
-
-
-def _state_sizes(layer):
-    sizes = layer.cell.state_size
-    return sizes if isinstance(sizes, (list, tuple)) else [sizes]
-
-
-def _verify_width(width, layer, units):
-    if width != units:
-        raise ValueError(
-            f"Layer {layer.name!r} in `middle` must give `units` features, for the "
-            f"residual. Received: {width} features, units={units}. Leave out "
-            "`output_units` of its experts."
-        )
-
-
-def _verify_tokens(tokens):
-    if not tf.as_dtype(tokens.dtype).is_integer or len(tokens.shape) != 2:
-        raise ValueError(
-            "`inputs` of MoELanguageModel must be integer token ids of shape "
-            f"(batch, time). Received: dtype={tf.as_dtype(tokens.dtype).name}, "
-            f"shape={tuple(tokens.shape)}."
-        )

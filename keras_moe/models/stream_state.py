@@ -7,38 +7,69 @@ import tensorflow as tf
 class StreamState:
     """Variables that hold the states of recurrent layers between batches.
 
-    There is one set for each batch size, so training and validation streams
-    may differ. They are plain `tf.Variable`s outside Keras' tracking: states
-    belong to a stream, not to the model, and are never saved with it.
+    They are plain `tf.Variable`s outside Keras' tracking: states belong to a
+    stream, not to the model, and are never saved with it. Their number of rows
+    is that of the stream's first batch.
     """
 
     def __init__(self):
-        self._variables = {}
+        self._variables = None
+        self._started = None
 
-    def read(self, batch_size, initial_state):
-        """The states for this batch size; `initial_state()` makes the first."""
-        if batch_size not in self._variables:
+    def read(self, initial_state):
+        """The states to go on with, or `initial_state` at the start of a stream."""
+        zeros = tf.nest.flatten(initial_state)
+        if self._variables is None:
             with tf.init_scope():  # out of the function that is being traced
-                self._variables[batch_size] = tf.nest.map_structure(
-                    lambda zeros: tf.Variable(zeros, trainable=False), initial_state()
-                )
-        return tf.nest.map_structure(
-            lambda variable: variable.read_value(), self._variables[batch_size]
-        )
+                self._started = tf.Variable(False, trainable=False)
+                self._variables = [
+                    tf.Variable(
+                        tf.zeros((0, each.shape[-1]), each.dtype),
+                        shape=(None, each.shape[-1]),
+                        trainable=False,
+                    )
+                    for each in zeros
+                ]
+        # Not told from the number of rows: TensorFlow's graph optimizer infers
+        # that number from the shapes that follow, and takes the wrong branch.
+        started = self._started.read_value()
+        state = [
+            _carried_or_zero(started, variable.read_value(), each)
+            for variable, each in zip(self._variables, zeros, strict=True)
+        ]
+        return tf.nest.pack_sequence_as(initial_state, state)
 
-    def write(self, batch_size, state):
+    def write(self, state):
         """Stores the states to go on with. No gradient goes further back."""
+        self._started.assign(True)
         for variable, value in zip(
-            tf.nest.flatten(self._variables[batch_size]),
-            tf.nest.flatten(state),
-            strict=True,
+            self._variables, tf.nest.flatten(state), strict=True
         ):
             variable.assign(tf.stop_gradient(value))
 
     def reset(self):
-        """Sets all states to zero."""
-        for variable in tf.nest.flatten(self._variables):
-            variable.assign(tf.zeros_like(variable))
+        """Marks the start of a stream."""
+        if self._started is not None:
+            self._started.assign(False)
+
+
+def _carried_or_zero(started, carried, zeros):
+    rows, batch_size = tf.shape(carried)[0], tf.shape(zeros)[0]
+    same_size = tf.debugging.Assert(
+        tf.logical_not(started) | (rows == batch_size),
+        [
+            "A stateful MoELanguageModel needs batches of one size within a "
+            "stream. Received: rows of the batch before and of this one",
+            rows,
+            batch_size,
+            "Use `TextCorpus.dataset`, batch with drop_remainder=True, call "
+            "`reset_state()` between streams, or set `stateful` to False.",
+        ],
+    )
+    with tf.control_dependencies([] if same_size is None else [same_size]):
+        state = tf.cond(started, lambda: carried, lambda: zeros)
+    state.set_shape(zeros.shape)
+    return state
 
 
 class ResetAtEpochBegin(keras.callbacks.Callback):

@@ -18,7 +18,7 @@ class Perplexity(keras.metrics.SparseCategoricalCrossentropy):
     Example:
 
     >>> metric = keras_moe.telemetry.Perplexity()
-    >>> metric.update_state([[1, 2]], np.zeros((1, 2, 4), "float32"))
+    >>> metric.update_state(np.array([[1, 2]]), np.zeros((1, 2, 4), "float32"))
     >>> round(float(metric.result()), 3)
     4.0
     """

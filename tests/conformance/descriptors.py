@@ -218,6 +218,19 @@ DESCRIPTORS = [
         layers.HierarchicalMoE,
         dynamic_axes=(0, 1),
     ),
+    # The gate inside a mixture: by itself it returns no tensor of fixed shape.
+    Descriptor(
+        "BalancedGating",
+        _moe(
+            lambda: layers.BalancedGating(
+                k=2, gate_initializer="glorot_normal", threshold_loss_weight=0.5
+            ),
+            load_loss_weight=0.0,
+        ),
+        (3, 5, 4),
+        layers.BalancedGating,
+        dynamic_axes=(0, 1),
+    ),
     Descriptor(
         "ProjectedLSTMCell",
         lambda **kw: keras.layers.RNN(

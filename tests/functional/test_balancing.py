@@ -25,11 +25,10 @@ def thresholds(rng):
     return rng.uniform(0.1, 0.3, size=E)
 
 
-@pytest.mark.parametrize("num_experts", [1, 3, 4, 64])
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("num_experts", "k"), [(1, 1), (3, 2), (3, 3), (4, 1), (4, 3), (64, 1), (64, 3)]
+)
 def test_tokens_per_expert_equals_oracle(num_experts, k):
-    if k > num_experts:
-        pytest.skip("k is at most num_experts")
     for num_tokens in (0, 1, 2, 5, 6, 7, 8, 1024):
         m = F.tokens_per_expert(num_tokens, num_experts, k)
         assert m.dtype == tf.int32
@@ -205,10 +204,15 @@ def test_thresholds_descend_to_between_the_mth_and_the_next_gate(rng):
     gates = oracle.softmax_gates(rng.normal(size=(40, E)))
     m = 16
     thresholds = tf.Variable(np.full(E, 1.0 / E))
-    for step in range(400):
+
+    @tf.function
+    def descend(rate):
         with tf.GradientTape() as tape:
             loss = F.threshold_loss(gates, thresholds, m) / len(gates)
-        thresholds.assign_sub(0.1 / (1 + step) * tape.gradient(loss, thresholds))
+        thresholds.assign_sub(rate * tape.gradient(loss, thresholds))
+
+    for step in range(400):
+        descend(tf.constant(0.1 / np.sqrt(1 + step), tf.float64))
     ordered = np.sort(gates, axis=0)[::-1]
     assert (ordered[m] <= thresholds.numpy()).all()
     assert (thresholds.numpy() < ordered[m - 1]).all()
@@ -271,8 +275,10 @@ def test_traced_with_unknown_tokens_equals_eager(logits, thresholds):
         gates = F.softmax_gating(logits)
         m = F.tokens_per_expert(tf.shape(logits)[0], E, 2)
         mask = F.batchwise_mask(gates, m)
-        return mask, F.masked_gating(logits, mask), F.threshold_loss(
-            gates, thresholds, m
+        return (
+            mask,
+            F.masked_gating(logits, mask),
+            F.threshold_loss(gates, thresholds, m),
         )
 
     traced = tf.function(

@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 
 import keras_moe.functional as F
+from keras_moe.functional import experts as experts_module
 from tests.helpers import assert_value_and_gradients, dense_gates
 from tests.oracles import mixture as oracle
 
@@ -37,6 +38,14 @@ def mix(plan, x, gates, *kernels):
     return F.combine(outputs, gates, plan, num_tokens=tf.shape(x)[0])
 
 
+@pytest.fixture(params=["expert by expert", "blocks"])
+def plan_of_experts(request, monkeypatch):
+    """Both ways to compute sorted rows, whatever the number of experts."""
+    most = 0 if request.param == "blocks" else 1000
+    monkeypatch.setattr(experts_module, "MOST_UNROLLED_EXPERTS", most)
+
+
+@pytest.mark.usefixtures("plan_of_experts")
 @pytest.mark.parametrize("kind", ["dropless", "ragged", "capacity"])
 def test_dispatch_experts_combine_equal_oracle(case, kind):
     plan = plan_of(kind, case["indices"])
@@ -47,24 +56,34 @@ def test_dispatch_experts_combine_equal_oracle(case, kind):
     )
 
 
-def test_several_hidden_layers_with_biases_equal_oracle(rng):
+@pytest.mark.usefixtures("plan_of_experts")
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [2, 0, 3, 1, 0, 1],  # some idle
+        [2, 2, 2, 2, 2, 1],  # balanced: blocks lie where the kernels do
+        [0, 0, 9, 0, 0, 0],  # all rows to one expert
+        [0, 0, 0, 1, 0, 0],  # fewer rows than experts
+        [0, 0, 0, 0, 0, 0],
+    ],
+)
+def test_several_hidden_layers_with_biases_equal_oracle(rng, counts):
     sizes = [D, 4, 3, 2]
     kernels = [
         rng.normal(size=(E, a, b)) for a, b in zip(sizes, sizes[1:], strict=False)
     ]
     biases = [rng.normal(size=(E, b)) for b in sizes[1:]]
-    counts = [2, 0, 3, 1, 0, 1]
     rows = rng.normal(size=(sum(counts), D))
     owner = np.repeat(np.arange(E), counts)
 
     def expected(x, *weights):
         w, b = weights[:3], weights[3:]
-        return np.stack(
+        return np.array(
             [
                 oracle.feed_forward(row, [k[e] for k in w], [c[e] for c in b], np.tanh)
                 for row, e in zip(x, owner, strict=True)
             ]
-        )
+        ).reshape(len(x), 2)
 
     assert_value_and_gradients(
         lambda x, *w: F.feed_forward_experts(x, w[:3], w[3:], counts, tf.tanh),
@@ -178,6 +197,23 @@ def test_zero_tokens(kind):
     assert outputs.shape == (0, 3)
 
 
+def test_the_graph_of_many_experts_does_not_grow_with_their_number():
+    sizes = []
+    for num_experts in (200, 2000):
+        kernels = [tf.ones((num_experts, 2, 3))]
+
+        @tf.function
+        def run(x, counts, kernels=kernels):
+            return F.feed_forward_experts(x, kernels, None, counts)
+
+        graph = run.get_concrete_function(
+            tf.TensorSpec((None, 2)), tf.TensorSpec((num_experts,), tf.int32)
+        ).graph
+        sizes.append(len(graph.get_operations()))
+    assert abs(sizes[0] - sizes[1]) < 5
+
+
+@pytest.mark.usefixtures("plan_of_experts")
 def test_all_tokens_to_one_expert(case):
     indices = np.full((N, 1), 3, "int32")
     plan = F.make_dispatch_plan(indices, E)
