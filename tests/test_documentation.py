@@ -31,3 +31,12 @@ def test_readme_names_the_commands_that_ci_runs():
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_pitfalls_names_tests_that_exist():
+    page = (ROOT / "docs" / "pitfalls.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 20
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", tests, re.M))
+    assert named <= defined

@@ -47,7 +47,9 @@ def feed_forward_experts(
         activation: Function of a tensor, element by element.
         recompute: Whether hidden activations are computed again in the backward
             pass instead of being kept (appendix D): same gradients, less
-            memory, about a third more operations.
+            memory, about a third more operations. Up to
+            `MOST_UNROLLED_EXPERTS` experts the backward pass holds those of one
+            expert at a time; otherwise those of all experts of one layer.
 
     Returns:
         `(M, out)` or `(E, C, out)`. An expert without rows costs nothing.
@@ -58,27 +60,34 @@ def feed_forward_experts(
     Reference:
         Shazeer et al. 2017, section 2 and appendix C.1.
     """
-    num_kernels = len(kernels)
-
-    def run(x, *weights):
-        own_biases = weights[num_kernels:] or None
-        if x.shape.rank == 3:
-            return _static(x, weights[:num_kernels], own_biases, activation)
-        compute = (
-            _expert_by_expert
-            if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS
-            else _in_blocks
-        )
-        return compute(x, weights[:num_kernels], own_biases, counts, activation)
-
     if expert_inputs.shape.rank == 2 and counts is None:
         raise ValueError(
             "`counts` is needed for expert inputs of rank 2, to know which rows are "
             f"whose. Received: expert_inputs.shape={expert_inputs.shape}, counts=None."
         )
-    if recompute:
-        run = _recomputed(run)
-    return run(expert_inputs, *kernels, *(biases or ()))
+    num_kernels = len(kernels)
+
+    def network(x, *weights):
+        """All layers on `x`, with the weights of one expert or of a batch."""
+        last = num_kernels - 1
+        for i in range(num_kernels):
+            x = tf.matmul(x, weights[i])
+            if len(weights) > num_kernels:
+                bias = weights[num_kernels + i]
+                x = x + (bias if bias.shape.rank == 1 else bias[:, tf.newaxis, :])
+            if i < last:
+                x = activation(x)
+        return x
+
+    weights = [*kernels, *(biases or ())]
+    if expert_inputs.shape.rank == 3:
+        run = _recomputed(network) if recompute else network
+        return run(expert_inputs, *weights)
+    if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
+        run = _one_by_one_recomputed if recompute else _one_by_one
+        return run(network, counts, expert_inputs, *weights)
+    run = _recomputed(network) if recompute else network
+    return _in_blocks(run, counts, expert_inputs, *weights)
 
 
 def _recomputed(function):
@@ -107,46 +116,58 @@ def _recomputed(function):
     return run
 
 
-def _static(x, kernels, biases, activation):
-    last = len(kernels) - 1
-    for i, kernel in enumerate(kernels):
-        x = tf.matmul(x, kernel)  # (E, C, in) @ (E, in, out)
-        if biases is not None:
-            x = x + biases[i][:, tf.newaxis, :]
-        if i < last:
-            x = activation(x)
-    return x
+def _split_by_expert(counts, x, weights):
+    """For each expert its rows of `x` and its own weights. Memory is shared."""
+    num_experts = weights[0].shape[0]
+    rows = [x] if num_experts == 1 else tf.split(x, counts, num=num_experts)
+    own_weights = zip(*(tf.unstack(weight) for weight in weights), strict=True)
+    return zip(rows, own_weights, strict=True)
 
 
-def _expert_by_expert(x, kernels, biases, counts, activation):
-    """Split, one plain matrix product for each expert, concatenate.
+def _concat(parts):
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
+
+
+def _one_by_one(network, counts, x, *weights):
+    """Split, run each expert on its rows, concatenate.
 
     Splitting along the first axis shares memory, and so does taking one
     expert's kernel from the stack, so only inputs and outputs are copied.
     """
-    num_experts = kernels[0].shape[0]
-    parts = [x] if num_experts == 1 else tf.split(x, counts, num=num_experts)
-    kernels_by_expert = zip(*(tf.unstack(kernel) for kernel in kernels), strict=True)
-    biases_by_expert = (
-        zip(*(tf.unstack(bias) for bias in biases), strict=True)
-        if biases is not None
-        else [None] * num_experts
+    return _concat(
+        [network(rows, *own) for rows, own in _split_by_expert(counts, x, weights)]
     )
-    outputs = []
-    for part, own_kernels, own_biases in zip(
-        parts, kernels_by_expert, biases_by_expert, strict=True
-    ):
-        for i, kernel in enumerate(own_kernels):
-            part = tf.matmul(part, kernel)
-            if own_biases is not None:
-                part = part + own_biases[i]
-            if i < len(own_kernels) - 1:
-                part = activation(part)
-        outputs.append(part)
-    return outputs[0] if num_experts == 1 else tf.concat(outputs, axis=0)
 
 
-def _in_blocks(x, kernels, biases, counts, activation):
+def _one_by_one_recomputed(network, counts, x, *weights):
+    """`_one_by_one`; the backward pass holds the activations of one expert."""
+
+    @tf.custom_gradient
+    def run(x, *weights):
+        def grad(dy):
+            outer = tf.split(dy, counts) if weights[0].shape[0] > 1 else [dy]
+            gradients = []
+            before = [dy]
+            for (rows, own), d_rows in zip(
+                _split_by_expert(counts, x, weights), outer, strict=True
+            ):
+                # An expert waits for the gradients of the one before it.
+                with tf.control_dependencies(before):
+                    inputs = [tf.identity(each) for each in (rows, *own)]
+                with tf.GradientTape() as tape:
+                    tape.watch(inputs)
+                    outputs = network(*inputs)
+                before = tape.gradient(outputs, inputs, d_rows)
+                gradients.append(before)
+            d_x, *d_weights = zip(*gradients, strict=True)
+            return [_concat(list(d_x)), *(tf.stack(each) for each in d_weights)]
+
+        return _one_by_one(network, counts, x, *weights), grad
+
+    return run(x, *weights)
+
+
+def _in_blocks(network, counts, x, *weights):
     """Pads the rows into blocks of one expert each, for one batched product.
 
     If experts have similar numbers of rows, a block is as long as the busiest
@@ -156,7 +177,7 @@ def _in_blocks(x, kernels, biases, counts, activation):
     of its kernel. Either way the padded rows are at most about twice the rows
     and the copied kernels at most about as many as there are experts.
     """
-    num_experts = kernels[0].shape[0]
+    num_experts = weights[0].shape[0]
     num_rows = tf.shape(x)[0]
     counts = tf.cast(counts, tf.int32)
     longest = tf.maximum(tf.reduce_max(counts), 1)
@@ -182,14 +203,25 @@ def _in_blocks(x, kernels, biases, counts, activation):
         tf.gather(first_blocks, row_owners) + row_rank // size
     ) * size + row_rank % size
 
+    @tf.custom_gradient
     def of_blocks(weight):
-        return tf.cond(in_place, lambda: weight, lambda: tf.gather(weight, owners))
+        def grad(dy):
+            # A dense sum: written once where blocks lie as the kernels do. The
+            # shape is set in Python only: after tf.ensure_shape the graph
+            # optimizer takes the number of blocks for that of experts.
+            summed = tf.cond(
+                in_place,
+                lambda: dy,
+                lambda: tf.math.unsorted_segment_sum(dy, owners, num_experts),
+            )
+            summed.set_shape(weight.shape)
+            return summed
 
-    padded = _static(
-        _into_blocks(x, rows, slots),
-        [of_blocks(kernel) for kernel in kernels],
-        None if biases is None else [of_blocks(bias) for bias in biases],
-        activation,
+        blocks = tf.cond(in_place, lambda: weight, lambda: tf.gather(weight, owners))
+        return blocks, grad
+
+    padded = network(
+        _into_blocks(x, rows, slots), *(of_blocks(weight) for weight in weights)
     )
     return _out_of_blocks(padded, rows, slots)
 

@@ -213,6 +213,44 @@ def test_the_graph_of_many_experts_does_not_grow_with_their_number():
     assert abs(sizes[0] - sizes[1]) < 5
 
 
+def test_blocks_in_a_graph_equal_single_experts_whatever_the_balance(rng, monkeypatch):
+    # Skewed and balanced counts through one traced function: the choice of
+    # blocks is made when it runs.
+    monkeypatch.setattr(experts_module, "MOST_UNROLLED_EXPERTS", 0)
+    kernels = [tf.constant(rng.normal(size=(E, D, D)))]
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, D), tf.float64),
+            tf.TensorSpec((E,), tf.int32),
+        ]
+    )
+    def run(x, counts):
+        with tf.GradientTape() as tape:
+            tape.watch([x, *kernels])
+            y = F.feed_forward_experts(x, kernels, None, counts)
+        return y, *tape.gradient(y, [x, *kernels])
+
+    for counts in (
+        [3, 3, 3, 3, 3, 3],
+        [0, 11, 1, 0, 2, 0],
+        [0, 0, 0, 0, 0, 1],
+        [0] * 6,
+    ):
+        x = rng.normal(size=(sum(counts), D))
+        y, d_x, d_kernel = run(x, tf.constant(counts))
+        owner = np.repeat(np.arange(E), counts)
+        kernel = kernels[0].numpy()
+        np.testing.assert_allclose(
+            y, np.einsum("md,mdh->mh", x, kernel[owner]), atol=1e-9
+        )
+        np.testing.assert_allclose(d_x, kernel[owner].sum(axis=2), atol=1e-9)
+        expected = np.zeros_like(kernel)
+        for row, e in zip(x, owner, strict=True):
+            expected[e] += row[:, None]
+        np.testing.assert_allclose(d_kernel, expected, atol=1e-9)
+
+
 @pytest.mark.usefixtures("plan_of_experts")
 def test_all_tokens_to_one_expert(case):
     indices = np.full((N, 1), 3, "int32")

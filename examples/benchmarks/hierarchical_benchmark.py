@@ -1,0 +1,91 @@
+"""Step time of a hierarchical mixture of many experts over one of few.
+
+    python examples/benchmarks/hierarchical_benchmark.py
+
+Equal k, equal tokens, equal experts: 32 groups of 32 against 8 groups of 8. The two
+sides alternate in one run; what counts is the ratio of a pair. `--quick` is a tiny run
+that only shows that everything works.
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_moe import layers
+
+
+def make_steps(num_groups, group_size, units, hidden_units):
+    """A training step (gradients of all weights) and an inference step."""
+    layer = layers.HierarchicalMoE(
+        layers.FeedForwardExperts(num_groups * group_size, hidden_units), num_groups
+    )
+    layer.build((None, units))
+    for kernel in (layer.gating.primary_gating.gate_kernel, layer.gating.gate_kernel):
+        kernel.assign(0.1 * keras.random.normal(kernel.shape, seed=0))
+    variables = [variable.value for variable in layer.trainable_variables]
+
+    @tf.function
+    def training(x):
+        with tf.GradientTape() as tape:
+            y = layer(x, training=True)
+            loss = tf.reduce_mean(y * y) + tf.add_n(layer.losses)
+        return tape.gradient(loss, variables)
+
+    @tf.function
+    def inference(x):
+        return layer(x, training=False)
+
+    return {"training": training, "inference": inference}
+
+
+def seconds(function, x):
+    start = time.perf_counter()
+    result = function(x)
+    tf.nest.flatten(result)[0].numpy()
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--units", type=int, default=256)
+    parser.add_argument("--hidden-units", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="tiny, for a test")
+    a = parser.parse_args()
+    if a.quick:
+        a.tokens, a.units, a.hidden_units, a.pairs = 64, 8, 8, 2
+    keras.utils.set_random_seed(0)
+    x = tf.random.normal((a.tokens, a.units))
+    few = make_steps(8, 8, a.units, a.hidden_units)
+    many = make_steps(32, 32, a.units, a.hidden_units)
+    print(
+        f"{a.tokens} tokens, {a.units} units, {a.hidden_units} hidden units, "
+        f"k = 2 x 2, {a.pairs} pairs, TensorFlow {tf.__version__}, "
+        f"{os.cpu_count()} cores\n\n"
+        "| step | 64 experts (ms) | 1,024 experts (ms) | ratio | quartiles |\n"
+        "|---|---|---|---|---|"
+    )
+    for name in few:
+        seconds(few[name], x), seconds(many[name], x)  # trace
+        pairs = np.array(
+            [(seconds(few[name], x), seconds(many[name], x)) for _ in range(a.pairs)]
+        )
+        ratio = pairs[:, 1] / pairs[:, 0]
+        few_ms, many_ms = np.median(pairs, axis=0) * 1e3
+        low, middle, high = np.percentile(ratio, [25, 50, 75])
+        print(
+            f"| {name} | {few_ms:.1f} | {many_ms:.1f} | {middle:.2f} "
+            f"| {low:.2f} - {high:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
