@@ -1,5 +1,7 @@
 """Recurrent states carried from batch to batch of a stream."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -13,13 +15,13 @@ class StreamState:
     """
 
     def __init__(self):
-        self._variables = None
-        self._started = None
+        self._variables: list[tf.Variable] = []
+        self._started: Any = None
 
     def read(self, initial_state):
         """The states to go on with, or `initial_state` at the start of a stream."""
         zeros = tf.nest.flatten(initial_state)
-        if self._variables is None:
+        if self._started is None:
             with tf.init_scope():  # out of the function that is being traced
                 self._started = tf.Variable(False, trainable=False)
                 self._variables = [
