@@ -111,8 +111,8 @@ class SoftmaxGating(_Gating):
     Example:
 
     >>> gating = keras_moe.layers.SoftmaxGating(num_experts=4)
-    >>> gates, plan, statistics = gating(np.ones((3, 8), "float32"))
-    >>> gates.numpy()[0].tolist()
+    >>> result = gating(np.ones((3, 8), "float32"))
+    >>> result.gates.numpy()[0].tolist()
     [0.25, 0.25, 0.25, 0.25]
 
     Reference:
@@ -174,8 +174,8 @@ class TopKGating(_Gating):
     Example:
 
     >>> gating = keras_moe.layers.TopKGating(k=2, num_experts=4)
-    >>> gates, plan, statistics = gating(np.ones((3, 8), "float32"))
-    >>> gates.shape.as_list()
+    >>> result = gating(np.ones((3, 8), "float32"))
+    >>> result.gates.shape.as_list()
     [3, 2]
 
     Reference:
@@ -282,8 +282,8 @@ class NoisyTopKGating(TopKGating):
     Example:
 
     >>> gating = keras_moe.layers.NoisyTopKGating(k=2, num_experts=4)
-    >>> gates, plan, statistics = gating(np.ones((3, 8), "float32"), training=True)
-    >>> int(sum(statistics.counts)), gates.shape.as_list()
+    >>> result = gating(np.ones((3, 8), "float32"), training=True)
+    >>> int(sum(result.statistics.counts)), result.gates.shape.as_list()
     (6, [3, 2])
 
     Reference:
