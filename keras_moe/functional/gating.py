@@ -191,4 +191,4 @@ def prob_in_top_k(
     # Nothing is gained beyond 40 standard deviations, and the bound keeps
     # (clipped) infinite logits from overflowing.
     z = tf.clip_by_value((clean_logits - thresholds) / stddev, -40.0, 40.0)
-    return 0.5 * tf.math.erfc(-z * tf.cast(0.5**0.5, z.dtype))
+    return 0.5 * tf.math.erfc(-z * tf.constant(0.5**0.5, z.dtype))
