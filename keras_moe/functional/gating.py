@@ -127,8 +127,8 @@ def top_k_gating(
     if normalization == "selected":
         return tf.nn.softmax(kept, axis=-1), expert_indices
     if normalization == "all":
-        log_total = tf.reduce_logsumexp(logits, axis=-1, keepdims=True)
-        return tf.exp(kept - log_total), expert_indices
+        probabilities = tf.nn.softmax(logits, axis=-1)
+        return tf.gather(probabilities, expert_indices, batch_dims=1), expert_indices
     raise ValueError(
         '`normalization` must be "selected" or "all". '
         f"Received: normalization={normalization!r}."
