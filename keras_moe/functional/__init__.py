@@ -36,8 +36,16 @@ from keras_moe.functional.losses import (
     load_loss,
     max_over_mean,
 )
+from keras_moe.functional.recurrent import (
+    MoELSTMResult,
+    lstm_step,
+    mixed_product,
+    moe_lstm,
+    verify_recurrent_gating,
+)
 
 __all__ = [
+    "MoELSTMResult",
     "batchwise_mask",
     "combine",
     "cv_squared",
@@ -51,11 +59,14 @@ __all__ = [
     "importance_loss",
     "load",
     "load_loss",
+    "lstm_step",
     "make_capacity_plan",
     "make_dispatch_plan",
     "make_gating_result",
     "masked_gating",
     "max_over_mean",
+    "mixed_product",
+    "moe_lstm",
     "noise_stddev",
     "noisy_logits",
     "prob_in_top_k",
@@ -64,4 +75,5 @@ __all__ = [
     "threshold_mask",
     "tokens_per_expert",
     "top_k_gating",
+    "verify_recurrent_gating",
 ]

@@ -6,6 +6,7 @@ from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe_lstm import MoELSTM, MoELSTMCell
 from keras_moe.layers.recurrent import ProjectedLSTMCell
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "HierarchicalGating",
     "HierarchicalMoE",
     "MoE",
+    "MoELSTM",
+    "MoELSTMCell",
     "NoisyTopKGating",
     "ProjectedLSTMCell",
     "SoftmaxGating",

@@ -260,6 +260,8 @@ class NoisyTopKGating(TopKGating):
         mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
             statistics.
         training: Bool. True adds the noise.
+        noise: Float tensor `(tokens, num_experts)` or None. Standard normal
+            noise to use in training; None draws it.
 
     Input shape:
         `(tokens, features)`.
@@ -325,16 +327,30 @@ class NoisyTopKGating(TopKGating):
             "noise_kernel", input_shape[-1], self.noise_initializer
         )
 
-    def call(self, inputs, mask=None, training=None) -> GatingResult:
+    def draw_noise(self, num_tokens: Any) -> tf.Tensor:
+        """Standard normal noise `(num_tokens, num_experts)` for a call.
+
+        Args:
+            num_tokens: Int or `()` int32.
+
+        Returns:
+            `(num_tokens, num_experts)` float32 or float64, new at every call.
+        """
+        return keras.random.normal(
+            (num_tokens, self.num_experts),
+            dtype=self.compute_dtype,
+            seed=self.seed_generator,
+        )
+
+    def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
         clean_logits = tf.matmul(inputs, self.gate_kernel)
         if not training:
             return self._result(clean_logits, mask)
         stddev = functional.noise_stddev(
             tf.matmul(inputs, self.noise_kernel), self.noise_epsilon
         )
-        noise = keras.random.normal(
-            tf.shape(clean_logits), dtype=self.compute_dtype, seed=self.seed_generator
-        )
+        if noise is None:
+            noise = self.draw_noise(tf.shape(clean_logits)[0])
         noisy = functional.noisy_logits(clean_logits, stddev, noise)
         # Paper: at k = n every expert is always chosen; the load is a count.
         load = None

@@ -126,7 +126,7 @@ class MoE(keras.layers.Layer):
         self.supports_masking = True
         # Dropless shapes depend on the data, which XLA cannot compile.
         self.supports_jit = capacity_factor is not None
-        _share_num_experts(gating, experts)
+        share_num_experts(gating, experts.num_experts)
         self._warn_of_missing_gradients()
 
     @property
@@ -293,7 +293,7 @@ def _verify_experts(experts):
         )
 
 
-def _share_num_experts(gating, experts):
+def share_num_experts(gating, num_experts):
     """Tells the gate how many experts there are, if it does not say itself."""
     if not isinstance(gating, keras.layers.Layer):
         raise ValueError(
@@ -303,16 +303,15 @@ def _share_num_experts(gating, experts):
         )
     stated = getattr(gating, "num_experts", None)
     if stated is None:
-        gating.num_experts = experts.num_experts
-    elif stated != experts.num_experts:
+        gating.num_experts = num_experts
+    elif stated != num_experts:
         raise ValueError(
             "`gating` and `experts` must agree on `num_experts`. Received: "
-            f"gating.num_experts={stated}, experts.num_experts="
-            f"{experts.num_experts}. Leave it out of the gate, or make them equal; "
-            "a gate cannot be shared by layers with different numbers of experts."
+            f"gating.num_experts={stated}, experts.num_experts={num_experts}. Leave it "
+            "out of the gate, or make them equal; a gate cannot be shared by layers with different numbers of experts."
         )
     if isinstance(getattr(gating, "k", None), int):
-        checks.verify_k(gating.k, experts.num_experts)
+        checks.verify_k(gating.k, num_experts)
 
 
 def _flatten_mask(mask, inputs):

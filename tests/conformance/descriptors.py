@@ -244,6 +244,33 @@ DESCRIPTORS = [
         supports_xla=True,
     ),
     Descriptor(
+        "MoELSTMCell",
+        lambda **kw: keras.layers.RNN(
+            layers.MoELSTMCell(6, 4, _random_gate(3), dtype=kw.get("dtype")),
+            return_sequences=True,
+            **kw,
+        ),
+        (3, 5, 4),
+        layers.MoELSTMCell,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoELSTM",
+        lambda **kw: layers.MoELSTM(6, 4, _random_gate(3), return_sequences=True, **kw),
+        (3, 5, 4),
+        layers.MoELSTM,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoELSTM, in segments",
+        lambda **kw: layers.MoELSTM(
+            6, 4, _random_gate(3), segment_length=2, return_sequences=True, **kw
+        ),
+        (3, 5, 4),
+        layers.MoELSTM,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
         "MoELanguageModel",
         _language_model,
         (3, 5),

@@ -1,0 +1,445 @@
+"""A mixture of experts inside the recurrence of an LSTM (section 3.1)."""
+
+import inspect
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks, functional
+from keras_moe.layers.balance_metric import BalanceMetric
+from keras_moe.layers.gating import NoisyTopKGating
+from keras_moe.layers.initializers import PerExpertInitializer
+from keras_moe.layers.moe import share_num_experts
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoELSTMCell(keras.layers.Layer):
+    """One step of an LSTM whose weight matrix is a mixture of experts.
+
+    With $u = [x_t, h_{t-1}]$ the pre-activations are
+    $z = \\sum_i G(u)_i \\, u W_i + b$; what follows is the usual LSTM step. All
+    four of its matrices, for the input and for the state, come from the same
+    experts.
+
+    `MoELSTM` is the layer to use in a model. The cell is for own recurrences: it
+    cannot add losses (inside a loop Keras does not allow it), so by itself
+    nothing balances its experts.
+
+    Args:
+        units: Int. Units of the state and of the output.
+        num_experts: Int. Number of weight matrices.
+        gating: The gate, a layer that maps `(batch, features + units)` to a
+            `GatingResult`: `NoisyTopKGating`, `TopKGating`, `SoftmaxGating` or
+            an own one that gives every token the same number of experts and has
+            no losses of its own. None means `NoisyTopKGating(k=4)`. Defaults to
+            `None`.
+        activation: Activation of the cell input and of the state. Defaults to
+            `"tanh"`.
+        recurrent_activation: Activation of the three LSTM gates. Defaults to
+            `"sigmoid"`.
+        kernel_initializer: Initial value of the part of every expert that sees
+            the input. Defaults to `"glorot_uniform"`.
+        recurrent_initializer: Initial value of the part that sees the state.
+            Defaults to `"orthogonal"`.
+        bias_initializer: Initial value of the bias. Defaults to `"zeros"`.
+        unit_forget_bias: Bool. Whether to add 1 to the forget gate's bias.
+            Defaults to `True`.
+
+    Call arguments:
+        inputs: Float tensor `(batch, features)`.
+        states: List of `h` and `c`, each `(batch, units)`.
+        training: Bool. Whether the gate adds its noise.
+
+    Input shape:
+        `(batch, features)`.
+
+    Output shape:
+        `(batch, units)`, and the list of the next states.
+
+    Losses and state:
+        Weights `kernel` `(num_experts, features + units, 4 * units)`, the rows
+        of the input first, and `bias` `(4 * units,)`; those of the gate. LSTM
+        gates in the order i, f, g, o of `keras.layers.LSTM`. No losses.
+
+    Raises:
+        ValueError: A size is not positive; the gate is of another number of
+            experts or of another kind.
+
+    Example:
+
+    >>> cell = keras_moe.layers.MoELSTMCell(8, num_experts=16)
+    >>> keras.layers.RNN(cell)(np.ones((2, 5, 4), "float32")).shape.as_list()
+    [2, 8]
+
+    Reference:
+        Shazeer et al. 2017, section 3.1.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        num_experts: int,
+        gating: keras.layers.Layer | None = None,
+        *,
+        activation: Any = "tanh",
+        recurrent_activation: Any = "sigmoid",
+        kernel_initializer: Any = "glorot_uniform",
+        recurrent_initializer: Any = "orthogonal",
+        bias_initializer: Any = "zeros",
+        unit_forget_bias: bool = True,
+        **kwargs: Any,
+    ):
+        units = checks.verify_positive_int(units, "units")
+        num_experts = checks.verify_positive_int(num_experts, "num_experts")
+        super().__init__(**kwargs)
+        self.units = units
+        self.num_experts = num_experts
+        self.activation = keras.activations.get(activation)
+        self.recurrent_activation = keras.activations.get(recurrent_activation)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.recurrent_initializer = keras.initializers.get(recurrent_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.unit_forget_bias = bool(unit_forget_bias)
+        if gating is None:
+            gating = NoisyTopKGating(dtype=self.dtype_policy)
+        share_num_experts(gating, num_experts)
+        self.gating = gating
+        self.state_size = [units, units]
+        self.output_size = units
+        self.supports_jit = False  # experts have as many rows as chose them
+
+    def build(self, input_shape):
+        features = checks.verify_input_shape(input_shape, type(self).__name__)
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.num_experts, features + self.units, 4 * self.units),
+            initializer=self._initial_kernel,
+        )
+        self.bias = self.add_weight(
+            name="bias", shape=(4 * self.units,), initializer=self._initial_bias
+        )
+        if not self.gating.built:
+            self.gating.build((None, features + self.units))
+
+    def _initial_kernel(self, shape, dtype=None):
+        num_experts, rows, columns = shape
+        parts = (
+            (self.kernel_initializer, rows - self.units),
+            (self.recurrent_initializer, self.units),
+        )
+        return tf.concat(
+            [
+                PerExpertInitializer(initializer)((num_experts, n, columns), dtype)
+                for initializer, n in parts
+            ],
+            axis=1,
+        )
+
+    def _initial_bias(self, shape, dtype=None):
+        bias = tf.convert_to_tensor(self.bias_initializer(shape, dtype))
+        is_forget = tf.range(4 * self.units) // self.units == 1
+        return bias + tf.cast(is_forget & self.unit_forget_bias, bias.dtype)
+
+    def call(self, inputs, states, training=None):
+        h, c = states
+        u = tf.concat([inputs, tf.cast(h, inputs.dtype)], axis=-1)
+        chosen = self.gating(u, training=training)
+        functional.verify_recurrent_gating(chosen)
+        kernel = tf.convert_to_tensor(self.kernel)
+        z = functional.mixed_product(u, kernel, chosen.gates, chosen.plan)
+        h, c = functional.lstm_step(
+            z + self.bias, c, self.activation, self.recurrent_activation
+        )
+        return h, [h, c]
+
+    def get_config(self):
+        serialize = keras.initializers.serialize
+        return {
+            **super().get_config(),
+            "units": self.units,
+            "num_experts": self.num_experts,
+            "gating": keras.saving.serialize_keras_object(self.gating),
+            "activation": keras.activations.serialize(self.activation),
+            "recurrent_activation": keras.activations.serialize(
+                self.recurrent_activation
+            ),
+            "kernel_initializer": serialize(self.kernel_initializer),
+            "recurrent_initializer": serialize(self.recurrent_initializer),
+            "bias_initializer": serialize(self.bias_initializer),
+            "unit_forget_bias": self.unit_forget_bias,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        gating = keras.saving.deserialize_keras_object(config["gating"])
+        return cls(**{**config, "gating": gating})
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoELSTM(keras.layers.RNN):
+    """An LSTM whose weight matrix is a mixture of experts.
+
+    At every time step a gate looks at $u_t = [x_t, h_{t-1}]$ and picks k of
+    `num_experts` weight matrices: $z_t = \\sum_i G(u_t)_i \\, u_t W_i + b$. So the
+    recurrence itself has as many parameters as there are experts, at the cost of
+    k LSTMs. With one expert it is `keras.layers.LSTM`.
+
+    The balancing losses are those of `MoE`, formed over all time steps of the
+    batch at once, padding left out.
+
+    Args:
+        units: Int. Units of the state and of the output.
+        num_experts: Int. Number of weight matrices.
+        gating: The gate, as for `MoELSTMCell`. None means
+            `NoisyTopKGating(k=4)`. Defaults to `None`.
+        importance_loss_weight: Float. Weight of the importance loss (equation
+            7). Defaults to `0.1`.
+        load_loss_weight: Float. Weight of the load loss (equation 11). Defaults
+            to `0.1`.
+        segment_length: Int or None. Keep only every so-manieth state for the
+            backward pass and compute the steps between again there: less
+            memory, about a third more operations, same gradients. The square
+            root of the sequence length is a good choice. Defaults to `None`.
+        activation: As for `MoELSTMCell`. Defaults to `"tanh"`.
+        recurrent_activation: As for `MoELSTMCell`. Defaults to `"sigmoid"`.
+        kernel_initializer: As for `MoELSTMCell`. Defaults to
+            `"glorot_uniform"`.
+        recurrent_initializer: As for `MoELSTMCell`. Defaults to
+            `"orthogonal"`.
+        bias_initializer: As for `MoELSTMCell`. Defaults to `"zeros"`.
+        unit_forget_bias: As for `MoELSTMCell`. Defaults to `True`.
+        return_sequences: Bool. Whether to return the output of every step.
+            Defaults to `False`.
+        return_state: Bool. Whether to return the last `h` and `c` too. Defaults
+            to `False`.
+        go_backwards: Bool. Whether to go from the last step to the first and
+            return outputs in that order. Defaults to `False`.
+        stateful: Bool. Whether a batch begins with the states that the one
+            before ended with. Defaults to `False`.
+
+    Call arguments:
+        sequences: Float tensor `(batch, time, features)`.
+        initial_state: List of `h` and `c`, each `(batch, units)`, or None.
+        mask: Bool tensor `(batch, time)` or None. A step marked False keeps the
+            state and counts in no loss and no statistic.
+        training: Bool. Whether the gate adds its noise.
+
+    Input shape:
+        `(batch, time, features)`; batch and time may be unknown.
+
+    Output shape:
+        `(batch, units)`, or `(batch, time, units)` with `return_sequences`; with
+        `return_state` a list of it, `h` and `c`.
+
+    Losses and state:
+        Weights of the cell. Adds the two losses with `add_loss`, and shows the
+        balance of the experts in the logs of `fit`, as `MoE` does.
+
+    Raises:
+        ValueError: As for `MoELSTMCell`; a weight is negative;
+            `segment_length` is not positive.
+
+    Noise: drawn for all steps before the loop. An own gate that draws random
+    numbers must offer `draw_noise(num_tokens)` and take the result as the call
+    argument `noise`; nothing else random may happen inside the recurrence.
+
+    XLA: shapes depend on the data, so the layer tells Keras not to compile it.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MoELSTM(8, num_experts=16, return_sequences=True)
+    >>> layer(np.ones((2, 5, 4), "float32"), training=True).shape.as_list()
+    [2, 5, 8]
+    >>> len(layer.losses)
+    2
+
+    Reference:
+        Shazeer et al. 2017, section 3.1.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        num_experts: int,
+        gating: keras.layers.Layer | None = None,
+        *,
+        importance_loss_weight: float = 0.1,
+        load_loss_weight: float = 0.1,
+        segment_length: int | None = None,
+        activation: Any = "tanh",
+        recurrent_activation: Any = "sigmoid",
+        kernel_initializer: Any = "glorot_uniform",
+        recurrent_initializer: Any = "orthogonal",
+        bias_initializer: Any = "zeros",
+        unit_forget_bias: bool = True,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        name: str | None = None,
+        **kwargs: Any,
+    ):
+        if kwargs.pop("unroll", False):
+            raise ValueError(
+                "`unroll` is not supported. Received: unroll=True. The loop sums the "
+                "balance of all steps and stays a loop; leave it out."
+            )
+        if segment_length is not None:
+            segment_length = checks.verify_positive_int(
+                segment_length, "segment_length"
+            )
+        cell = MoELSTMCell(
+            units,
+            num_experts,
+            gating,
+            activation=activation,
+            recurrent_activation=recurrent_activation,
+            kernel_initializer=kernel_initializer,
+            recurrent_initializer=recurrent_initializer,
+            bias_initializer=bias_initializer,
+            unit_forget_bias=unit_forget_bias,
+            dtype=kwargs.get("dtype"),
+            name="cell",
+        )
+        super().__init__(
+            cell,
+            return_sequences=return_sequences,
+            return_state=return_state,
+            go_backwards=go_backwards,
+            stateful=stateful,
+            name=name or _default_name(),
+            **kwargs,
+        )
+        self.importance_loss_weight = checks.verify_weight(
+            importance_loss_weight, "importance_loss_weight"
+        )
+        self.load_loss_weight = checks.verify_weight(
+            load_loss_weight, "load_loss_weight"
+        )
+        self.segment_length = segment_length
+        self.input_spec = keras.layers.InputSpec(ndim=3)
+        self.supports_jit = False
+
+    @property
+    def units(self) -> int:
+        """Units of the state and of the output."""
+        return self.cell.units
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return self.cell.num_experts
+
+    @property
+    def gating(self) -> keras.layers.Layer:
+        """The gate."""
+        return self.cell.gating
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        checks.verify_input_shape(sequences_shape, type(self).__name__)
+        super().build(sequences_shape, initial_state_shape)
+        if self.num_experts > 1 and not hasattr(self, "balance"):
+            self.balance = BalanceMetric(self.num_experts, name=self.name)
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        checks.verify_floating(sequences.dtype, type(self).__name__)
+        inputs = tf.transpose(sequences, [1, 0, 2])  # (time, batch, features)
+        if mask is not None:
+            mask = tf.transpose(tf.cast(mask, tf.bool), [1, 0])
+        if self.go_backwards:
+            inputs = tf.reverse(inputs, [0])
+            mask = mask if mask is None else tf.reverse(mask, [0])
+        cell = self.cell
+        result = functional.moe_lstm(
+            inputs,
+            *(tf.convert_to_tensor(state) for state in initial_state),
+            tf.convert_to_tensor(cell.kernel),
+            tf.convert_to_tensor(cell.bias),
+            self._route(training),
+            weights=[tf.convert_to_tensor(v) for v in self.gating.trainable_variables],
+            noise=self._noise(inputs, training),
+            mask=mask,
+            activation=cell.activation,
+            recurrent_activation=cell.recurrent_activation,
+            segment_length=self.segment_length,
+            keep_steps=bool(training),
+        )
+        self._balance(result.statistics)
+        outputs = result.hidden
+        if mask is not None:
+            # As in Keras: zero until the first step that is not masked, and
+            # with `zero_output_for_mask` at every masked step.
+            shown = mask if self.zero_output_for_mask else _seen(mask)
+            outputs = tf.where(shown[..., tf.newaxis], outputs, tf.zeros_like(outputs))
+        last = outputs[-1]
+        return last, tf.transpose(outputs, [1, 0, 2]), [result.h, result.c]
+
+    def _noise(self, inputs, training):
+        """`(time, batch, ...)` for all steps, or None."""
+        if not training or not hasattr(self.gating, "draw_noise"):
+            return None
+        time, batch = tf.unstack(tf.shape(inputs)[:2])
+        noise = self.gating.draw_noise(time * batch)
+        tail = noise.shape[1:]
+        noise = tf.reshape(noise, tf.concat([[time, batch], tail], axis=0))
+        noise.set_shape([*inputs.shape[:2], *tail])
+        return noise
+
+    def _route(self, training):
+        """The gate as a pure function of its inputs and weights."""
+        gating = self.gating
+        fixed = [tf.convert_to_tensor(v) for v in gating.non_trainable_variables]
+        takes_noise = "noise" in inspect.signature(gating.call).parameters
+
+        def route(u, noise, mask, *weights):
+            options = {"noise": noise} if takes_noise else {}
+            result, _ = gating.stateless_call(
+                list(weights), fixed, u, mask=mask, training=training, **options
+            )
+            return result
+
+        return route
+
+    def _balance(self, statistics):
+        if self.importance_loss_weight:
+            self.add_loss(
+                functional.importance_loss(
+                    statistics.importance, self.importance_loss_weight
+                )
+            )
+        if self.load_loss_weight:
+            self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
+        if self.num_experts > 1:
+            self.balance.record(statistics, tf.constant(0))
+
+    def get_config(self):
+        config = super().get_config()
+        for name in ("cell", "unroll"):
+            del config[name]
+        cell = self.cell.get_config()
+        for name in ("name", "trainable", "dtype"):
+            del cell[name]
+        return {
+            **config,
+            **cell,
+            "importance_loss_weight": self.importance_loss_weight,
+            "load_loss_weight": self.load_loss_weight,
+            "segment_length": self.segment_length,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        gating = keras.saving.deserialize_keras_object(config["gating"])
+        return cls(**{**config, "gating": gating})
+
+
+def _default_name():
+    """`moe_lstm`, `moe_lstm_1`, ...: Keras would make `mo_elstm` of it."""
+    uid = keras.backend.get_uid("moe_lstm")
+    return "moe_lstm" if uid == 1 else f"moe_lstm_{uid - 1}"
+
+
+def _seen(mask):
+    """Whether there was a real step up to here, `(time, batch)` bool."""
+    return tf.cumsum(tf.cast(mask, tf.int32), axis=0) > 0
