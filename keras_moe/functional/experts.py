@@ -168,87 +168,135 @@ def _one_by_one_recomputed(network, counts, x, *weights):
 
 
 def _in_blocks(network, counts, x, *weights):
-    """Pads the rows into blocks of one expert each, for one batched product.
+    """Pads the rows into blocks of one expert each, for batched products.
 
-    If experts have similar numbers of rows, a block is as long as the busiest
-    expert and block e is that of expert e, so kernels are used where they lie.
-    Otherwise (skewed routing, or few tokens and many experts) blocks are short,
-    a busy expert has several, an idle one has none, and each block gets a copy
-    of its kernel. Either way the padded rows are at most about twice the rows
-    and the copied kernels at most about as many as there are experts.
+    Every expert has one block of `base` slots, for which kernels are used where
+    they lie. Rows beyond it spill into further blocks of `spill` slots, each with
+    a copy of its expert's kernel: few where routing is balanced. The two sizes
+    are those of least work for the counts at hand, so that skewed routing, and
+    few tokens for many experts, cost little more than their rows.
     """
-    num_experts = weights[0].shape[0]
-    num_rows = tf.shape(x)[0]
     counts = tf.cast(counts, tf.int32)
-    longest = tf.maximum(tf.reduce_max(counts), 1)
-    # In float: the product may be beyond int32.
-    in_place = tf.cast(longest, tf.float32) * num_experts <= 2.0 * tf.cast(
-        num_rows, tf.float32
-    )
-    short = tf.minimum(longest, tf.maximum(2 * num_rows // num_experts, 1))
-    size = tf.where(in_place, longest, short)
-    blocks = tf.where(in_place, tf.ones_like(counts), -(-counts // size))
-    owners = tf.repeat(tf.range(num_experts), blocks)  # (blocks,) expert of each
+    num_experts = weights[0].shape[0]
+    base, spill = _block_sizes(counts, num_experts)
     starts = tf.cumsum(counts, exclusive=True)
+    spilled = tf.maximum(counts - base, 0)
+    blocks = -(-spilled // spill)
+    owners = tf.repeat(tf.range(num_experts), blocks)  # expert of each spill block
     first_blocks = tf.cumsum(blocks, exclusive=True)
-    # Row of every slot of every block, -1 where a slot is empty.
-    rank = (tf.range(tf.size(owners)) - tf.gather(first_blocks, owners)) * size
-    rank = rank[:, tf.newaxis] + tf.range(size)
-    filled = rank < tf.gather(counts, owners)[:, tf.newaxis]
-    rows = tf.where(filled, tf.gather(starts, owners)[:, tf.newaxis] + rank, -1)
-    # Slot of every row.
-    row_owners = tf.repeat(tf.range(num_experts), counts)
-    row_rank = tf.range(num_rows) - tf.gather(starts, row_owners)
-    slots = (
-        tf.gather(first_blocks, row_owners) + row_rank // size
-    ) * size + row_rank % size
 
-    @tf.custom_gradient
-    def of_blocks(weight):
-        def grad(dy):
-            # A dense sum: written once where blocks lie as the kernels do. The
-            # shape is set in Python only: after tf.ensure_shape the graph
-            # optimizer takes the number of blocks for that of experts.
-            summed = tf.cond(
-                in_place,
-                lambda: dy,
-                lambda: tf.math.unsorted_segment_sum(dy, owners, num_experts),
-            )
-            summed.set_shape(weight.shape)
-            return summed
-
-        blocks = tf.cond(in_place, lambda: weight, lambda: tf.gather(weight, owners))
-        return blocks, grad
-
-    padded = network(
-        _into_blocks(x, rows, slots), *(of_blocks(weight) for weight in weights)
+    # Row of every slot, -1 where a slot is empty.
+    base_rank = tf.range(base)[tf.newaxis, :]
+    base_rows = tf.where(
+        base_rank < counts[:, tf.newaxis], starts[:, tf.newaxis] + base_rank, -1
     )
-    return _out_of_blocks(padded, rows, slots)
+    rank = (tf.range(tf.size(owners)) - tf.gather(first_blocks, owners)) * spill
+    rank = base + rank[:, tf.newaxis] + tf.range(spill)
+    spill_rows = tf.where(
+        rank < tf.gather(counts, owners)[:, tf.newaxis],
+        tf.gather(starts, owners)[:, tf.newaxis] + rank,
+        -1,
+    )
+    # Slot of every row, base slots first.
+    row_owners = tf.repeat(tf.range(num_experts), counts)
+    rank = tf.range(tf.shape(x)[0]) - tf.gather(starts, row_owners)
+    beyond = rank - base
+    slots = tf.where(
+        beyond < 0,
+        row_owners * base + rank,
+        num_experts * base
+        + (tf.gather(first_blocks, row_owners) + beyond // spill) * spill
+        + beyond % spill,
+    )
+
+    in_base, in_spill = _into_blocks(x, base_rows, spill_rows, slots)
+    of_base, of_spill = zip(*(_copied(w, owners) for w in weights), strict=True)
+    outputs = network(in_base, *of_base), network(in_spill, *of_spill)
+    return _out_of_blocks(*outputs, base_rows, spill_rows, slots)
 
 
-def _into_blocks(x, rows, slots):
-    """`(M, D) -> (blocks, size, D)`; the gradient is a gather as well."""
+# What a block costs beside its rows, in rows: reading a kernel where it lies, and
+# copying it (and adding its gradient) for a spill block. Measured ratios of the
+# time for a row's product are 5 to 10 and 25 to 40; the choice is not sensitive.
+_READ_COST = 8
+_COPY_COST = 32
+
+
+def _block_sizes(counts, num_experts):
+    """Slots of a base block and of a spill block, of least estimated work."""
+    longest = tf.reduce_max(counts)
+    mean = tf.cast(tf.reduce_sum(counts), tf.float32) / num_experts
+    shares = tf.constant([0.0, 0.25, 0.5, 0.75, 1.0, 1.125, 1.25, 1.5, 1.75, 2.0, 3.0])
+    bases = tf.minimum(tf.cast(tf.math.ceil(mean * shares), tf.int32), longest)
+    bases = tf.concat([bases, [longest]], axis=0)  # (S,)
+    spills = tf.constant([4, 16, 64, 256])  # (B,)
+    rest = tf.maximum(counts - bases[:, tf.newaxis], 0)  # (S, E)
+    blocks = tf.reduce_sum(
+        -(-rest[:, tf.newaxis, :] // spills[:, tf.newaxis]), axis=-1
+    )  # (S, B)
+    # In float: the products may be beyond int32.
+    work = tf.where(bases > 0, tf.cast(bases + _READ_COST, tf.float32), 0.0)
+    work = work[:, tf.newaxis] * num_experts
+    work += tf.cast(blocks, tf.float32) * tf.cast(spills + _COPY_COST, tf.float32)
+    best = tf.argmin(tf.reshape(work, [-1]), output_type=tf.int32)
+    num_spills = spills.shape[0]
+    return tf.gather(bases, best // num_spills), tf.gather(spills, best % num_spills)
+
+
+def _copied(weight, owners):
+    """The weight, and a copy of its part for every spill block.
+
+    The gradient of the copies is added to that of the weight in place: a kernel's
+    gradient is written once, and again only where its expert has spill blocks.
+    """
+
+    @tf.custom_gradient
+    def run(weight):
+        def grad(d_base, d_copies):
+            # Owners ascend. Their blocks are summed first, so that no index comes
+            # twice in the scatter: its result is the same in every run.
+            new = tf.concat([[True], owners[1:] != owners[:-1]], axis=0)
+            segment = tf.cumsum(tf.cast(new[: tf.size(owners)], tf.int32)) - 1
+            summed = tf.math.segment_sum(d_copies, segment)
+            unique = tf.boolean_mask(owners, new[: tf.size(owners)])
+            return tf.tensor_scatter_nd_add(d_base, unique[:, tf.newaxis], summed)
+
+        return (tf.identity(weight), tf.gather(weight, owners)), grad
+
+    return run(weight)
+
+
+def _into_blocks(x, base_rows, spill_rows, slots):
+    """`(M, D)` -> `(E, base, D)` and `(blocks, spill, D)`."""
 
     @tf.custom_gradient
     def run(x):
-        return _rows_or_zero(x, rows), lambda dy: _rows_at(dy, slots)
+        # Empty slots get the first row: nobody reads what becomes of it, and its
+        # gradient is zero. An empty batch has no slots.
+        results = tuple(
+            tf.gather(x, tf.maximum(rows, 0)) for rows in (base_rows, spill_rows)
+        )
+        return results, lambda *dy: _rows_at(dy, slots)
 
     return run(x)
 
 
-def _out_of_blocks(x, rows, slots):
-    """`(blocks, size, D) -> (M, D)`; the gradient is a gather as well."""
+def _out_of_blocks(base, spill, base_rows, spill_rows, slots):
+    """`(E, base, D)` and `(blocks, spill, D)` -> `(M, D)`."""
 
     @tf.custom_gradient
-    def run(x):
-        return _rows_at(x, slots), lambda dy: _rows_or_zero(dy, rows)
+    def run(base, spill):
+        def grad(dy):
+            padded = tf.pad(dy, [[1, 0], [0, 0]])
+            return tuple(
+                tf.gather(padded, rows + 1) for rows in (base_rows, spill_rows)
+            )
 
-    return run(x)
+        return _rows_at((base, spill), slots), grad
+
+    return run(base, spill)
 
 
 def _rows_at(blocks, slots):
-    return tf.gather(tf.reshape(blocks, [-1, blocks.shape[-1]]), slots)
-
-
-def _rows_or_zero(x, rows):
-    return tf.gather(tf.pad(x, [[1, 0], [0, 0]]), rows + 1)
+    flat = [tf.reshape(each, [-1, each.shape[-1]]) for each in blocks]
+    return tf.gather(tf.concat(flat, axis=0), slots)

@@ -206,7 +206,9 @@ def test_a_frozen_gate_gets_no_gradient_and_still_routes(x):
     assert len(layer.trainable_variables) == 2
     with tf.GradientTape() as tape:
         total = tf.reduce_sum(layer(x, training=True))
-    assert None not in tape.gradient(total, [v.value for v in layer.trainable_variables])
+    assert None not in tape.gradient(
+        total, [v.value for v in layer.trainable_variables]
+    )
 
 
 @pytest.mark.parametrize(
