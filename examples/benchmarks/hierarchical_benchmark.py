@@ -8,6 +8,7 @@ that only shows that everything works.
 """
 
 import argparse
+import itertools
 import os
 import time
 
@@ -26,8 +27,10 @@ def make_steps(num_groups, group_size, units, hidden_units):
         layers.FeedForwardExperts(num_groups * group_size, hidden_units), num_groups
     )
     layer.build((None, units))
+    # Columns of equal norm route about as evenly as a gate trained with the losses.
     for kernel in (layer.gating.primary_gating.gate_kernel, layer.gating.gate_kernel):
-        kernel.assign(0.1 * keras.random.normal(kernel.shape, seed=0))
+        random = tf.random.normal(kernel.shape, seed=0)
+        kernel.assign(0.1 * tf.math.l2_normalize(random, axis=-2))
     variables = [variable.value for variable in layer.trainable_variables]
 
     @tf.function
@@ -53,26 +56,28 @@ def seconds(function, x):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[4096, 16384, 32768, 65536]
+    )
     parser.add_argument("--units", type=int, default=256)
     parser.add_argument("--hidden-units", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:
-        a.tokens, a.units, a.hidden_units, a.pairs = 64, 8, 8, 2
+        a.tokens, a.units, a.hidden_units, a.pairs = [64], 8, 8, 2
     keras.utils.set_random_seed(0)
-    x = tf.random.normal((a.tokens, a.units))
     few = make_steps(8, 8, a.units, a.hidden_units)
     many = make_steps(32, 32, a.units, a.hidden_units)
     print(
-        f"{a.tokens} tokens, {a.units} units, {a.hidden_units} hidden units, "
+        f"{a.units} units, {a.hidden_units} hidden units, "
         f"k = 2 x 2, {a.pairs} pairs, TensorFlow {tf.__version__}, "
         f"{os.cpu_count()} cores\n\n"
-        "| step | 64 experts (ms) | 1,024 experts (ms) | ratio | quartiles |\n"
-        "|---|---|---|---|---|"
+        "| tokens | step | 64 experts (ms) | 1,024 experts (ms) | ratio | quartiles |\n"
+        "|---|---|---|---|---|---|"
     )
-    for name in few:
+    for tokens, name in itertools.product(a.tokens, few):
+        x = tf.random.normal((tokens, a.units))
         seconds(few[name], x), seconds(many[name], x)  # trace
         pairs = np.array(
             [(seconds(few[name], x), seconds(many[name], x)) for _ in range(a.pairs)]
@@ -81,7 +86,7 @@ def main():
         few_ms, many_ms = np.median(pairs, axis=0) * 1e3
         low, middle, high = np.percentile(ratio, [25, 50, 75])
         print(
-            f"| {name} | {few_ms:.1f} | {many_ms:.1f} | {middle:.2f} "
+            f"| {tokens:,} | {name} | {few_ms:.1f} | {many_ms:.1f} | {middle:.2f} "
             f"| {low:.2f} - {high:.2f} |",
             flush=True,
         )

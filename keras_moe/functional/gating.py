@@ -27,7 +27,22 @@ def as_gate_logits(logits: tf.Tensor) -> tf.Tensor:
     logits = tf.convert_to_tensor(logits)
     if logits.dtype not in (tf.float32, tf.float64):
         logits = tf.cast(logits, tf.float32)
-    return tf.clip_by_value(logits, -_LOGIT_LIMIT, _LOGIT_LIMIT)
+    return _clip(logits, _LOGIT_LIMIT)
+
+
+def _clip(x, limit):
+    """`x` within +-limit, with the gradient of an identity.
+
+    Where values are clipped, everything that is made of them is saturated and its
+    gradient zero anyway; the gradient of `tf.clip_by_value` would compare and
+    select once more.
+    """
+
+    @tf.custom_gradient
+    def run(x):
+        return tf.clip_by_value(x, -limit, limit), lambda dy: dy
+
+    return run(x)
 
 
 def softmax_gating(logits: tf.Tensor) -> tf.Tensor:
@@ -188,7 +203,25 @@ def prob_in_top_k(
         (noisy_logits == threshold_if_out) & (columns <= last_kept)
     )
     thresholds = tf.where(is_in, threshold_if_in, threshold_if_out)
+    return _normal_cdf(clean_logits - thresholds, stddev)
+
+
+@tf.custom_gradient
+def _normal_cdf(difference, stddev):
+    """CDF of the normal distribution of mean 0 at `difference`.
+
+    The gradient divides the density, which far from 0 is exactly 0, by `stddev`:
+    the order of operations of automatic differentiation overflows for a tiny
+    `stddev`, and 0 times infinity is NaN.
+    """
     # Nothing is gained beyond 40 standard deviations, and the bound keeps
     # (clipped) infinite logits from overflowing.
-    z = tf.clip_by_value((clean_logits - thresholds) / stddev, -40.0, 40.0)
-    return 0.5 * tf.math.erfc(-z * tf.constant(0.5**0.5, z.dtype))
+    z = tf.clip_by_value(difference / stddev, -40.0, 40.0)
+
+    def grad(dy):
+        # 1 / sqrt(2 pi)
+        density = tf.exp(-0.5 * z * z) * tf.constant(0.3989422804014327, z.dtype)
+        d_difference = dy * density / stddev
+        return d_difference, -z * d_difference
+
+    return 0.5 * tf.math.erfc(-z * tf.constant(0.5**0.5, z.dtype)), grad

@@ -308,7 +308,8 @@ def share_num_experts(gating, num_experts):
         raise ValueError(
             "`gating` and `experts` must agree on `num_experts`. Received: "
             f"gating.num_experts={stated}, experts.num_experts={num_experts}. Leave it "
-            "out of the gate, or make them equal; a gate cannot be shared by layers with different numbers of experts."
+            "out of the gate, or make them equal; a gate cannot be shared by layers "
+            "with different numbers of experts."
         )
     if isinstance(getattr(gating, "k", None), int):
         checks.verify_k(gating.k, num_experts)

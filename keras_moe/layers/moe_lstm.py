@@ -353,7 +353,8 @@ class MoELSTM(keras.layers.RNN):
         cell = self.cell
         result = functional.moe_lstm(
             inputs,
-            *(tf.convert_to_tensor(state) for state in initial_state),
+            tf.convert_to_tensor(initial_state[0]),
+            tf.convert_to_tensor(initial_state[1]),
             tf.convert_to_tensor(cell.kernel),
             tf.convert_to_tensor(cell.bias),
             self._route(training),

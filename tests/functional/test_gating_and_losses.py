@@ -289,3 +289,15 @@ def test_losses_refuse_bad_weights(weight):
 def test_noise_stddev_refuses_a_negative_epsilon(logits):
     with pytest.raises(ValueError, match="noise_epsilon=-0.5"):
         F.noise_stddev(logits, -0.5)
+
+
+def test_a_tiny_noise_scale_gives_no_nan_gradient(rng):
+    clean = tf.constant(rng.normal(size=(5, 6)), tf.float32)
+    stddev = tf.fill((5, 6), 1e-30)
+    with tf.GradientTape() as tape:
+        tape.watch([clean, stddev])
+        noisy = F.noisy_logits(clean, stddev, tf.ones_like(clean))
+        total = tf.reduce_sum(F.prob_in_top_k(clean, noisy, stddev, 2))
+    assert float(total) == 10.0  # 5 tokens, 2 experts each, for certain
+    for gradient in tape.gradient(total, [clean, stddev]):
+        np.testing.assert_array_equal(gradient, 0)
