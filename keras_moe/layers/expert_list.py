@@ -21,7 +21,10 @@ class ExpertList(keras.layers.Layer):
     `FeedForwardExperts`.
 
     An expert without tokens in a batch is called on one row of zeros whose
-    answer is thrown away, since many layers fail on an empty batch.
+    answer is thrown away, since many layers fail on an empty batch. An expert
+    that takes a `mask` (`BatchNormalization`, `MoE`, a `Sequential` of layers
+    that all support masks) is told that this row, or an empty slot of a
+    capacity, is not real.
 
     Args:
         experts: Sequence of layers, models or `Sequential`s, each with inputs
@@ -42,8 +45,7 @@ class ExpertList(keras.layers.Layer):
         The same with `output_units` in place of `features`.
 
     Losses and state:
-        Those of the experts. With a capacity, experts see the zeros in their
-        empty slots too; that matters for layers with batch statistics only.
+        Those of the experts.
 
     Raises:
         ValueError: There is no expert, something is not a layer or stands in
@@ -96,15 +98,23 @@ class ExpertList(keras.layers.Layer):
         for expert in self.experts:
             if not expert.built:
                 expert.build((None, features))
+            # A Sequential does not say by itself that its layers support masks.
+            expert.supports_masking = _supports_masks(expert)
         self._output_units(features)
 
     def call(self, inputs, counts=None, training=None):
         if inputs.shape.rank == 3:
             parts = tf.unstack(inputs, num=self.num_experts)
+            slots = tf.range(tf.shape(inputs)[1])
+            masks: list[Any] = [None] * self.num_experts
+            if counts is not None:
+                masks = [slots < n for n in tf.unstack(counts, num=self.num_experts)]
             return tf.stack(
                 [
-                    self._run(expert, part, training)
-                    for expert, part in zip(self.experts, parts, strict=True)
+                    self._run(expert, part, mask, training)
+                    for expert, part, mask in zip(
+                        self.experts, parts, masks, strict=True
+                    )
                 ]
             )
         if counts is None:
@@ -118,14 +128,19 @@ class ExpertList(keras.layers.Layer):
             rows = tf.shape(part)[0]
             missing = tf.cast(rows == 0, tf.int32)
             part = tf.pad(part, [[0, missing], [0, 0]])
-            outputs.append(self._run(expert, part, training)[:rows])
+            real = tf.range(tf.shape(part)[0]) < rows
+            outputs.append(self._run(expert, part, real, training)[:rows])
         return tf.concat(outputs, axis=0)
 
-    def _run(self, expert, rows, training):
+    def _run(self, expert, rows, mask, training):
         rows = tf.ensure_shape(rows, (None, rows.shape[-1]))
-        if "training" in inspect.signature(expert.call).parameters:
-            return expert(rows, training=training)
-        return expert(rows)
+        taken = inspect.signature(expert.call).parameters
+        options = {}
+        if "training" in taken:
+            options["training"] = training
+        if "mask" in taken and mask is not None and expert.supports_masking:
+            options["mask"] = mask
+        return expert(rows, **options)
 
     def _output_units(self, features):
         shapes = [
@@ -162,3 +177,10 @@ class ExpertList(keras.layers.Layer):
             for expert in config["experts"]
         ]
         return cls(**{**config, "experts": experts})
+
+
+def _supports_masks(expert):
+    """Whether a mask of the rows reaches every layer that wants one."""
+    if isinstance(expert, keras.Model):
+        return all(_supports_masks(layer) for layer in expert.layers)
+    return expert.supports_masking or isinstance(expert, keras.layers.InputLayer)

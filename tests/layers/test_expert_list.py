@@ -137,3 +137,24 @@ def test_bad_experts_are_refused():
         layers.ExpertList([keras.layers.Reshape((4, 2))]).build((None, D))
     with pytest.raises(ValueError, match="counts=None"):
         layers.ExpertList([keras.layers.Dense(2)])(np.ones((2, D), "float32"))
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 4.0])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_batch_statistics_are_those_of_the_real_rows(rng, capacity_factor, wrapped):
+    # Expert 1 gets nothing: one dummy row, or empty slots only.
+    norms = [keras.layers.BatchNormalization(momentum=0.0) for _ in range(2)]
+    experts = norms
+    if wrapped:
+        experts = [keras.Sequential([layer]) for layer in norms]
+    gating = layers.TopKGating(k=1, normalization="all")
+    layer = layers.MoE(
+        layers.ExpertList(experts), gating, capacity_factor=capacity_factor
+    )
+    x = (rng.normal(size=(6, 3)) + 5.0).astype("float32")
+    layer.build(x.shape)
+    gating.gate_kernel.assign([[1.0, -1.0]] * 3)
+    layer(x, training=True)
+    np.testing.assert_allclose(norms[0].moving_mean, x.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(norms[0].moving_variance, x.var(axis=0), rtol=1e-3)
+    np.testing.assert_allclose(norms[1].moving_mean, 0.0, atol=1e-6)
