@@ -1,0 +1,57 @@
+"""Timing of two sides that alternate in one run.
+
+The ratio of a pair holds even where the speed of the machine changes.
+"""
+
+import time
+
+import numpy as np
+import tensorflow as tf
+
+
+def seconds(function, *arguments):
+    """Time of one call, until its result is there."""
+    start = time.perf_counter()
+    tf.nest.map_structure(lambda result: np.ravel(result)[:1], function(*arguments))
+    return time.perf_counter() - start
+
+
+def compare(first, second, arguments, pairs):
+    """Times `first` and `second` alternately, after one call of each to trace them.
+
+    Returns:
+        Median seconds of each, and the quartiles of `first / second`, pair by pair.
+    """
+    for side in (first, second):
+        side(*arguments)
+    times = np.array(
+        [
+            (seconds(first, *arguments), seconds(second, *arguments))
+            for _ in range(pairs)
+        ]
+    )
+    return np.median(times, axis=0), np.percentile(
+        times[:, 0] / times[:, 1], [25, 50, 75]
+    )
+
+
+def make_steps(call, variables):
+    """`forward(x)` and `training(x)`: one number made of the outputs or of all gradients.
+
+    Reduced to one number, so that nothing is copied out and nothing is left out.
+    """
+
+    @tf.function
+    def forward(x):
+        return tf.reduce_sum(call(x, False)[0])
+
+    @tf.function
+    def training(x):
+        with tf.GradientTape() as tape:
+            outputs, losses = call(x, True)
+            total = tf.reduce_mean(tf.square(outputs)) + sum(losses)
+        gradients = tape.gradient(total, variables)
+        # Done when every gradient is: one element of each is read.
+        return tf.add_n([tf.reshape(gradient, [-1])[0] for gradient in gradients])
+
+    return {"forward": forward, "training": training}

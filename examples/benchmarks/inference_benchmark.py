@@ -1,0 +1,85 @@
+"""A few tokens through many experts, as in decoding.
+
+    python examples/benchmarks/inference_benchmark.py
+
+With 1, 8 or 64 tokens hardly any arithmetic is shared, and the limit is the time to read
+the chosen experts' weights and multiply with them: for every assignment of a token to an
+expert two products of one row. The two sides alternate in one run. `--quick` is a tiny run
+that only shows that everything works.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+from alternating import compare
+
+from keras_moe import layers
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--units", type=int, default=512)
+    parser.add_argument("--hidden-units", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=51)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="tiny, for a test")
+    a = parser.parse_args()
+    if a.quick:
+        a.experts, a.units, a.hidden_units, a.pairs = [8], 8, 12, 2
+    keras.utils.set_random_seed(a.seed)
+    print(
+        f"{a.units} units, {a.hidden_units} hidden units, k = {a.k}, {a.pairs} pairs, "
+        f"TensorFlow {tf.__version__}, {os.cpu_count()} cores\n\n"
+        "| experts | tokens | mixture (ms) | chosen weights alone (ms) | ratio | quartiles "
+        "|\n|---|---|---|---|---|---|"
+    )
+    for num_experts in a.experts:
+        layer = layers.MoE(
+            layers.FeedForwardExperts(num_experts, a.hidden_units),
+            layers.NoisyTopKGating(k=a.k),
+        )
+        layer.build((None, a.units))
+        kernel = layer.gating.gate_kernel
+        kernel.assign(tf.random.normal(kernel.shape))
+        mixture = tf.function(
+            layer, input_signature=[tf.TensorSpec((None, a.units), tf.float32)]
+        )
+        for tokens in a.tokens:
+            x = tf.random.normal((tokens, a.units))
+            # The weights the gate chooses, side by side, each expert once.
+            chosen = tf.unique(tf.reshape(layer.route(x).plan.expert_indices, [-1]))[0]
+            # Of the tensors: a gather from a variable would make TensorFlow copy the
+            # whole variable whenever it is read from then on.
+            first, last = (
+                tf.gather(tf.convert_to_tensor(kernel), chosen)
+                for kernel in layer.experts.kernels
+            )
+            rows = -(-tokens * a.k // chosen.shape[0])
+            inputs = tf.random.normal((chosen.shape[0], rows, a.units))
+
+            @tf.function
+            def limit(inputs, first=first, last=last):
+                return tf.matmul(tf.nn.relu(tf.matmul(inputs, first)), last)
+
+            (mixture_s, limit_s), (low, middle, high) = compare(
+                lambda x=x, f=mixture: f(x),
+                lambda inputs=inputs, f=limit: f(inputs),
+                (),
+                a.pairs,
+            )
+            print(
+                f"| {num_experts} | {tokens} | {mixture_s * 1e3:.2f} | {limit_s * 1e3:.2f} "
+                f"| {middle:.2f} | {low:.2f} - {high:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

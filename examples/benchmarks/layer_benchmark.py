@@ -1,0 +1,195 @@
+"""The MoE layer against a dense layer of equal operations, and against other packages.
+
+    python examples/benchmarks/layer_benchmark.py --picture layer.png
+    python examples/benchmarks/layer_benchmark.py --peers    # tf-models-official, keras-hub
+
+The dense feed-forward layer has k times the hidden units of an expert, so it spends the
+same multiply-adds on a token as k experts: it is what a mixture could cost at best on one
+device. The two sides alternate in one run; a ratio above 1 means the mixture is faster.
+`--quick` is a tiny run that only shows that everything works.
+"""
+
+import argparse
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+from alternating import compare, make_steps
+
+from keras_moe import layers
+
+HEADER = (
+    "| experts | step | {other} (ms) | mixture (ms) | {other} / mixture | quartiles "
+    "|\n|---|---|---|---|---|---|"
+)
+
+
+def make_mixture(num_experts, units, hidden_units, k):
+    layer = layers.MoE(
+        layers.FeedForwardExperts(num_experts, hidden_units),
+        layers.NoisyTopKGating(k=k),
+    )
+    layer.build((None, units))
+    # Columns of equal norm route about as evenly as a gate trained with the losses.
+    kernel = layer.gating.gate_kernel
+    kernel.assign(0.1 * tf.math.l2_normalize(tf.random.normal(kernel.shape), axis=0))
+
+    def call(x, training):
+        return layer(x, training=training), layer.losses
+
+    return make_steps(call, [v.value for v in layer.trainable_variables])
+
+
+def make_dense(units, hidden_units, k):
+    model = keras.Sequential(
+        [
+            keras.layers.Dense(k * hidden_units, "relu", use_bias=False),
+            keras.layers.Dense(units, use_bias=False),
+        ]
+    )
+    model.build((None, units))
+
+    def call(x, training):
+        return model(x, training=training), []
+
+    return make_steps(call, [v.value for v in model.trainable_variables])
+
+
+def make_tf_models(num_experts, units, hidden_units, k, tokens):
+    """tf-models-official: experts choose, capacity for k experts a token on average."""
+    from official.nlp.modeling.layers import moe
+
+    layer = moe.MoeLayer(
+        moe.FeedForwardExperts(num_experts, hidden_units, activation=tf.nn.relu),
+        moe.ExpertsChooseMaskedRouter(num_experts),
+        train_capacity_factor=float(k),
+        eval_capacity_factor=float(k),
+    )
+
+    def call(x, training):
+        outputs = layer(tf.reshape(x, [1, tokens, units]), training=training)
+        return outputs, layer.losses
+
+    call(tf.zeros((tokens, units)), True)
+    return make_steps(call, layer.trainable_variables)
+
+
+def make_keras_hub(num_experts, units, hidden_units, k, tokens):
+    """keras-hub's Mixtral block. Its experts have three matrices instead of two."""
+    from keras_hub.src.models.mixtral.mixtral_decoder import MixtralSparseMoeBlock
+
+    layer = MixtralSparseMoeBlock(units, 2 * hidden_units // 3, num_experts, k)
+
+    def call(x, training):
+        x = tf.reshape(x, [1, tokens, units])
+        return layer(x, training=training)[0], layer.losses
+
+    layer.build((1, tokens, units))
+    return make_steps(call, [v.value for v in layer.trainable_variables])
+
+
+def row(name, other, mixture, x, pairs):
+    """Prints one row and returns its ratio."""
+    (other_s, mixture_s), (low, middle, high) = compare(other, mixture, (x,), pairs)
+    print(
+        f"| {name} | {other_s * 1e3:.1f} | {mixture_s * 1e3:.1f} | {middle:.2f} "
+        f"| {low:.2f} - {high:.2f} |",
+        flush=True,
+    )
+    return middle
+
+
+def against_dense(a):
+    print(HEADER.format(other="dense"))
+    x = tf.random.normal((a.tokens, a.units))
+    dense = make_dense(a.units, a.hidden_units, a.k)
+    ratios = {}
+    for num_experts in a.experts:
+        mixture = make_mixture(num_experts, a.units, a.hidden_units, a.k)
+        for step in ("forward", "training"):
+            start = time.perf_counter()
+            mixture[step](x)
+            first = time.perf_counter() - start
+            ratios[num_experts, step] = row(
+                f"{num_experts} | {step}", dense[step], mixture[step], x, a.pairs
+            )
+            if num_experts == max(a.experts):
+                print(f"<!-- first call of {step}: {first:.1f} s -->", flush=True)
+    return ratios
+
+
+def against_peers(a):
+    tokens, small = a.tokens, min(a.tokens, 512)
+    for name, make, experts, k, n, steps in (
+        ("tf-models-official", make_tf_models, 32, a.k, tokens, ("training",)),
+        ("keras-hub", make_keras_hub, 64, 2, small, ("forward",)),
+    ):
+        print(f"\n{n} tokens, k = {k}\n\n" + HEADER.format(other=name))
+        x = tf.random.normal((n, a.units))
+        experts = min(experts, max(a.experts))
+        try:
+            peer = make(experts, a.units, a.hidden_units, k, n)
+        except ImportError as error:
+            print(f"| not installed: {error} | | | | | |")
+            continue
+        mixture = make_mixture(experts, a.units, a.hidden_units, k)
+        for step in steps:
+            row(f"{experts} | {step}", peer[step], mixture[step], x, a.pairs)
+
+
+def draw(ratios, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for step in ("forward", "training"):
+        points = [(e, ratio) for (e, s), ratio in ratios.items() if s == step]
+        axes.plot(*zip(*points, strict=True), marker="o", label=step)
+    axes.axhline(1.0, color="grey", linewidth=1, label="dense layer")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({e for e, _ in ratios}), sorted({e for e, _ in ratios}))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("number of experts")
+    axes.set_ylabel("speed relative to the dense layer")
+    axes.set_title("Mixture of k experts against a dense layer of equal operations")
+    axes.title.set_fontsize(10)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"Picture: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", type=int, nargs="+", default=[4, 32, 64, 256])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--units", type=int, default=512)
+    parser.add_argument("--hidden-units", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peers", action="store_true", help="compare with packages")
+    parser.add_argument("--picture", help="file to draw the ratios to")
+    parser.add_argument("--quick", action="store_true", help="tiny, for a test")
+    a = parser.parse_args()
+    if a.quick:
+        a.experts, a.tokens, a.units, a.hidden_units, a.pairs = [4, 8], 64, 8, 12, 2
+    keras.utils.set_random_seed(a.seed)
+    print(
+        f"{a.tokens} tokens, {a.units} units, {a.hidden_units} hidden units, k = {a.k}, "
+        f"{a.pairs} pairs, TensorFlow {tf.__version__}, {os.cpu_count()} cores\n"
+    )
+    if a.peers:
+        against_peers(a)
+        return
+    ratios = against_dense(a)
+    if a.picture:
+        draw(ratios, a.picture)
+
+
+if __name__ == "__main__":
+    main()
