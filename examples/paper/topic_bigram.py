@@ -134,8 +134,9 @@ def train(
     seed: int = 0,
     evaluation_steps: int = 50,
     verbose: int = 0,
+    optimizer: type[keras.optimizers.Optimizer] = keras.optimizers.Adam,
 ) -> dict[str, float]:
-    """Trains with Adam on fresh data and evaluates on other fresh data.
+    """Trains with Adam, or a relative, on fresh data; evaluates on other fresh data.
 
     Returns:
         `perplexity` in inference mode and, for a mixture named "moe",
@@ -145,7 +146,7 @@ def train(
         PEAK_LEARNING_RATE, WARMUP_STEPS
     )
     model.compile(
-        keras.optimizers.Adam(schedule, global_clipnorm=5.0),
+        optimizer(schedule, global_clipnorm=5.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[keras_moe.telemetry.Perplexity()],
     )

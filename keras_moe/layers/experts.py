@@ -108,6 +108,8 @@ class FeedForwardExperts(keras.layers.Layer):
                     initializer=PerExpertInitializer(self.kernel_initializer),
                 )
             )
+            # Optimizers may keep less state for these, see `FactoredAdam`.
+            self.kernels[-1].is_expert_weight = True
             if self.use_bias:
                 self.biases.append(
                     self.add_weight(

@@ -1,7 +1,26 @@
 """Ready models."""
 
 from keras_moe.models.baselines import middle_layers
+from keras_moe.models.counting import Count, count
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.models.presets import (
+    Preset,
+    build_language_model,
+    preset,
+    preset_names,
+    scale_down,
+)
 from keras_moe.models.sampling import sample_tokens
 
-__all__ = ["MoELanguageModel", "middle_layers", "sample_tokens"]
+__all__ = [
+    "Count",
+    "MoELanguageModel",
+    "Preset",
+    "build_language_model",
+    "count",
+    "middle_layers",
+    "preset",
+    "preset_names",
+    "sample_tokens",
+    "scale_down",
+]

@@ -13,6 +13,7 @@ from keras_moe.layers.recurrent import ProjectedLSTMCell
 from keras_moe.models.language_model_checks import (
     as_layers,
     state_sizes,
+    verify_lstm_layers,
     verify_tokens,
     verify_width,
 )
@@ -47,6 +48,8 @@ class MoELanguageModel(keras.Model):
         lstm_units: Int or None. Units of the LSTM cells, whose output is then
             projected to `units`; None means `units` and no projection.
             Defaults to `None`.
+        lstm_layers: Int. `2`, or `1` to leave out the last LSTM, as in the
+            baseline LSTM-2048-512. Defaults to `2`.
         dropout: Float. Fraction of each output that is dropped (the paper's
             DropProb). Defaults to `0.1`.
         stateful: Bool. Whether states are carried from batch to batch.
@@ -99,6 +102,7 @@ class MoELanguageModel(keras.Model):
         *,
         middle: keras.layers.Layer | Sequence[keras.layers.Layer] | None = None,
         lstm_units: int | None = None,
+        lstm_layers: int = 2,
         dropout: float = 0.1,
         stateful: bool = False,
         name: str = "moe_language_model",
@@ -108,11 +112,13 @@ class MoELanguageModel(keras.Model):
         units = checks.verify_positive_int(units, "units")
         if lstm_units is not None:
             lstm_units = checks.verify_positive_int(lstm_units, "lstm_units")
+        verify_lstm_layers(lstm_layers)
         dropout = checks.verify_rate(dropout, "dropout")
         super().__init__(name=name, **kwargs)
         self.vocabulary_size = vocabulary_size
         self.units = units
         self.lstm_units = lstm_units
+        self.lstm_layers = lstm_layers
         self.dropout = dropout
         self.stateful = bool(stateful)
         self.middle = as_layers(middle)
@@ -120,12 +126,12 @@ class MoELanguageModel(keras.Model):
             vocabulary_size, units, name="embedding"
         )
         self.first_lstm = self._make_lstm("first_lstm")
-        self.last_lstm = self._make_lstm("last_lstm")
+        self.last_lstm = self._make_lstm("last_lstm") if lstm_layers == 2 else None
         self.softmax = keras.layers.Dense(
             vocabulary_size, dtype=self._output_policy(), name="softmax"
         )
         self.dropouts = [
-            keras.layers.Dropout(dropout) for _ in range(len(self.middle) + 3)
+            keras.layers.Dropout(dropout) for _ in range(len(self.stack) + 1)
         ]
         self._stream_state = StreamState()
 
@@ -144,7 +150,8 @@ class MoELanguageModel(keras.Model):
     @property
     def stack(self) -> list[keras.layers.Layer]:
         """The layers between embedding and softmax, in order."""
-        return [self.first_lstm, *self.middle, self.last_lstm]
+        last = [] if self.last_lstm is None else [self.last_lstm]
+        return [self.first_lstm, *self.middle, *last]
 
     @property
     def moe_layers(self) -> list[MoE]:
@@ -347,6 +354,7 @@ class MoELanguageModel(keras.Model):
             "units": self.units,
             "middle": [keras.saving.serialize_keras_object(m) for m in self.middle],
             "lstm_units": self.lstm_units,
+            "lstm_layers": self.lstm_layers,
             "dropout": self.dropout,
             "stateful": self.stateful,
         }

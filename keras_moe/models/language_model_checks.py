@@ -49,3 +49,11 @@ def verify_tokens(tokens):
             f"(batch, time). Received: dtype={tf.as_dtype(tokens.dtype).name}, "
             f"shape={tuple(tokens.shape)}."
         )
+
+
+def verify_lstm_layers(lstm_layers):
+    if lstm_layers not in (1, 2):
+        raise ValueError(
+            f"`lstm_layers` must be 1 or 2. Received: lstm_layers={lstm_layers!r}. "
+            "Put further recurrent layers into `middle`."
+        )

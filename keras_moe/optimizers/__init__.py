@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules."""
 
+from keras_moe.optimizers.factored_adam import FactoredAdam
 from keras_moe.optimizers.schedules import WarmupInverseSquareRoot
 
-__all__ = ["WarmupInverseSquareRoot"]
+__all__ = ["FactoredAdam", "WarmupInverseSquareRoot"]

@@ -1,0 +1,233 @@
+"""Adam that keeps next to no state for the weights of experts."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class FactoredAdam(keras.optimizers.Adam):
+    """Adam; for expert weights with beta1 = 0 and a factored second moment.
+
+    An expert weight of shape `(E, in, out)` keeps, instead of a first and a
+    second moment of that size, the averages of its squared gradients over rows
+    and over columns, `(E, in)` and `(E, out)`:
+
+    $r \\leftarrow \\beta_2 r + (1 - \\beta_2) \\mathrm{mean}_{out}(g^2)$,
+    $c \\leftarrow \\beta_2 c + (1 - \\beta_2) \\mathrm{mean}_{in}(g^2)$,
+    $\\hat V = r c^T / \\mathrm{mean}(r) / (1 - \\beta_2^t)$,
+    $w \\leftarrow w - \\eta g / (\\sqrt{\\hat V} + \\epsilon)$,
+
+    for each expert by itself. The mean of r and that of c are both the mean of
+    the second moment. If all squared gradients have rank 1 with the same factors,
+    this is Adam with beta1 = 0 exactly. All other weights are updated as by
+    `keras.optimizers.Adam`.
+
+    An expert that takes no token has a zero gradient: its weights stay, and its
+    averages decay.
+
+    Args:
+        learning_rate: Float or schedule. Defaults to `0.001`.
+        beta_1: Float. Decay of the first moment of weights that are not
+            factored. Defaults to `0.9`.
+        beta_2: Float. Decay of the second moment, factored or not. Defaults to
+            `0.999`.
+        epsilon: Float. Added to the root of the second moment. Defaults to
+            `1e-7`.
+        factored: None or a list of regular expressions. None factors the
+            weights that are marked as those of experts, with an attribute
+            `is_expert_weight` that is True, as `FeedForwardExperts` marks its
+            kernels. A list factors every weight whose path is matched by one of
+            them (`re.search`), e.g. `["experts/kernel"]`. The last two axes are
+            factored, so the weight must have rank 2 or more. Defaults to
+            `None`.
+        name: Str. Defaults to `"factored_adam"`.
+        **kwargs: Those of `keras.optimizers.Adam` but `amsgrad`: weight decay,
+            clipping, EMA, loss scale, gradient accumulation.
+
+    Losses and state:
+        The slots `row` and `column` for a factored weight, `momentum` and
+        `velocity` for another. Rows and columns keep the leading axes of the
+        weight, so where the experts are sharded, their state is sharded alike.
+
+    Raises:
+        ValueError: A decay is not within [0, 1), `factored` is not a list of
+            regular expressions, `amsgrad` is set; when built: a pattern matches
+            a weight of rank below 2, or matches none.
+
+    Example:
+
+    >>> optimizer = keras_moe.optimizers.FactoredAdam(0.01)
+    >>> experts = keras_moe.layers.FeedForwardExperts(8, hidden_units=64)
+    >>> experts.build((None, 32))
+    >>> optimizer.build(experts.trainable_variables)
+    >>> sum(v.shape.num_elements() for v in optimizer.slots_of(experts.kernels[0]))
+    768
+    >>> experts.kernels[0].shape
+    (8, 32, 64)
+
+    Reference:
+        Shazeer et al. 2017, appendix D.
+    """
+
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        *,
+        factored: Sequence[str] | None = None,
+        name: str = "factored_adam",
+        **kwargs: Any,
+    ):
+        checks.verify_rate(beta_1, "beta_1")
+        checks.verify_rate(beta_2, "beta_2")
+        if kwargs.pop("amsgrad", False):
+            raise ValueError(
+                "`amsgrad` must be left out. Received: amsgrad=True. The largest "
+                "second moment cannot be kept in factors."
+            )
+        super().__init__(
+            learning_rate, beta_1, beta_2, epsilon=epsilon, name=name, **kwargs
+        )
+        self.factored = None if factored is None else _verify_patterns(factored)
+
+    def build(self, var_list):
+        """Makes the slots.
+
+        Args:
+            var_list: The variables to train.
+        """
+        if self.built:
+            return
+        # Past Adam, whose slots are as large as the weights.
+        super(keras.optimizers.Adam, self).build(var_list)
+        self._momentums, self._velocities = [], []
+        self._rows, self._columns = [], []
+        selected = self._select(var_list)
+        for variable in var_list:
+            row = column = momentum = velocity = None
+            if variable.path in selected:
+                row = self.add_factor(variable, variable.shape[:-1], "row")
+                column = self.add_factor(
+                    variable, (*variable.shape[:-2], variable.shape[-1]), "column"
+                )
+            else:
+                momentum = self.add_variable_from_reference(variable, "momentum")
+                velocity = self.add_variable_from_reference(variable, "velocity")
+            self._rows.append(row)
+            self._columns.append(column)
+            self._momentums.append(momentum)
+            self._velocities.append(velocity)
+
+    def _select(self, var_list):
+        """Paths of the variables to factor."""
+        if self.factored is None:
+            return {
+                v.path
+                for v in var_list
+                if getattr(v, "is_expert_weight", False) and len(v.shape) >= 2
+            }
+        found = set()
+        for pattern in self.factored:
+            matched = [v for v in var_list if re.search(pattern, v.path)]
+            if not matched:
+                raise ValueError(
+                    "`factored` must match weights of the model. Received: "
+                    f"{pattern!r}, which matches none of "
+                    f"{[v.path for v in var_list]}. Correct it or leave it out."
+                )
+            for variable in matched:
+                if len(variable.shape) < 2:
+                    raise ValueError(
+                        "`factored` must match weights of rank 2 or more. Received: "
+                        f"{pattern!r}, which matches {variable.path!r} of shape "
+                        f"{tuple(variable.shape)}. Make it more specific."
+                    )
+                found.add(variable.path)
+        return found
+
+    def add_factor(self, variable, shape, name):
+        """Makes a slot of another shape than its variable's.
+
+        Args:
+            variable: The variable it belongs to.
+            shape: Tuple. Shape of the slot; the leading axes are those of the
+                variable.
+            name: Str. `"row"` or `"column"`.
+
+        Returns:
+            A variable of zeros, placed where `variable` is.
+        """
+        strategy = tf.distribute.get_strategy()
+        with strategy.extended.colocate_vars_with(variable.value):
+            return self.add_variable(
+                shape, dtype=variable.dtype, name=f"{variable.name}_{name}"
+            )
+
+    def slots_of(self, variable) -> list:
+        """The state of one variable, once built.
+
+        Args:
+            variable: A variable the optimizer was built with.
+
+        Returns:
+            `[row, column]` if it is factored, else `[momentum, velocity]`.
+        """
+        index = self._get_variable_index(variable)
+        if self._rows[index] is None:
+            return [self._momentums[index], self._velocities[index]]
+        return [self._rows[index], self._columns[index]]
+
+    def update_step(self, gradient, variable, learning_rate):
+        """Updates one variable and its slots."""
+        index = self._get_variable_index(variable)
+        row, column = self._rows[index], self._columns[index]
+        if row is None:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        beta_2 = tf.constant(self.beta_2, gradient.dtype)
+        rate = tf.cast(learning_rate, gradient.dtype)
+        squared = tf.square(gradient)
+        for slot, axis in ((row, -1), (column, -2)):
+            mean = tf.reduce_mean(squared, axis=axis)
+            self.assign_add(slot, (1 - beta_2) * (mean - slot))
+        # The roots of the factors first: no second array of the weight's size,
+        # and no product that underflows. An expert without any gradient so far
+        # has zeros everywhere: 0 / epsilon.
+        row, column = tf.convert_to_tensor(row), tf.convert_to_tensor(column)
+        mean = tf.reduce_mean(row, axis=-1, keepdims=True)
+        row = tf.sqrt(tf.math.divide_no_nan(row, mean))[..., :, tf.newaxis]
+        column = tf.sqrt(column / (1 - beta_2**step))[..., tf.newaxis, :]
+        self.assign_sub(variable, rate * gradient / (row * column + self.epsilon))
+
+    def get_config(self):
+        config = super().get_config()
+        del config["amsgrad"]
+        return {
+            **config,
+            "factored": None if self.factored is None else list(self.factored),
+        }
+
+
+def _verify_patterns(patterns):
+    valid = isinstance(patterns, Sequence) and not isinstance(patterns, str)
+    try:
+        for pattern in patterns if valid else ():
+            re.compile(pattern)
+    except (re.error, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            "`factored` must be None or a list of regular expressions. Received: "
+            f"factored={patterns!r}. Pass e.g. ['experts/kernel']."
+        )
+    return tuple(patterns)

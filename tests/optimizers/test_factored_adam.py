@@ -1,0 +1,250 @@
+"""FactoredAdam against its oracle, and with everything Keras does with optimizers."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_moe import layers, models
+from keras_moe.optimizers import FactoredAdam
+from tests.oracles import factored_adam as oracle
+
+RNG_SHAPE = (3, 4, 5)
+
+
+def expert_variable(values, name="kernel", dtype="float64"):
+    variable = keras.Variable(values, dtype=dtype, name=name)
+    variable.is_expert_weight = True
+    return variable
+
+
+def run(optimizer, variables, gradients):
+    """Applies the gradients one after the other; returns the values."""
+    optimizer.build(variables)
+    for gradient in gradients:
+        optimizer.apply_gradients(zip(gradient, variables, strict=True))
+    return [v.numpy() for v in variables]
+
+
+def test_equals_the_oracle_for_expert_weights():
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=RNG_SHAPE)
+    gradients = rng.normal(size=(6, *RNG_SHAPE)) * rng.exponential(size=RNG_SHAPE)
+    gradients[:, 2] = 0.0  # an expert that never takes a token
+    gradients[3, 1] = 0.0  # one that takes none in one step
+    variable = expert_variable(start)
+    (found,) = run(
+        FactoredAdam(0.05, beta_2=0.9),
+        [variable],
+        [[tf.constant(g)] for g in gradients],
+    )
+    wanted = oracle.factored_adam(start, gradients, 0.05, 0.9, 1e-7)
+    # The rate passes through float32 in Keras.
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(found[2], start[2])
+
+
+def test_other_weights_get_adam():
+    rng = np.random.default_rng(1)
+    start = rng.normal(size=(4, 5))
+    gradients = rng.normal(size=(6, 4, 5))
+    (found,) = run(
+        FactoredAdam(0.05, beta_1=0.8, beta_2=0.9),
+        [keras.Variable(start, dtype="float64")],
+        [[tf.constant(g)] for g in gradients],
+    )
+    wanted = oracle.adam(start, gradients, 0.05, 0.8, 0.9, 1e-7)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_is_adam_without_momentum_for_squared_gradients_of_rank_one():
+    rng = np.random.default_rng(2)
+    start = rng.normal(size=RNG_SHAPE)
+    a, b = rng.uniform(0.1, 2.0, size=(3, 4)), rng.uniform(0.1, 2.0, size=(3, 5))
+    # g^2 = s_t a^2 (b^2)^T with any signs: factors that stay, a scale that moves.
+    gradients = [
+        s * np.einsum("ei,ej->eij", a, b) * rng.choice([-1.0, 1.0], size=RNG_SHAPE)
+        for s in (1.0, 0.3, 2.0, 0.7, 1.5)
+    ]
+    (found,) = run(
+        FactoredAdam(0.05, beta_2=0.9, epsilon=1e-12),
+        [expert_variable(start)],
+        [[tf.constant(g)] for g in gradients],
+    )
+    wanted = oracle.adam(start, gradients, 0.05, 0.0, 0.9, 1e-12)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    # With other squares it is an estimate only: the test can fail.
+    gradients[0] = rng.normal(size=RNG_SHAPE)
+    (other,) = run(
+        FactoredAdam(0.05, beta_2=0.9, epsilon=1e-12),
+        [expert_variable(start)],
+        [[tf.constant(g)] for g in gradients],
+    )
+    wanted = oracle.adam(start, gradients, 0.05, 0.0, 0.9, 1e-12)
+    assert np.max(np.abs(other - wanted)) > 1e-3
+
+
+def test_scaling_all_gradients_changes_nothing_even_near_underflow():
+    gradients = np.random.default_rng(3).normal(size=(4, *RNG_SHAPE))
+    found = [
+        run(
+            FactoredAdam(0.1, epsilon=1e-30),
+            [expert_variable(np.zeros(RNG_SHAPE), dtype="float32")],
+            [[tf.constant(g * scale, tf.float32)] for g in gradients],
+        )[0]
+        for scale in (1.0, 1e-15, 1e15)
+    ]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-4)
+
+
+def test_state_of_expert_weights_is_rows_and_columns():
+    experts = layers.FeedForwardExperts(8, hidden_units=64, use_bias=True)
+    experts.build((None, 32))
+    dense = keras.Variable(np.zeros((32, 64)), name="dense")
+    optimizer = FactoredAdam()
+    optimizer.build([*experts.trainable_variables, dense])
+    row, column = optimizer.slots_of(experts.kernels[0])
+    assert tuple(row.shape) == (8, 32)
+    assert tuple(column.shape) == (8, 64)
+    # 8 * 2 * (32 + 64) numbers for 8 * 2 * 32 * 64 weights.
+    state = sum(
+        s.shape.num_elements() for k in experts.kernels for s in optimizer.slots_of(k)
+    )
+    assert state == 8 * 2 * 96
+    for full in (dense, experts.biases[0]):
+        assert [s.shape for s in optimizer.slots_of(full)] == [full.shape] * 2
+
+
+def test_patterns_choose_the_weights():
+    kernel, other = (
+        keras.Variable(np.zeros((2, 3)), name=name) for name in ("mine", "others")
+    )
+    optimizer = FactoredAdam(factored=["^mine"])
+    optimizer.build([kernel, other])
+    assert [tuple(s.shape) for s in optimizer.slots_of(kernel)] == [(2,), (3,)]
+    assert [tuple(s.shape) for s in optimizer.slots_of(other)] == [(2, 3)] * 2
+    copy = FactoredAdam.from_config(optimizer.get_config())
+    assert copy.factored == ("^mine",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"factored": "kernel"}, "factored='kernel'"),
+        ({"factored": ["("]}, r"factored=\['\('\]"),
+        ({"amsgrad": True}, "amsgrad=True"),
+        ({"beta_2": 1.0}, "beta_2=1.0"),
+        ({"beta_1": -0.1}, "beta_1=-0.1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FactoredAdam(**arguments)
+
+
+def test_patterns_that_fit_no_weight_are_refused():
+    variable = keras.Variable(np.zeros(3), name="bias")
+    with pytest.raises(ValueError, match="'kernel', which matches none"):
+        FactoredAdam(factored=["kernel"]).build([variable])
+    with pytest.raises(ValueError, match=r"'bias' of shape \(3,\)"):
+        FactoredAdam(factored=["bias"]).build([variable])
+
+
+def small_model(**options):
+    moe = layers.MoE(
+        layers.FeedForwardExperts(6, hidden_units=8), layers.NoisyTopKGating(k=2)
+    )
+    model = keras.Sequential([keras.Input((4,)), moe, keras.layers.Dense(1)])
+    model.compile(FactoredAdam(0.01, **options), "mse")
+    return model
+
+
+def data(n=64):
+    x = np.random.default_rng(0).normal(size=(n, 4)).astype("float32")
+    return x, np.sin(x.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clipnorm": 0.5},
+        {"global_clipnorm": 0.5},
+        {"weight_decay": 0.01},
+        {"use_ema": True},
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=lambda o: next(iter(o), "plain"),
+)
+def test_trains_with_the_options_of_keras(options):
+    keras.utils.set_random_seed(0)
+    model = small_model(**options)
+    losses = model.fit(*data(), epochs=15, batch_size=16, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_saved_model_goes_on_training_as_if_it_had_not_been_saved(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = small_model()
+    model.layers[0].gating.noise_epsilon = 0.0
+    x, y = data(16)
+    model.fit(x, y, epochs=3, shuffle=False, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded.optimizer, FactoredAdam)
+    for mine, other in zip(
+        model.optimizer.variables, loaded.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(mine.numpy(), other.numpy())
+    kernel = loaded.layers[0].experts.kernels[0]
+    assert len(loaded.optimizer.slots_of(kernel)[0].shape) == 2
+    gradients = [np.full(v.shape, 0.1, "float32") for v in model.trainable_variables]
+    for m in (model, loaded):
+        m.optimizer.apply_gradients(
+            zip(map(tf.constant, gradients), m.trainable_variables, strict=True)
+        )
+    for mine, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-6)
+
+
+def test_loss_scaling_leaves_the_update_as_it_is():
+    keras.utils.set_random_seed(0)
+    start = np.random.default_rng(0).normal(size=RNG_SHAPE).astype("float32")
+    gradients = np.random.default_rng(1).normal(size=(3, *RNG_SHAPE)).astype("float32")
+    (plain,) = run(
+        FactoredAdam(0.05),
+        [expert_variable(start, dtype="float32")],
+        [[tf.constant(g)] for g in gradients],
+    )
+    scaled = keras.optimizers.LossScaleOptimizer(FactoredAdam(0.05), initial_scale=64.0)
+    (found,) = run(
+        scaled,
+        [expert_variable(start, dtype="float32")],
+        [[tf.constant(64.0 * g)] for g in gradients],
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-5)
+    keras.config.set_dtype_policy("mixed_float16")
+    model = small_model()
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    losses = model.fit(*data(), epochs=10, batch_size=16, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+
+
+def test_trains_a_language_model_with_a_hierarchical_mixture():
+    keras.utils.set_random_seed(0)
+    small = models.scale_down(
+        models.preset("moe_1024_h_100b"), factor=32, max_experts=16, vocabulary_size=20
+    )
+    model = models.build_language_model(small)
+    model.compile(
+        FactoredAdam(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    tokens = np.tile(np.arange(1, 9, dtype="int32"), (4, 1))
+    losses = model.fit(tokens, np.roll(tokens, -1, 1), epochs=10, verbose=0)
+    assert losses.history["loss"][-1] < 0.8 * losses.history["loss"][0]
+    kernel = model.moe_layers[0].experts.kernels[0]
+    assert len(model.optimizer.slots_of(kernel)[0].shape) == 2
+    gate = model.moe_layers[0].gating.gate_kernel  # rank 3, but no expert's
+    assert len(model.optimizer.slots_of(gate)[0].shape) == 3

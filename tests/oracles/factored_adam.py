@@ -1,0 +1,38 @@
+"""FactoredAdam in NumPy float64, one expert after the other."""
+
+import numpy as np
+
+
+def factored_adam(weights, gradients, rate, beta_2, epsilon):
+    """Weights `(E, in, out)` after one update for each of the gradients."""
+    weights = np.array(weights, np.float64)
+    for expert in range(weights.shape[0]):
+        rows = np.zeros(weights.shape[1])
+        columns = np.zeros(weights.shape[2])
+        for t, gradient in enumerate(gradients, 1):
+            g = np.asarray(gradient[expert], np.float64)
+            for i in range(rows.size):
+                rows[i] = beta_2 * rows[i] + (1 - beta_2) * np.mean(g[i] ** 2)
+            for j in range(columns.size):
+                columns[j] = beta_2 * columns[j] + (1 - beta_2) * np.mean(g[:, j] ** 2)
+            mean = np.mean(columns)
+            if mean == 0:
+                continue
+            second = np.outer(rows, columns) / mean / (1 - beta_2**t)
+            weights[expert] -= rate * g / (np.sqrt(second) + epsilon)
+    return weights
+
+
+def adam(weights, gradients, rate, beta_1, beta_2, epsilon):
+    """Adam as in Kingma and Ba 2015, algorithm 1, with Keras' epsilon.
+
+    Keras adds epsilon to the root of the uncorrected second moment.
+    """
+    weights = np.array(weights, np.float64)
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for t, gradient in enumerate(gradients, 1):
+        first = beta_1 * first + (1 - beta_1) * gradient
+        second = beta_2 * second + (1 - beta_2) * gradient**2
+        alpha = rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+        weights -= alpha * first / (np.sqrt(second) + epsilon)
+    return weights
