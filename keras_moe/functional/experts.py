@@ -21,7 +21,7 @@ Activation = Callable[[tf.Tensor], tf.Tensor]
 # Up to here a product for each expert is at least as fast as padded blocks; from
 # here on the number of operations and the stacking of weight gradients cost more
 # than padding does.
-MOST_UNROLLED_EXPERTS = 128
+MOST_UNROLLED_EXPERTS = 256
 
 
 def feed_forward_experts(
@@ -84,8 +84,9 @@ def feed_forward_experts(
         run = _recomputed(network) if recompute else network
         return run(expert_inputs, *weights)
     if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
-        run = _one_by_one_recomputed if recompute else _one_by_one
-        return run(network, counts, expert_inputs, *weights)
+        if recompute:
+            return _one_by_one_recomputed(network, counts, expert_inputs, *weights)
+        return _one_by_one(expert_inputs, kernels, biases, counts, activation)
     run = _recomputed(network) if recompute else network
     return _in_blocks(run, counts, expert_inputs, *weights)
 
@@ -116,53 +117,96 @@ def _recomputed(function):
     return run
 
 
-def _split_by_expert(counts, x, weights):
-    """For each expert its rows of `x` and its own weights. Memory is shared."""
-    num_experts = weights[0].shape[0]
-    rows = [x] if num_experts == 1 else tf.split(x, counts, num=num_experts)
-    own_weights = zip(*(tf.unstack(weight) for weight in weights), strict=True)
-    return zip(rows, own_weights, strict=True)
+def _split_by_expert(x, counts, num_experts):
+    """For each expert its rows of `x`, which share its memory."""
+    return [x] if num_experts == 1 else tf.split(x, counts, num=num_experts)
 
 
 def _concat(parts):
     return parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
 
 
-def _one_by_one(network, counts, x, *weights):
+def _one_by_one(x, kernels, biases, counts, activation):
     """Split, run each expert on its rows, concatenate.
 
     Splitting along the first axis shares memory, and so does taking one
     expert's kernel from the stack, so only inputs and outputs are copied.
     """
-    return _concat(
-        [network(rows, *own) for rows, own in _split_by_expert(counts, x, weights)]
-    )
+    parts = _split_by_expert(x, counts, kernels[0].shape[0])
+    for i, kernel in enumerate(kernels):
+        parts = _products(kernel, parts)
+        if biases:
+            own = tf.unstack(biases[i])
+            parts = [part + bias for part, bias in zip(parts, own, strict=True)]
+        if i < len(kernels) - 1:
+            parts = [activation(part) for part in parts]
+    return _concat(parts)
+
+
+def _products(kernels, parts):
+    """Each part times its kernel, with one gradient for all of them.
+
+    The gradient with regard to the rows is taken as a batched product of one
+    element: on CPU the plain product with a transposed kernel repacks it and takes
+    1.4 (512 rows) to 2.3 times (64 rows) as long.
+    """
+
+    @tf.custom_gradient
+    def run(kernels, *parts):
+        def grad(*upstream):
+            upstream = [tf.convert_to_tensor(dy) for dy in upstream]  # no slices
+            d_kernels = [
+                tf.matmul(part, dy, transpose_a=True)
+                for part, dy in zip(parts, upstream, strict=True)
+            ]
+            d_parts = [
+                tf.matmul(dy[tf.newaxis], kernel, transpose_b=True)[0]
+                for dy, kernel in zip(
+                    upstream, tf.split(kernels, len(parts)), strict=True
+                )
+            ]
+            return tf.stack(d_kernels), *d_parts
+
+        own = tf.unstack(kernels)
+        return tuple(tf.matmul(*pair) for pair in zip(parts, own, strict=True)), grad
+
+    outputs = run(kernels, *parts)
+    return list(outputs)
 
 
 def _one_by_one_recomputed(network, counts, x, *weights):
     """`_one_by_one`; the backward pass holds the activations of one expert."""
+    num_experts = weights[0].shape[0]
+
+    def arguments(x, *weights):
+        """For each expert `(1, rows, D)` and its weights, as a batch of one."""
+        rows = [part[tf.newaxis] for part in _split_by_expert(x, counts, num_experts)]
+        return list(
+            zip(rows, *(tf.split(w, num_experts) for w in weights), strict=True)
+        )
 
     @tf.custom_gradient
     def run(x, *weights):
         def grad(dy):
-            outer = tf.split(dy, counts) if weights[0].shape[0] > 1 else [dy]
             gradients = []
             before = [dy]
-            for (rows, own), d_rows in zip(
-                _split_by_expert(counts, x, weights), outer, strict=True
-            ):
+            upstream = _split_by_expert(dy, counts, num_experts)
+            for own, d_rows in zip(arguments(x, *weights), upstream, strict=True):
                 # An expert waits for the gradients of the one before it.
                 with tf.control_dependencies(before):
-                    inputs = [tf.identity(each) for each in (rows, *own)]
+                    inputs = [tf.identity(each) for each in own]
                 with tf.GradientTape() as tape:
                     tape.watch(inputs)
                     outputs = network(*inputs)
-                before = tape.gradient(outputs, inputs, d_rows)
+                before = tape.gradient(outputs, inputs, d_rows[tf.newaxis])
                 gradients.append(before)
             d_x, *d_weights = zip(*gradients, strict=True)
-            return [_concat(list(d_x)), *(tf.stack(each) for each in d_weights)]
+            return _concat([each[0] for each in d_x]), *(
+                _concat(list(each)) for each in d_weights
+            )
 
-        return _one_by_one(network, counts, x, *weights), grad
+        outputs = [network(*own)[0] for own in arguments(x, *weights)]
+        return _concat(outputs), grad
 
     return run(x, *weights)
 

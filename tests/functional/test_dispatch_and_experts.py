@@ -199,7 +199,7 @@ def test_zero_tokens(kind):
 
 def test_the_graph_of_many_experts_does_not_grow_with_their_number():
     sizes = []
-    for num_experts in (200, 2000):
+    for num_experts in (300, 3000):
         kernels = [tf.ones((num_experts, 2, 3))]
 
         @tf.function
