@@ -40,6 +40,10 @@ class TrainLMOptions:
     )
     dropout: float = _option(0.3, "fraction of each layer's output that is dropped")
     loss_weight: float = _option(0.1, "weight of the importance and the load loss")
+    num_sampled: int | None = _option(
+        None,
+        "candidates of the softmax in training; default: the full softmax",
+    )
     learning_rate: float = _option(0.004, "highest learning rate of Adam")
     warmup_steps: int = _option(200, "steps over which the learning rate rises")
     batch_size: int = _option(32, "rows of a batch, each a stream of text")

@@ -40,6 +40,8 @@ def draw_history(history: list[dict], path: Path) -> list[tuple[Path, str]]:
         ("perplexity", "training", _DRAWN),
         ("val_perplexity", "validation", _SECOND),
     ):
+        if key not in history[0]:  # a sampled softmax has none in training
+            continue
         axes.plot(epochs, [row[key] for row in history], "o-", label=label, color=color)
     axes.set(xlabel="epoch", ylabel="perplexity (log scale)", yscale="log")
     axes.set_title("Perplexity of the language model")

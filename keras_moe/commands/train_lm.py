@@ -142,6 +142,7 @@ def build_model(
         lstm_units=options.lstm_units,
         dropout=options.dropout,
         stateful=True,
+        num_sampled=options.num_sampled,
     )
     model.build((options.batch_size, options.sequence_length))
     model.compile(

@@ -43,6 +43,10 @@ from keras_moe.functional.recurrent import (
     moe_lstm,
     verify_recurrent_gating,
 )
+from keras_moe.functional.sampled_softmax import (
+    sampled_cross_entropy,
+    unbiased_candidates,
+)
 
 __all__ = [
     "MoELSTMResult",
@@ -70,10 +74,12 @@ __all__ = [
     "noise_stddev",
     "noisy_logits",
     "prob_in_top_k",
+    "sampled_cross_entropy",
     "softmax_gating",
     "threshold_loss",
     "threshold_mask",
     "tokens_per_expert",
     "top_k_gating",
+    "unbiased_candidates",
     "verify_recurrent_gating",
 ]

@@ -154,16 +154,14 @@ def _products(kernels, parts):
     @tf.custom_gradient
     def run(kernels, *parts):
         def grad(*upstream):
-            upstream = [tf.convert_to_tensor(dy) for dy in upstream]  # no slices
+            dys = [tf.convert_to_tensor(dy) for dy in upstream]  # no slices
             d_kernels = [
                 tf.matmul(part, dy, transpose_a=True)
-                for part, dy in zip(parts, upstream, strict=True)
+                for part, dy in zip(parts, dys, strict=True)
             ]
             d_parts = [
                 tf.matmul(dy[tf.newaxis], kernel, transpose_b=True)[0]
-                for dy, kernel in zip(
-                    upstream, tf.split(kernels, len(parts)), strict=True
-                )
+                for dy, kernel in zip(dys, tf.split(kernels, len(parts)), strict=True)
             ]
             return tf.stack(d_kernels), *d_parts
 

@@ -8,6 +8,7 @@ from keras_moe.layers.hierarchical_moe import HierarchicalGating, HierarchicalMo
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.moe_lstm import MoELSTM, MoELSTMCell
 from keras_moe.layers.recurrent import ProjectedLSTMCell
+from keras_moe.layers.sampled_softmax import SampledSoftmax
 
 __all__ = [
     "BalancedGating",
@@ -20,6 +21,7 @@ __all__ = [
     "MoELSTMCell",
     "NoisyTopKGating",
     "ProjectedLSTMCell",
+    "SampledSoftmax",
     "SoftmaxGating",
     "TopKGating",
 ]

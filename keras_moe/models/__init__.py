@@ -3,9 +3,9 @@
 from keras_moe.models.baselines import middle_layers
 from keras_moe.models.counting import Count, count
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.models.preset_models import build_language_model
 from keras_moe.models.presets import (
     Preset,
-    build_language_model,
     preset,
     preset_names,
     scale_down,

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.recurrent import ProjectedLSTMCell
+from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.models.language_model_checks import (
     as_layers,
     state_sizes,
@@ -18,12 +19,13 @@ from keras_moe.models.language_model_checks import (
     verify_width,
 )
 from keras_moe.models.routing import routing_of
+from keras_moe.models.sampled_training import SampledTraining, with_softmax_inputs
 from keras_moe.models.sampling import sample_tokens
 from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoELanguageModel(keras.Model):
+class MoELanguageModel(SampledTraining, keras.Model):
     """Embedding, LSTM, middle layers, LSTM, softmax (appendix C.1).
 
     The output of every layer but the softmax goes through dropout, and then the
@@ -54,6 +56,11 @@ class MoELanguageModel(keras.Model):
             DropProb). Defaults to `0.1`.
         stateful: Bool. Whether states are carried from batch to batch.
             Defaults to `False`.
+        num_sampled: Int or None. Candidates of the softmax in the training
+            steps of `fit`, see `SampledSoftmax`; ids must then be in the order
+            of falling frequency. Metrics of the logits are left to evaluation,
+            which uses the full softmax. None trains the full softmax. Defaults
+            to `None`.
 
     Call arguments:
         inputs: Int tensor `(batch, time)` of token ids.
@@ -105,6 +112,7 @@ class MoELanguageModel(keras.Model):
         lstm_layers: int = 2,
         dropout: float = 0.1,
         stateful: bool = False,
+        num_sampled: int | None = None,
         name: str = "moe_language_model",
         **kwargs: Any,
     ):
@@ -127,9 +135,8 @@ class MoELanguageModel(keras.Model):
         )
         self.first_lstm = self._make_lstm("first_lstm")
         self.last_lstm = self._make_lstm("last_lstm") if lstm_layers == 2 else None
-        self.softmax = keras.layers.Dense(
-            vocabulary_size, dtype=self._output_policy(), name="softmax"
-        )
+        self.num_sampled = num_sampled
+        self.softmax = self._make_softmax()
         self.dropouts = [
             keras.layers.Dropout(dropout) for _ in range(len(self.stack) + 1)
         ]
@@ -143,9 +150,13 @@ class MoELanguageModel(keras.Model):
             ProjectedLSTMCell(self.lstm_units, projection_units=self.units), **options
         )
 
-    def _output_policy(self):
+    def _make_softmax(self):
         # Logits and their softmax in float32 at least.
-        return "float64" if self.compute_dtype == "float64" else "float32"
+        dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        options: dict[str, Any] = {"dtype": dtype, "name": "softmax"}
+        if self.num_sampled is None:
+            return keras.layers.Dense(self.vocabulary_size, **options)
+        return SampledSoftmax(self.vocabulary_size, self.num_sampled, **options)
 
     @property
     def stack(self) -> list[keras.layers.Layer]:
@@ -236,7 +247,10 @@ class MoELanguageModel(keras.Model):
             else:
                 output = layer(hidden)
             hidden = hidden + dropout(output, training=training)
-        return self.softmax(hidden), next_state
+        logits = self.softmax(hidden)
+        if training and self.num_sampled is not None:
+            logits = with_softmax_inputs(logits, hidden)
+        return logits, next_state
 
     def compute_mask(self, inputs, previous_mask=None):
         return keras.ops.not_equal(inputs, 0)
@@ -357,6 +371,7 @@ class MoELanguageModel(keras.Model):
             "lstm_layers": self.lstm_layers,
             "dropout": self.dropout,
             "stateful": self.stateful,
+            "num_sampled": self.num_sampled,
         }
 
     @classmethod

@@ -1,0 +1,187 @@
+"""The softmax over a large vocabulary, trained on a sample of it."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks, functional
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class SampledSoftmax(keras.layers.Layer):
+    """Logits of a large vocabulary; in training a loss that needs few of them.
+
+    With targets in training, `num_sampled` candidates are drawn from the
+    log-uniform distribution without repetition, the same for the whole batch, and
+    the normalizer of the softmax is estimated from them:
+
+    $L = \\log\\Big(e^{s_t} + \\sum_{c \\in C, c \\ne t} e^{s_c} / q_c\\Big) - s_t$,
+
+    $q_c$ being the expected count of candidate c; a candidate that is the target
+    (an accidental hit) is removed. The cost of a step grows with `num_sampled` and
+    not with the vocabulary. Otherwise the softmax is the full one: with targets at
+    inference this returns the exact cross-entropy, and without targets the logits.
+
+    Word ids must be in the order of falling frequency, for which the log-uniform
+    distribution is made; `keras_moe.data.Vocabulary` has them so.
+
+    The normalizer is estimated without bias. Its logarithm, the loss, is a little
+    too low, by half the relative variance of the normalizer, which falls as
+    `num_sampled` rises.
+
+    Args:
+        vocabulary_size: Int. Number of words, V.
+        num_sampled: Int. Candidates of a batch, below V. Defaults to `8192`.
+        kernel_initializer: Initial value of the kernel. Defaults to
+            `"glorot_uniform"`.
+        bias_initializer: Initial value of the bias. Defaults to `"zeros"`.
+        seed: Int or None. Seed of the candidates. Defaults to `None`: that of
+            `keras.utils.set_random_seed`.
+
+    Call arguments:
+        inputs: Float tensor `(..., features)`.
+        targets: Int tensor of the leading dimensions, or None.
+        training: Bool. Whether to sample.
+
+    Input shape:
+        `(..., features)`, rank 2 or more.
+
+    Output shape:
+        Without targets logits `(..., vocabulary_size)`; with targets losses of
+        the leading dimensions.
+
+    Losses and state:
+        Weights `kernel` `(vocabulary_size, features)` and `bias`
+        `(vocabulary_size,)`. Adds no losses.
+
+    Raises:
+        ValueError: A size is not positive, `num_sampled` is not below
+            `vocabulary_size`, or targets are not integers.
+
+    Mixed precision: scores and losses are float32 under every policy.
+
+    XLA: has no candidate sampler, so the layer tells Keras not to compile it.
+
+    Example:
+
+    >>> softmax = keras_moe.layers.SampledSoftmax(1000, num_sampled=50)
+    >>> hidden, targets = np.ones((2, 5, 8), "float32"), np.ones((2, 5), "int32")
+    >>> softmax(hidden).shape.as_list()
+    [2, 5, 1000]
+    >>> softmax(hidden, targets=targets, training=True).shape.as_list()
+    [2, 5]
+
+    Reference:
+        Jozefowicz et al. 2016, section 3.1; Shazeer et al. 2017, appendix C.1.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_sampled: int = 8192,
+        *,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        vocabulary_size = checks.verify_positive_int(vocabulary_size, "vocabulary_size")
+        num_sampled = checks.verify_positive_int(num_sampled, "num_sampled")
+        if num_sampled >= vocabulary_size:
+            raise ValueError(
+                "`num_sampled` must be below `vocabulary_size`. Received: "
+                f"num_sampled={num_sampled}, vocabulary_size={vocabulary_size}. "
+                "Lower it, or use a Dense layer for a small vocabulary."
+            )
+        # Scores in float32 also under a half-precision policy.
+        super().__init__(autocast=False, **kwargs)
+        self.vocabulary_size = vocabulary_size
+        self.num_sampled = num_sampled
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.seed = seed
+        self.supports_jit = False
+
+    def build(self, input_shape):
+        features = checks.verify_input_shape(input_shape, type(self).__name__)
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.vocabulary_size, features),
+            initializer=self.kernel_initializer,
+            autocast=False,
+        )
+        self.bias = self.add_weight(
+            name="bias",
+            shape=(self.vocabulary_size,),
+            initializer=self.bias_initializer,
+            autocast=False,
+        )
+
+    def call(self, inputs, targets=None, training=None):
+        checks.verify_floating(inputs.dtype, type(self).__name__)
+        inputs = tf.cast(inputs, self.variable_dtype)
+        if targets is None:
+            return self._logits(inputs)
+        if not tf.as_dtype(targets.dtype).is_integer:
+            raise ValueError(
+                "`targets` of SampledSoftmax must be integer word ids. Received: "
+                f"dtype={tf.as_dtype(targets.dtype).name}. Cast them to int32."
+            )
+        if not training:
+            return tf.nn.sparse_softmax_cross_entropy_with_logits(
+                labels=targets, logits=self._logits(inputs)
+            )
+        candidates, expected_counts = self.sample()
+        losses = functional.sampled_cross_entropy(
+            tf.reshape(inputs, (-1, inputs.shape[-1])),
+            self.kernel,
+            self.bias,
+            tf.reshape(targets, (-1,)),
+            candidates,
+            tf.cast(expected_counts, inputs.dtype),
+        )
+        return tf.reshape(losses, tf.shape(inputs)[:-1])
+
+    def sample(self):
+        """Draws candidates.
+
+        Returns:
+            candidates: `(num_sampled,)` int64, all different.
+            expected_counts: `(num_sampled,)` float32, the chance of each to be
+                drawn; see `functional.unbiased_candidates`.
+        """
+        sampled = tf.random.log_uniform_candidate_sampler(
+            tf.zeros((1, 1), tf.int64),  # its targets, of which no use is made
+            num_true=1,
+            num_sampled=self.num_sampled + 1,
+            unique=True,
+            range_max=self.vocabulary_size,
+            seed=self.seed,
+        )
+        return functional.unbiased_candidates(
+            sampled.sampled_candidates,
+            sampled.sampled_expected_count,
+            self.vocabulary_size,
+        )
+
+    def _logits(self, inputs):
+        kernel = tf.transpose(tf.convert_to_tensor(self.kernel))
+        return tf.tensordot(inputs, kernel, axes=1) + self.bias
+
+    def compute_output_shape(self, inputs_shape, targets_shape=None):
+        if targets_shape is not None:
+            return tuple(inputs_shape[:-1])
+        return (*inputs_shape[:-1], self.vocabulary_size)
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("autocast", None)
+        return {
+            **config,
+            "vocabulary_size": self.vocabulary_size,
+            "num_sampled": self.num_sampled,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "seed": self.seed,
+        }
