@@ -7,9 +7,9 @@ for every expert (static shapes). There are three ways to compute them:
 * static: one batched product over `(E, C, D)`;
 * expert by expert, for up to `MOST_UNROLLED_EXPERTS` experts: one plain product
   for each, no padding; the graph grows with E;
-* blocks, for more experts: rows are padded into blocks of one expert each and
-  multiplied in one batched product; the graph does not grow with E, and weight
-  gradients are written once.
+* blocks, for more experts: rows are padded into one block for each expert and
+  multiplied in one batched product; what exceeds a block spills into further ones.
+  The graph does not grow with E, and weight gradients are written once.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ import tensorflow as tf
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 
-# Up to here a product for each expert is at least as fast as padded blocks; from
-# here on the number of operations and the stacking of weight gradients cost more
-# than padding does.
+# Up to here a product for each expert is at least as fast as padded blocks, and the
+# graph is traced in seconds; beyond, its size and the stacking of weight gradients
+# cost more than padding does.
 MOST_UNROLLED_EXPERTS = 256
 
 
