@@ -91,8 +91,13 @@ def _signatures(model):
 
     @tf.function(input_signature=specs, autograph=False)
     def serving_default(*inputs):
+        # The loader checks the type of what it is fed, but not the shape.
+        inputs = [
+            tf.ensure_shape(value, spec.shape)
+            for value, spec in zip(inputs, specs, strict=True)
+        ]
         # A functional model takes its inputs as a flat list too.
-        outputs = model(inputs[0] if len(inputs) == 1 else list(inputs), training=False)
+        outputs = model(inputs[0] if len(inputs) == 1 else inputs, training=False)
         return outputs if isinstance(outputs, dict) else {"outputs": outputs}
 
     return {"serving_default": serving_default}
@@ -102,6 +107,7 @@ def _language_model_signatures(model):
     spec = tf.TensorSpec((None, None), tf.int32, "inputs")
 
     def logits_of(tokens):
+        tokens = tf.ensure_shape(tokens, spec.shape)  # the loader checks types only
         return model.call_with_state(tokens, model.initial_state(tf.shape(tokens)[0]))[
             0
         ]
