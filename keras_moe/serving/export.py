@@ -92,12 +92,12 @@ def _signatures(model):
     @tf.function(input_signature=specs, autograph=False)
     def serving_default(*inputs):
         # The loader checks the type of what it is fed, but not the shape.
-        inputs = [
+        checked = [
             tf.ensure_shape(value, spec.shape)
             for value, spec in zip(inputs, specs, strict=True)
         ]
         # A functional model takes its inputs as a flat list too.
-        outputs = model(inputs[0] if len(inputs) == 1 else inputs, training=False)
+        outputs = model(checked[0] if len(checked) == 1 else checked, training=False)
         return outputs if isinstance(outputs, dict) else {"outputs": outputs}
 
     return {"serving_default": serving_default}
