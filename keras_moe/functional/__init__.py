@@ -17,6 +17,7 @@ from keras_moe.functional.dispatch import (
 )
 from keras_moe.functional.experts import feed_forward_experts
 from keras_moe.functional.gating import (
+    largest_logits,
     noise_stddev,
     noisy_logits,
     prob_in_top_k,
@@ -61,6 +62,7 @@ __all__ = [
     "hierarchical_load",
     "importance",
     "importance_loss",
+    "largest_logits",
     "load",
     "load_loss",
     "lstm_step",

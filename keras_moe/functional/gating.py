@@ -108,8 +108,33 @@ def noisy_logits(
     return clean_logits + stddev * tf.cast(noise, clean_logits.dtype)
 
 
+def largest_logits(logits: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The k largest logits and the next one, for the two functions that need them.
+
+    `top_k_gating` and `prob_in_top_k` both sort the noisy logits; handed to both
+    as `largest`, this sorts once. It pays where there are many tokens.
+
+    Args:
+        logits: `(N, E)` float.
+        k: Experts for each token, `1 <= k < E`.
+
+    Returns:
+        values: `(N, K + 1)` float32 or float64, in descending order.
+        indices: `(N, K + 1)` int32; among equal logits the lower index is first.
+
+    Raises:
+        ValueError: `k` is not as above.
+    """
+    logits = as_gate_logits(logits)
+    _verify_k_below(k, logits.shape[-1])
+    return tf.math.top_k(logits, k=k + 1)
+
+
 def top_k_gating(
-    logits: tf.Tensor, k: int, normalization: str = "selected"
+    logits: tf.Tensor,
+    k: int,
+    normalization: str = "selected",
+    largest: tuple[tf.Tensor, tf.Tensor] | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Keeps the k largest logits of each token.
 
@@ -125,6 +150,7 @@ def top_k_gating(
             probabilities, so gates sum to less than 1. With `k=1`,
             `"selected"` gives gates that are constantly 1 and no gradient from
             the task to the gate; `"all"` does give one.
+        largest: What `largest_logits` returned for these logits, if at hand.
 
     Returns:
         gates: `(N, K)` float32 or float64, in descending order.
@@ -138,7 +164,10 @@ def top_k_gating(
     """
     logits = as_gate_logits(logits)
     k = checks.verify_k(k, logits.shape[-1])
-    kept, expert_indices = tf.math.top_k(logits, k=k)
+    if largest is None:
+        kept, expert_indices = tf.math.top_k(logits, k=k)
+    else:
+        kept, expert_indices = (each[..., :k] for each in largest)
     if normalization == "selected":
         return tf.nn.softmax(kept, axis=-1), expert_indices
     if normalization == "all":
@@ -155,6 +184,7 @@ def prob_in_top_k(
     noisy_logits: tf.Tensor,
     stddev: tf.Tensor,
     k: int,
+    largest: tuple[tf.Tensor, tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """Probability that an expert stays chosen if only its noise is redrawn.
 
@@ -170,6 +200,7 @@ def prob_in_top_k(
         noisy_logits: `(N, E)` float, from `noisy_logits`.
         stddev: `(N, E)` float, greater than 0.
         k: Experts for each token, `1 <= k < E`.
+        largest: What `largest_logits` returned for the noisy logits, if at hand.
 
     Returns:
         `(N, E)` float32 or float64 within [0, 1].
@@ -184,14 +215,8 @@ def prob_in_top_k(
     clean_logits = as_gate_logits(clean_logits)
     noisy_logits = as_gate_logits(noisy_logits)
     num_experts = noisy_logits.shape[-1]
-    k = checks.verify_k(k, num_experts)
-    if k == num_experts:
-        raise ValueError(
-            "`k` must be below the number of experts for a smooth load. "
-            f"Received: k={k}, num_experts={num_experts}. Every expert is always "
-            "chosen; count the tokens instead."
-        )
-    top_values, top_indices = tf.math.top_k(noisy_logits, k=k + 1)
+    _verify_k_below(k, num_experts)
+    top_values, top_indices = largest or tf.math.top_k(noisy_logits, k=k + 1)
     threshold_if_in = top_values[..., k : k + 1]
     threshold_if_out = top_values[..., k - 1 : k]
     last_kept = top_indices[..., k - 1 : k]
@@ -204,6 +229,15 @@ def prob_in_top_k(
     )
     thresholds = tf.where(is_in, threshold_if_in, threshold_if_out)
     return _normal_cdf(clean_logits - thresholds, stddev)
+
+
+def _verify_k_below(k, num_experts):
+    if checks.verify_k(k, num_experts) == num_experts:
+        raise ValueError(
+            "`k` must be below the number of experts for a smooth load. "
+            f"Received: k={k}, num_experts={num_experts}. Every expert is always "
+            "chosen; count the tokens instead."
+        )
 
 
 @tf.custom_gradient

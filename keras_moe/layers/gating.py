@@ -207,9 +207,9 @@ class TopKGating(_Gating):
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         return self._result(tf.matmul(inputs, self.gate_kernel), mask)
 
-    def _result(self, logits, mask, load=None):
+    def _result(self, logits, mask, load=None, largest=None):
         gates, expert_indices = functional.top_k_gating(
-            logits, self.k, self.normalization
+            logits, self.k, self.normalization, largest
         )
         return functional.make_gating_result(
             gates, expert_indices, self.num_experts, load=load, mask=mask
@@ -353,12 +353,14 @@ class NoisyTopKGating(TopKGating):
             noise = self.draw_noise(tf.shape(clean_logits)[0])
         noisy = functional.noisy_logits(clean_logits, stddev, noise)
         # Paper: at k = n every expert is always chosen; the load is a count.
-        load = None
+        load = largest = None
         if self.k < self.num_experts:
-            load = functional.load(
-                functional.prob_in_top_k(clean_logits, noisy, stddev, self.k), mask
+            largest = functional.largest_logits(noisy, self.k)
+            probs = functional.prob_in_top_k(
+                clean_logits, noisy, stddev, self.k, largest
             )
-        return self._result(noisy, mask, load)
+            load = functional.load(probs, mask)
+        return self._result(noisy, mask, load, largest)
 
     def get_config(self):
         seed = self.seed

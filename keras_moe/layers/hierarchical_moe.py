@@ -180,12 +180,13 @@ class HierarchicalGating(_Gating):
             tf.shape(clean), dtype=self.compute_dtype, seed=self.seed_generator
         )
         noisy = functional.noisy_logits(clean, stddev, noise)
-        gates, indices = functional.top_k_gating(noisy, k)
-        group_size = self.num_experts // self.num_groups
-        if k < group_size:
-            probs = functional.prob_in_top_k(clean, noisy, stddev, k)
+        largest = None
+        if k < self.num_experts // self.num_groups:
+            largest = functional.largest_logits(noisy, k)
+            probs = functional.prob_in_top_k(clean, noisy, stddev, k, largest)
         else:  # every expert of a chosen group takes the token
             probs = tf.ones_like(clean)
+        gates, indices = functional.top_k_gating(noisy, k, largest=largest)
         if row_mask is not None:
             groups = tf.where(row_mask, groups, -1)
         load = tf.math.unsorted_segment_sum(probs, groups, self.num_groups)

@@ -301,3 +301,33 @@ def test_a_tiny_noise_scale_gives_no_nan_gradient(rng):
     assert float(total) == 10.0  # 5 tokens, 2 experts each, for certain
     for gradient in tape.gradient(total, [clean, stddev]):
         np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("normalization", ["selected", "all"])
+def test_sorting_once_changes_no_value_and_no_gradient(rng, normalization):
+    clean = tf.constant(rng.normal(size=(7, 5)))
+    stddev = tf.constant(rng.random((7, 5)) + 0.1)
+    noise = tf.constant(rng.normal(size=(7, 5)))
+    noise = tf.concat([tf.zeros((2, 5), noise.dtype), noise[2:]], axis=0)
+    clean = tf.concat([tf.zeros((1, 5), clean.dtype), clean[1:]], axis=0)  # ties
+    found = []
+    for shared in (False, True):
+        with tf.GradientTape() as tape:
+            tape.watch([clean, stddev])
+            noisy = F.noisy_logits(clean, stddev, noise)
+            largest = F.largest_logits(noisy, 2) if shared else None
+            gates, indices = F.top_k_gating(noisy, 2, normalization, largest)
+            probs = F.prob_in_top_k(clean, noisy, stddev, 2, largest)
+            total = tf.reduce_sum(tf.sin(probs)) + tf.reduce_sum(gates[:, 0] ** 2)
+        gradients = tape.gradient(total, [clean, stddev])
+        found.append([gates, indices, probs, *gradients])
+    for alone, shared in zip(*found, strict=True):
+        np.testing.assert_allclose(shared, alone, rtol=1e-12, atol=1e-14)
+
+
+def test_largest_logits_of_a_worked_example():
+    values, indices = F.largest_logits(tf.constant([[1.0, 3.0, 3.0, 2.0]]), 2)
+    assert values.numpy().tolist() == [[3.0, 3.0, 2.0]]
+    assert indices.numpy().tolist() == [[1, 2, 3]]
+    with pytest.raises(ValueError, match="k=4.*num_experts=4"):
+        F.largest_logits(tf.zeros((1, 4)), 4)
