@@ -1,0 +1,1 @@
+"""Where experts live and how tokens travel, on several devices."""
