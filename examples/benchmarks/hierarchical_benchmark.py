@@ -10,18 +10,17 @@ that only shows that everything works.
 import argparse
 import itertools
 import os
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
-import numpy as np
 import tensorflow as tf
+from alternating import compare, make_steps
 
 from keras_moe import layers
 
 
-def make_steps(num_groups, group_size, units, hidden_units):
+def make_layer_steps(num_groups, group_size, units, hidden_units):
     """A training step (gradients of all weights) and an inference step."""
     layer = layers.HierarchicalMoE(
         layers.FeedForwardExperts(num_groups * group_size, hidden_units), num_groups
@@ -31,27 +30,12 @@ def make_steps(num_groups, group_size, units, hidden_units):
     for kernel in (layer.gating.primary_gating.gate_kernel, layer.gating.gate_kernel):
         random = tf.random.normal(kernel.shape, seed=0)
         kernel.assign(0.1 * tf.math.l2_normalize(random, axis=-2))
-    variables = [variable.value for variable in layer.trainable_variables]
 
-    @tf.function
-    def training(x):
-        with tf.GradientTape() as tape:
-            y = layer(x, training=True)
-            loss = tf.reduce_mean(y * y) + tf.add_n(layer.losses)
-        return tape.gradient(loss, variables)
+    def call(x, training):
+        return layer(x, training=training), layer.losses
 
-    @tf.function
-    def inference(x):
-        return layer(x, training=False)
-
-    return {"training": training, "inference": inference}
-
-
-def seconds(function, x):
-    start = time.perf_counter()
-    result = function(x)
-    tf.nest.flatten(result)[0].numpy()
-    return time.perf_counter() - start
+    steps = make_steps(call, [v.value for v in layer.trainable_variables])
+    return {"training": steps["training"], "inference": steps["forward"]}
 
 
 def main():
@@ -67,8 +51,8 @@ def main():
     if a.quick:
         a.tokens, a.units, a.hidden_units, a.pairs = [64], 8, 8, 2
     keras.utils.set_random_seed(0)
-    few = make_steps(8, 8, a.units, a.hidden_units)
-    many = make_steps(32, 32, a.units, a.hidden_units)
+    few = make_layer_steps(8, 8, a.units, a.hidden_units)
+    many = make_layer_steps(32, 32, a.units, a.hidden_units)
     print(
         f"{a.units} units, {a.hidden_units} hidden units, "
         f"k = 2 x 2, {a.pairs} pairs, TensorFlow {tf.__version__}, "
@@ -78,15 +62,11 @@ def main():
     )
     for tokens, name in itertools.product(a.tokens, few):
         x = tf.random.normal((tokens, a.units))
-        seconds(few[name], x), seconds(many[name], x)  # trace
-        pairs = np.array(
-            [(seconds(few[name], x), seconds(many[name], x)) for _ in range(a.pairs)]
+        (many_s, few_s), (low, middle, high) = compare(
+            many[name], few[name], (x,), a.pairs
         )
-        ratio = pairs[:, 1] / pairs[:, 0]
-        few_ms, many_ms = np.median(pairs, axis=0) * 1e3
-        low, middle, high = np.percentile(ratio, [25, 50, 75])
         print(
-            f"| {tokens:,} | {name} | {few_ms:.1f} | {many_ms:.1f} | {middle:.2f} "
+            f"| {tokens:,} | {name} | {few_s * 1e3:.1f} | {many_s * 1e3:.1f} | {middle:.2f} "
             f"| {low:.2f} - {high:.2f} |",
             flush=True,
         )

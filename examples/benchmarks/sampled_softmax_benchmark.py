@@ -3,19 +3,18 @@
     python examples/benchmarks/sampled_softmax_benchmark.py
 
 Steps of the language model with a mixture, compiled and run by `train_on_batch` as `fit`
-does, with Adam. Each side is timed alone and in turns. `--quick` is a tiny run that only
+does, with Adam. The two sides alternate in one run. `--quick` is a tiny run that only
 shows that everything works.
 """
 
 import argparse
 import os
-import statistics
-import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from alternating import compare
 
 import keras_moe
 
@@ -62,20 +61,12 @@ def main():
         f"tokens, {a.num_sampled:,} candidates\n\n| softmax | median step (s) |\n|---|---|",
         flush=True,
     )
-    steps = {"sampled": make_step(a.num_sampled, a), "full": make_step(None, a)}
-    seconds = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(a.steps):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    for name, median in medians.items():
-        print(f"| {name} | {median:.3f} |")
+    (full, sampled), (_, ratio, _) = compare(
+        make_step(None, a), make_step(a.num_sampled, a), (), a.steps
+    )
     print(
-        f"\nThe full softmax takes {medians['full'] / medians['sampled']:.1f} times as long."
+        f"| sampled | {sampled:.3f} |\n| full | {full:.3f} |\n\n"
+        f"The full softmax takes {ratio:.1f} times as long."
     )
 
 

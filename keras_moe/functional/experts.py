@@ -68,13 +68,12 @@ def feed_forward_experts(
     num_kernels = len(kernels)
 
     def network(x, *weights):
-        """All layers on `x`, with the weights of one expert or of a batch."""
+        """All layers on `x` `(E, rows, D)`, with the weights of its experts."""
         last = num_kernels - 1
         for i in range(num_kernels):
             x = tf.matmul(x, weights[i])
             if len(weights) > num_kernels:
-                bias = weights[num_kernels + i]
-                x = x + (bias if bias.shape.rank == 1 else bias[:, tf.newaxis, :])
+                x = x + weights[num_kernels + i][:, tf.newaxis, :]
             if i < last:
                 x = activation(x)
         return x
@@ -168,8 +167,7 @@ def _products(kernels, parts):
         own = tf.unstack(kernels)
         return tuple(tf.matmul(*pair) for pair in zip(parts, own, strict=True)), grad
 
-    outputs = run(kernels, *parts)
-    return list(outputs)
+    return list(run(kernels, *parts))
 
 
 def _one_by_one_recomputed(network, counts, x, *weights):
@@ -227,18 +225,15 @@ def _in_blocks(network, counts, x, *weights):
     owners = tf.repeat(tf.range(num_experts), blocks)  # expert of each spill block
     first_blocks = tf.cumsum(blocks, exclusive=True)
 
-    # Row of every slot, -1 where a slot is empty.
-    base_rank = tf.range(base)[tf.newaxis, :]
-    base_rows = tf.where(
-        base_rank < counts[:, tf.newaxis], starts[:, tf.newaxis] + base_rank, -1
-    )
+    def rows_at(rank, counts, starts):
+        """Row of every slot of some blocks, -1 where a slot is empty."""
+        filled = rank < counts[:, tf.newaxis]
+        return tf.where(filled, starts[:, tf.newaxis] + rank, -1)
+
+    base_rows = rows_at(tf.range(base)[tf.newaxis, :], counts, starts)
     rank = (tf.range(tf.size(owners)) - tf.gather(first_blocks, owners)) * spill
     rank = base + rank[:, tf.newaxis] + tf.range(spill)
-    spill_rows = tf.where(
-        rank < tf.gather(counts, owners)[:, tf.newaxis],
-        tf.gather(starts, owners)[:, tf.newaxis] + rank,
-        -1,
-    )
+    spill_rows = rows_at(rank, tf.gather(counts, owners), tf.gather(starts, owners))
     # Slot of every row, base slots first.
     row_owners = tf.repeat(tf.range(num_experts), counts)
     rank = tf.range(tf.shape(x)[0]) - tf.gather(starts, row_owners)
@@ -297,10 +292,11 @@ def _copied(weight, owners):
         def grad(d_base, d_copies):
             # Owners ascend. Their blocks are summed first, so that no index comes
             # twice in the scatter: its result is the same in every run.
-            new = tf.concat([[True], owners[1:] != owners[:-1]], axis=0)
-            segment = tf.cumsum(tf.cast(new[: tf.size(owners)], tf.int32)) - 1
+            first = tf.concat([[True], owners[1:] != owners[:-1]], axis=0)
+            first = first[: tf.size(owners)]  # there may be no owner at all
+            segment = tf.cumsum(tf.cast(first, tf.int32)) - 1
             summed = tf.math.segment_sum(d_copies, segment)
-            unique = tf.boolean_mask(owners, new[: tf.size(owners)])
+            unique = tf.boolean_mask(owners, first)
             return tf.tensor_scatter_nd_add(d_base, unique[:, tf.newaxis], summed)
 
         return (tf.identity(weight), tf.gather(weight, owners)), grad

@@ -6,7 +6,8 @@ from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalGating, HierarchicalMoE
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.moe_lstm import MoELSTM, MoELSTMCell
+from keras_moe.layers.moe_lstm import MoELSTM
+from keras_moe.layers.moe_lstm_cell import MoELSTMCell
 from keras_moe.layers.recurrent import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 

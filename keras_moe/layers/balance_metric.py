@@ -112,3 +112,26 @@ def _current_graph():
     if tf.executing_eagerly():
         return None
     return tf.compat.v1.get_default_graph()
+
+
+def add_balance(
+    layer: keras.layers.Layer, statistics: GateStatistics, overflow: tf.Tensor
+) -> None:
+    """Adds the balancing losses of one call, and hands its statistics on.
+
+    Args:
+        layer: Has `num_experts`, `importance_loss_weight` and `load_loss_weight`,
+            and, with several experts, the `BalanceMetric` `balance`.
+        statistics: `GateStatistics` of the call.
+        overflow: `()` int32, assignments dropped.
+    """
+    if layer.importance_loss_weight:
+        layer.add_loss(
+            functional.importance_loss(
+                statistics.importance, layer.importance_loss_weight
+            )
+        )
+    if layer.load_loss_weight:
+        layer.add_loss(functional.load_loss(statistics.load, layer.load_loss_weight))
+    if layer.num_experts > 1:  # a single expert has nothing to balance
+        layer.balance.record(statistics, overflow)

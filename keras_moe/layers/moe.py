@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional
-from keras_moe.layers.balance_metric import BalanceMetric
+from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.gating import NoisyTopKGating, TopKGating
 from keras_moe.types import GatingResult
 
@@ -106,7 +106,7 @@ class MoE(keras.layers.Layer):
         name: str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(name=name or _default_name(), **kwargs)
+        super().__init__(name=name or default_name("moe"), **kwargs)
         _verify_experts(experts)
         self.importance_loss_weight = checks.verify_weight(
             importance_loss_weight, "importance_loss_weight"
@@ -196,18 +196,9 @@ class MoE(keras.layers.Layer):
         outputs = functional.combine(
             expert_outputs, gates, plan, num_tokens=tf.shape(tokens)[0]
         )
-        if self.importance_loss_weight:
-            self.add_loss(
-                functional.importance_loss(
-                    statistics.importance, self.importance_loss_weight
-                )
-            )
-        if self.load_loss_weight:
-            self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
+        add_balance(self, statistics, plan.overflow)
         for loss in auxiliary_losses:
             self.add_loss(loss)
-        if self.num_experts > 1:
-            self.balance.record(statistics, plan.overflow)
         return outputs
 
     def _route(self, tokens, mask, training) -> GatingResult:
@@ -277,10 +268,10 @@ class MoE(keras.layers.Layer):
         return cls(**config)
 
 
-def _default_name():
+def default_name(prefix):
     """`moe`, `moe_1`, ...: Keras would make `mo_e` of the class name."""
-    uid = keras.backend.get_uid("moe")
-    return "moe" if uid == 1 else f"moe_{uid - 1}"
+    uid = keras.backend.get_uid(prefix)
+    return prefix if uid == 1 else f"{prefix}_{uid - 1}"
 
 
 def _verify_experts(experts):

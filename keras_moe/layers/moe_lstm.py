@@ -7,173 +7,9 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional
-from keras_moe.layers.balance_metric import BalanceMetric
-from keras_moe.layers.gating import NoisyTopKGating
-from keras_moe.layers.initializers import PerExpertInitializer
-from keras_moe.layers.moe import share_num_experts
-
-
-@keras.saving.register_keras_serializable(package="keras_moe")
-class MoELSTMCell(keras.layers.Layer):
-    """One step of an LSTM whose weight matrix is a mixture of experts.
-
-    With $u = [x_t, h_{t-1}]$ the pre-activations are
-    $z = \\sum_i G(u)_i \\, u W_i + b$; what follows is the usual LSTM step. All
-    four of its matrices, for the input and for the state, come from the same
-    experts.
-
-    `MoELSTM` is the layer to use in a model. The cell is for own recurrences: it
-    cannot add losses (inside a loop Keras does not allow it), so by itself
-    nothing balances its experts.
-
-    Args:
-        units: Int. Units of the state and of the output.
-        num_experts: Int. Number of weight matrices.
-        gating: The gate, a layer that maps `(batch, features + units)` to a
-            `GatingResult`: `NoisyTopKGating`, `TopKGating`, `SoftmaxGating` or
-            an own one that gives every token the same number of experts and has
-            no losses of its own. None means `NoisyTopKGating(k=4)`. Defaults to
-            `None`.
-        activation: Activation of the cell input and of the state. Defaults to
-            `"tanh"`.
-        recurrent_activation: Activation of the three LSTM gates. Defaults to
-            `"sigmoid"`.
-        kernel_initializer: Initial value of the part of every expert that sees
-            the input. Defaults to `"glorot_uniform"`.
-        recurrent_initializer: Initial value of the part that sees the state.
-            Defaults to `"orthogonal"`.
-        bias_initializer: Initial value of the bias. Defaults to `"zeros"`.
-        unit_forget_bias: Bool. Whether to add 1 to the forget gate's bias.
-            Defaults to `True`.
-
-    Call arguments:
-        inputs: Float tensor `(batch, features)`.
-        states: List of `h` and `c`, each `(batch, units)`.
-        training: Bool. Whether the gate adds its noise.
-
-    Input shape:
-        `(batch, features)`.
-
-    Output shape:
-        `(batch, units)`, and the list of the next states.
-
-    Losses and state:
-        Weights `kernel` `(num_experts, features + units, 4 * units)`, the rows
-        of the input first, and `bias` `(4 * units,)`; those of the gate. LSTM
-        gates in the order i, f, g, o of `keras.layers.LSTM`. No losses.
-
-    Raises:
-        ValueError: A size is not positive; the gate is of another number of
-            experts or of another kind.
-
-    Example:
-
-    >>> cell = keras_moe.layers.MoELSTMCell(8, num_experts=16)
-    >>> keras.layers.RNN(cell)(np.ones((2, 5, 4), "float32")).shape.as_list()
-    [2, 8]
-
-    Reference:
-        Shazeer et al. 2017, section 3.1.
-    """
-
-    def __init__(
-        self,
-        units: int,
-        num_experts: int,
-        gating: keras.layers.Layer | None = None,
-        *,
-        activation: Any = "tanh",
-        recurrent_activation: Any = "sigmoid",
-        kernel_initializer: Any = "glorot_uniform",
-        recurrent_initializer: Any = "orthogonal",
-        bias_initializer: Any = "zeros",
-        unit_forget_bias: bool = True,
-        **kwargs: Any,
-    ):
-        units = checks.verify_positive_int(units, "units")
-        num_experts = checks.verify_positive_int(num_experts, "num_experts")
-        super().__init__(**kwargs)
-        self.units = units
-        self.num_experts = num_experts
-        self.activation = keras.activations.get(activation)
-        self.recurrent_activation = keras.activations.get(recurrent_activation)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.recurrent_initializer = keras.initializers.get(recurrent_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.unit_forget_bias = bool(unit_forget_bias)
-        if gating is None:
-            gating = NoisyTopKGating(dtype=self.dtype_policy)
-        share_num_experts(gating, num_experts)
-        self.gating = gating
-        self.state_size = [units, units]
-        self.output_size = units
-        self.supports_jit = False  # experts have as many rows as chose them
-
-    def build(self, input_shape):
-        features = checks.verify_input_shape(input_shape, type(self).__name__)
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(self.num_experts, features + self.units, 4 * self.units),
-            initializer=self._initial_kernel,
-        )
-        self.bias = self.add_weight(
-            name="bias", shape=(4 * self.units,), initializer=self._initial_bias
-        )
-        if not self.gating.built:
-            self.gating.build((None, features + self.units))
-
-    def _initial_kernel(self, shape, dtype=None):
-        num_experts, rows, columns = shape
-        parts = (
-            (self.kernel_initializer, rows - self.units),
-            (self.recurrent_initializer, self.units),
-        )
-        return tf.concat(
-            [
-                PerExpertInitializer(initializer)((num_experts, n, columns), dtype)
-                for initializer, n in parts
-            ],
-            axis=1,
-        )
-
-    def _initial_bias(self, shape, dtype=None):
-        bias = tf.convert_to_tensor(self.bias_initializer(shape, dtype))
-        is_forget = tf.range(4 * self.units) // self.units == 1
-        return bias + tf.cast(is_forget & self.unit_forget_bias, bias.dtype)
-
-    def call(self, inputs, states, training=None):
-        h, c = states
-        u = tf.concat([inputs, tf.cast(h, inputs.dtype)], axis=-1)
-        chosen = self.gating(u, training=training)
-        functional.verify_recurrent_gating(chosen)
-        kernel = tf.convert_to_tensor(self.kernel)
-        z = functional.mixed_product(u, kernel, chosen.gates, chosen.plan)
-        h, c = functional.lstm_step(
-            z + self.bias, c, self.activation, self.recurrent_activation
-        )
-        return h, [h, c]
-
-    def get_config(self):
-        serialize = keras.initializers.serialize
-        return {
-            **super().get_config(),
-            "units": self.units,
-            "num_experts": self.num_experts,
-            "gating": keras.saving.serialize_keras_object(self.gating),
-            "activation": keras.activations.serialize(self.activation),
-            "recurrent_activation": keras.activations.serialize(
-                self.recurrent_activation
-            ),
-            "kernel_initializer": serialize(self.kernel_initializer),
-            "recurrent_initializer": serialize(self.recurrent_initializer),
-            "bias_initializer": serialize(self.bias_initializer),
-            "unit_forget_bias": self.unit_forget_bias,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        gating = keras.saving.deserialize_keras_object(config["gating"])
-        return cls(**{**config, "gating": gating})
+from keras_moe.layers.balance_metric import BalanceMetric, add_balance
+from keras_moe.layers.moe import default_name
+from keras_moe.layers.moe_lstm_cell import MoELSTMCell
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -308,7 +144,7 @@ class MoELSTM(keras.layers.RNN):
             return_state=return_state,
             go_backwards=go_backwards,
             stateful=stateful,
-            name=name or _default_name(),
+            name=name or default_name("moe_lstm"),
             **kwargs,
         )
         self.importance_loss_weight = checks.verify_weight(
@@ -366,7 +202,7 @@ class MoELSTM(keras.layers.RNN):
             segment_length=self.segment_length,
             keep_steps=bool(training),
         )
-        self._balance(result.statistics)
+        add_balance(self, result.statistics, tf.constant(0))
         outputs = result.hidden
         if mask is not None:
             # As in Keras: zero until the first step that is not masked, and
@@ -402,18 +238,6 @@ class MoELSTM(keras.layers.RNN):
 
         return route
 
-    def _balance(self, statistics):
-        if self.importance_loss_weight:
-            self.add_loss(
-                functional.importance_loss(
-                    statistics.importance, self.importance_loss_weight
-                )
-            )
-        if self.load_loss_weight:
-            self.add_loss(functional.load_loss(statistics.load, self.load_loss_weight))
-        if self.num_experts > 1:
-            self.balance.record(statistics, tf.constant(0))
-
     def get_config(self):
         config = super().get_config()
         for name in ("cell", "unroll"):
@@ -433,12 +257,6 @@ class MoELSTM(keras.layers.RNN):
     def from_config(cls, config):
         gating = keras.saving.deserialize_keras_object(config["gating"])
         return cls(**{**config, "gating": gating})
-
-
-def _default_name():
-    """`moe_lstm`, `moe_lstm_1`, ...: Keras would make `mo_elstm` of it."""
-    uid = keras.backend.get_uid("moe_lstm")
-    return "moe_lstm" if uid == 1 else f"moe_lstm_{uid - 1}"
 
 
 def _seen(mask):

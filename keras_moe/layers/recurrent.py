@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, functional
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -104,9 +104,8 @@ class ProjectedLSTMCell(keras.layers.Layer):
     def call(self, inputs, states, training=None):
         h, c = states
         z = tf.matmul(inputs, self.kernel) + tf.matmul(h, self.recurrent_kernel)
-        i, f, g, o = tf.split(z + self.bias, 4, axis=-1)
-        c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(g)
-        h = tf.matmul(tf.sigmoid(o) * tf.tanh(c), self.projection_kernel)
+        h, c = functional.lstm_step(z + self.bias, c)
+        h = tf.matmul(h, self.projection_kernel)
         return h, [h, c]
 
     def get_config(self):

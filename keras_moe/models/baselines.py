@@ -68,8 +68,7 @@ def middle_layers(
     if kind == "moe_1_wide":
         return [_single_expert(k * hidden_units, kind)]
     if kind == "moe_1_deep":
-        # units * h + (layers - 1) * h * h + h * units = k * 2 * units * h
-        layers = 1 + max(0, round((k - 1) * 2 * units / hidden_units))
+        layers = num_deep_layers(units, hidden_units, k)
         return [_single_expert([hidden_units] * layers, kind)]
     if kind == "4xlstm":
         return [
@@ -79,6 +78,12 @@ def middle_layers(
     if kind == "none":
         return []
     raise ValueError(f"`kind` must be one of {KINDS}. Received: kind={kind!r}.")
+
+
+def num_deep_layers(units, hidden_units, k):
+    """Hidden layers of `"moe_1_deep"`, for the operations of k experts."""
+    # units * h + (layers - 1) * h * h + h * units = k * 2 * units * h
+    return 1 + max(0, round((k - 1) * 2 * units / hidden_units))
 
 
 def _single_expert(hidden_units, name):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from keras_moe.models.baselines import num_deep_layers
 from keras_moe.models.presets import Preset
 
 # Not in the paper's operations and parameters of its language models.
@@ -169,8 +170,7 @@ def _experts(preset):
     if preset.middle == "moe_1_wide":
         return preset.k[0] * one, preset.k[0] * one
     if preset.middle == "moe_1_deep":
-        layers = 1 + max(0, round((preset.k[0] - 1) * 2 * d / h))
-        size = one + (layers - 1) * h * h
+        size = one + (num_deep_layers(d, h, preset.k[0]) - 1) * h * h
         return size, size
     if preset.middle in ("4xlstm", "none"):
         return 0, 0

@@ -15,8 +15,7 @@ def build_language_model(preset: Preset, **options: Any) -> MoELanguageModel:
     """The language model that a preset describes.
 
     Nothing is allocated before it is built or called, so a preset of any size
-    can be passed; what fits on a machine is for `keras_moe.planning.plan` to
-    say.
+    can be passed; `keras_moe.models.count` tells its parameters.
 
     Args:
         preset: A `Preset` of kind `"language_model"`.

@@ -12,14 +12,6 @@ import tensorflow as tf
 LOADER = Path(__file__).with_name("c_api_loader.py")
 
 
-def text_libraries():
-    """The op library that the exported text signatures need."""
-    import tensorflow_text
-
-    folder = Path(tensorflow_text.__file__).parent / "python" / "ops"
-    return [str(folder / "_regex_split_ops.so")]
-
-
 class Child:
     """One exported model in a process without site-packages.
 
