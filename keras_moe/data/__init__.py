@@ -2,6 +2,12 @@
 
 from keras_moe.data.text import TextCorpus, load_text_corpus
 from keras_moe.data.vocabulary import (
+    BLANK_PATTERN,
+    DETOKENIZATION_RULES,
+    EOS,
+    PAD,
+    TOKENIZERS,
+    UNK,
     WORD_PATTERN,
     Vocabulary,
     tokenize,
@@ -9,6 +15,12 @@ from keras_moe.data.vocabulary import (
 )
 
 __all__ = [
+    "BLANK_PATTERN",
+    "DETOKENIZATION_RULES",
+    "EOS",
+    "PAD",
+    "TOKENIZERS",
+    "UNK",
     "WORD_PATTERN",
     "TextCorpus",
     "Vocabulary",

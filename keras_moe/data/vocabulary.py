@@ -17,24 +17,25 @@ RESERVED = (PAD, UNK, EOS)
 # RE2 no `\w` beyond ASCII, so the same language is written twice; a test compares
 # the two on every character of Unicode.
 _LETTER = r"[\pL\p{No}\p{Nl}]"
-_VISIBLE = r"[^\s\pZ\x0b\x1c-\x1f\x{85}]"
+_BLANKS = r"\s\pZ\x0b\x1c-\x1f\x{85}"
+_VISIBLE = rf"[^{_BLANKS}]"
+BLANK_PATTERN = rf"[{_BLANKS}]+"
 WORD_PATTERN = rf"{_LETTER}+(?:['’]{_LETTER}+)*|\p{{Nd}}+(?:[.,]\p{{Nd}}+)*|{_VISIBLE}"
 _WORD_PATTERN_PYTHON = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:[.,]\d+)*|\S")
 TOKENIZERS = ("words", "whitespace")
 
 _UNK_ID = RESERVED.index(UNK)
 _LINE = re.compile(r"(.*)\t([0-9]+)\n", re.DOTALL)
-_DETOKENIZER = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r" *@([-,.])@ *", r"\1"),  # WikiText: 25 @,@ 000
-        (r" ('(?:s|re|ve|ll|d|m)|n't)\b", r"\1"),  # Penn Treebank: do n't
-        (r" +([,.;:!?’”)\]])", r"\1"),
-        (r"([“‘(\[]) +", r"\1"),
-        (r" *- *", "-"),
-        (r'" *([^"\n]*?) *("|$|(?=\n))', r'"\1\2'),
-    )
-]
+# Applied to each line in this order, in Python and in a TensorFlow graph alike.
+DETOKENIZATION_RULES = (
+    (r" *@([-,.])@ *", r"\1"),  # WikiText: 25 @,@ 000
+    (r" ('(?:s|re|ve|ll|d|m)|n't)\b", r"\1"),  # Penn Treebank: do n't
+    (r" +([,.;:!?’”)\]])", r"\1"),
+    (r"([“‘(\[]) +", r"\1"),
+    (r" *- *", "-"),
+    (r'" *([^"]*?) *("|$)', r'"\1\2'),
+)
+_DETOKENIZER = [(re.compile(p), replacement) for p, replacement in DETOKENIZATION_RULES]
 
 
 def tokenize(line: str, tokenizer: str) -> list[str]:
@@ -258,9 +259,10 @@ class Vocabulary:
         '"Well-a-day!" said she.'
         """
         text = " ".join("\n" if t == EOS else t for t in self.decode(ids) if t != PAD)
+        lines = text.split("\n")
         for pattern, replacement in _DETOKENIZER:
-            text = pattern.sub(replacement, text)
-        return "\n".join(line.strip(" ") for line in text.split("\n")).strip("\n")
+            lines = [pattern.sub(replacement, line) for line in lines]
+        return "\n".join(line.strip(" ") for line in lines).strip("\n")
 
     def unigram_log_probs(self) -> np.ndarray:
         """Log frequencies of the training text, with one added to every count.

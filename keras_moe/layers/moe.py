@@ -1,6 +1,7 @@
 """The Mixture-of-Experts layer: gate, dispatch, experts, combine, losses."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,6 +10,7 @@ import tensorflow as tf
 from keras_moe import checks, functional
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.gating import NoisyTopKGating, TopKGating
+from keras_moe.layers.routing import RoutingRecord
 from keras_moe.types import GatingResult
 
 
@@ -123,6 +125,8 @@ class MoE(keras.layers.Layer):
         self.gating = gating
         self.activation = keras.activations.get(activation)
         self.capacity_factor = capacity_factor
+        # Set by `recorded_routing`: takes the `RoutingRecord` of every call.
+        self.on_routing: Callable[[RoutingRecord], None] | None = None
         self.supports_masking = True
         # Dropless shapes depend on the data, which XLA cannot compile.
         self.supports_jit = capacity_factor is not None
@@ -174,23 +178,28 @@ class MoE(keras.layers.Layer):
         checks.verify_floating(inputs.dtype, type(self).__name__)
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
+        real = None
         if mask is None or self.capacity_factor is not None:
-            outputs = self._mix(tokens, mask, training)
+            outputs, result = self._mix(tokens, mask, training)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
             # its place. Indices are unique: the scatter is deterministic.
             real = tf.where(mask)
-            outputs = self._mix(tf.gather_nd(tokens, real), None, training)
+            outputs, result = self._mix(tf.gather_nd(tokens, real), None, training)
             shape = tf.stack([tf.shape(tokens, tf.int64)[0], outputs.shape[-1]])
             outputs = tf.scatter_nd(real, outputs, shape)
         leading = tf.shape(inputs)[:-1]
+        if self.on_routing is not None:
+            seen = None if real is None else real[:, 0]
+            self.on_routing(RoutingRecord(result, seen, leading))
         outputs = tf.reshape(outputs, tf.concat([leading, [outputs.shape[-1]]], axis=0))
         outputs.set_shape(self.compute_output_shape(inputs.shape))
         return self.activation(outputs)
 
     def _mix(self, tokens, mask, training):
-        """`(N, D) -> (N, output_units)`, losses and statistics on the way."""
-        gates, plan, statistics, auxiliary_losses = self._route(tokens, mask, training)
+        """Outputs `(N, output_units)` and the gate's result; losses on the way."""
+        result = self._route(tokens, mask, training)
+        gates, plan, statistics, auxiliary_losses = result
         expert_inputs = functional.dispatch(tokens, plan)
         expert_outputs = self.experts(expert_inputs, counts=plan.counts)
         outputs = functional.combine(
@@ -199,7 +208,7 @@ class MoE(keras.layers.Layer):
         add_balance(self, statistics, plan.overflow)
         for loss in auxiliary_losses:
             self.add_loss(loss)
-        return outputs
+        return outputs, result
 
     def _route(self, tokens, mask, training) -> GatingResult:
         result = self.gating(tokens, mask=mask, training=training)

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.recurrent import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
+from keras_moe.models.generation import Generation, TracedFunctions
 from keras_moe.models.language_model_checks import (
     as_layers,
     state_sizes,
@@ -18,14 +18,12 @@ from keras_moe.models.language_model_checks import (
     verify_tokens,
     verify_width,
 )
-from keras_moe.models.routing import routing_of
 from keras_moe.models.sampled_training import SampledTraining, with_softmax_inputs
-from keras_moe.models.sampling import sample_tokens
 from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoELanguageModel(SampledTraining, keras.Model):
+class MoELanguageModel(Generation, SampledTraining, keras.Model):
     """Embedding, LSTM, middle layers, LSTM, softmax (appendix C.1).
 
     The output of every layer but the softmax goes through dropout, and then the
@@ -141,6 +139,7 @@ class MoELanguageModel(SampledTraining, keras.Model):
             keras.layers.Dropout(dropout) for _ in range(len(self.stack) + 1)
         ]
         self._stream_state = StreamState()
+        self._traced_functions = TracedFunctions()
 
     def _make_lstm(self, name):
         options = {"return_sequences": True, "return_state": True, "name": name}
@@ -228,7 +227,23 @@ class MoELanguageModel(SampledTraining, keras.Model):
             if isinstance(layer, keras.layers.RNN)
         ]
 
-    def _run(self, tokens, state, training):
+    def hidden_with_state(
+        self, tokens, state, training: bool = False, *, state_mask=None
+    ):
+        """What the softmax is given, and the states to go on with.
+
+        Args:
+            tokens: Int tensor `(batch, time)`.
+            state: From `initial_state` or an earlier call.
+            training: Bool. Defaults to `False`.
+            state_mask: Bool tensor `(batch, time)` or None. Recurrent states
+                pass over the time steps marked False. None: no such steps.
+                Defaults to `None`.
+
+        Returns:
+            hidden: `(batch, time, units)`; `self.softmax(hidden)` are logits.
+            state: The states after the last time step.
+        """
         mask = tf.not_equal(tokens, 0)
         hidden = self.embedding(tokens)
         hidden = self.dropouts[0](hidden, training=training)
@@ -236,10 +251,13 @@ class MoELanguageModel(SampledTraining, keras.Model):
         next_state = []
         for layer, dropout in zip(self.stack, self.dropouts[1:], strict=True):
             if isinstance(layer, keras.layers.RNN):
-                # The recurrence takes no mask: padding comes after the text,
-                # where it changes no earlier output, and streams have none.
+                # By itself the recurrence takes no mask: padding comes after the
+                # text, where it changes no earlier output; streams have none.
                 output, *layer_state = layer(
-                    hidden, initial_state=next(state), training=training
+                    hidden,
+                    initial_state=next(state),
+                    mask=state_mask,
+                    training=training,
                 )
                 next_state.append(layer_state)
             elif isinstance(layer, MoE):
@@ -247,6 +265,10 @@ class MoELanguageModel(SampledTraining, keras.Model):
             else:
                 output = layer(hidden)
             hidden = hidden + dropout(output, training=training)
+        return hidden, next_state
+
+    def _run(self, tokens, state, training):
+        hidden, next_state = self.hidden_with_state(tokens, state, training)
         logits = self.softmax(hidden)
         if training and self.num_sampled is not None:
             logits = with_softmax_inputs(logits, hidden)
@@ -277,89 +299,6 @@ class MoELanguageModel(SampledTraining, keras.Model):
         result = super().predict(*args, **kwargs)
         self.reset_state()
         return result
-
-    def generate(
-        self,
-        prompt,
-        max_new_tokens: int = 50,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int | None = None,
-        forbidden_tokens: Sequence[int] = (0,),
-    ) -> np.ndarray:
-        """Continues token sequences by sampling.
-
-        Args:
-            prompt: Int array `(batch, time)` without padding, time at least 1.
-            max_new_tokens: Int. Tokens to add. Defaults to `50`.
-            temperature: Float. Divides the logits; 0 takes the most probable
-                token. Defaults to `1.0`.
-            top_k: Int or None. Samples among the `top_k` most probable tokens
-                only. Defaults to `None`: all.
-            seed: Int or None. The same seed gives the same text. Defaults to
-                `None`.
-            forbidden_tokens: Ids never sampled. Defaults to `(0,)`: padding.
-
-        Returns:
-            `(batch, time + max_new_tokens)` int32, the prompt included.
-
-        Raises:
-            ValueError: An argument is out of range.
-        """
-        tokens = tf.cast(tf.convert_to_tensor(prompt), tf.int32)
-        verify_tokens(tokens)
-        max_new_tokens = checks.verify_positive_int(max_new_tokens, "max_new_tokens")
-        if tokens.shape[1] == 0:
-            raise ValueError(
-                "`prompt` must have at least one token. Received: "
-                f"prompt.shape={tokens.shape}. Begin with the end-of-sentence token."
-            )
-        generator = (
-            tf.random.Generator.from_non_deterministic_state()
-            if seed is None
-            else tf.random.Generator.from_seed(seed)
-        )
-        step = tf.function(self.call_with_state, reduce_retracing=True)
-        logits, state = step(tokens, self.initial_state(tokens.shape[0]))
-        new_tokens: list[tf.Tensor] = []
-        for i in range(max_new_tokens):
-            if i:
-                logits, state = step(new_tokens[-1][:, tf.newaxis], state)
-            new_tokens.append(
-                sample_tokens(
-                    logits[:, -1],
-                    generator.make_seeds(1)[:, 0],
-                    temperature=temperature,
-                    top_k=top_k,
-                    forbidden_tokens=forbidden_tokens,
-                )
-            )
-        return tf.concat([tokens, tf.stack(new_tokens, axis=1)], axis=1).numpy()
-
-    def routing(self, tokens) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Which experts take each token, in inference.
-
-        Args:
-            tokens: Int array `(batch, time)`.
-
-        Returns:
-            For each mixture, under its layer's name: expert indices and gates,
-            both `(batch, time, k)`. Where a gate gives tokens different numbers
-            of experts, k is the largest of them, filled up with -1 and 0.
-        """
-        tokens = tf.convert_to_tensor(tokens)
-        verify_tokens(tokens)
-        if not self.built:
-            self.build(tokens.shape)
-        hidden = self.embedding(tokens)
-        found = {}
-        for layer in self.stack:
-            if isinstance(layer, MoE):
-                found[layer.name] = routing_of(layer.route(hidden), tuple(tokens.shape))
-            output = layer(hidden)
-            hidden += output[0] if isinstance(layer, keras.layers.RNN) else output
-        return found
 
     def get_config(self):
         return {

@@ -1,55 +1,92 @@
 """SavedModels that load with TensorFlow alone."""
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.models.language_model import MoELanguageModel
-
-# Id of `<eos>` in every vocabulary of `keras_moe.data`.
-_EOS = 2
+from keras_moe.data import Vocabulary
+from keras_moe.serving.signatures import signatures_of
+from keras_moe.serving.text import TextCodec
+from keras_moe.serving.warmup import verify_warmup, write_warmup
 
 
 def export(
-    model: keras.Model, directory: str | os.PathLike, *, version: int | None = None
+    model: keras.Model,
+    directory: str | os.PathLike,
+    *,
+    version: int | None = None,
+    signatures: Sequence[str] | None = None,
+    text: TextCodec | Vocabulary | None = None,
+    warmup: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> Path:
-    """Writes `<directory>/<version>/`, a SavedModel for inference.
+    """Writes `<directory>/<version>/`, a SavedModel for TensorFlow Serving.
 
     The functions run without noise, dropout or variable writes, with any batch
-    size and length, and need nothing but TensorFlow to load. Every weight is
-    written once. The folder appears under its name only when it is complete.
+    size and length, and need nothing but TensorFlow to load (and the operations
+    of TensorFlow Text where `text` is given, which the stock server has). The
+    answer to a row does not depend on the rows that share its batch, nor on
+    padding. Every weight is written once. The folder appears under its name only
+    when it is complete.
+
+    Every model has `serving_default`, from its own inputs to `outputs` (a dict
+    output keeps its names), and `routing` if there are `MoE` layers in it: for
+    each of them `<name>_experts` and `<name>_gates`, int32 and float of shape
+    `(batch, ..., k)`, with -1 and 0 where a token has no (more) experts.
+
+    A `MoELanguageModel` takes token ids `(batch, time)`, int32, as `inputs`,
+    filled up with 0 at the end, and has two more. With `text` these and `routing`
+    take strings `(batch,)` instead, called `text`, and also return `tokens`.
+
+    - `score`: log probabilities (natural logarithms) `token_log_probs`
+      `(batch, time)`, their sum `log_prob` `(batch,)`, `num_tokens` `(batch,)`
+      and `perplexity` `(batch,)`. The first token follows the end of a sentence.
+      Every line of a text ends with `<eos>`, which is scored too.
+    - `generate`: continues `inputs` (with `text`: strings called `prompt`), each
+      row by itself, with `temperature` (float32, 0 takes the most probable),
+      `top_k` (int32, 0 means all), `max_new_tokens` (int32, 1 to 1,024) and
+      `seed` (int64), all `(batch,)`. Returns the new `tokens`, and with `text`
+      the strings `continuation` and `text`, which is prompt and continuation.
+      Padding is never drawn, nor, with `text`, the unknown word. The same seed
+      gives the same text.
+
+    A `MoETranslator` has `translate`, see
+    `keras_moe.serving.translation_signatures`.
 
     Args:
-        model: A built Keras model, functional, Sequential or
-            `MoELanguageModel`.
+        model: A built Keras model: functional, Sequential, `MoELanguageModel` or
+            `MoETranslator`.
         directory: Folder of all versions of the model.
         version: Int. Name of the new folder. None takes the number after the
             largest there is. Defaults to `None`.
+        signatures: Names of the signatures to write. None writes all that the
+            model has. Defaults to `None`.
+        text: `TextCodec`, or a `Vocabulary` for text that is split into words,
+            for a language model. Defaults to `None`: token ids.
+        warmup: Requests that a server runs before it takes others: pairs of a
+            signature's name and its inputs by name. Each is run once before it
+            is written. Defaults to `()`.
 
     Returns:
-        Path of the new folder. `serving_default` takes the model's inputs and
-        returns `{"outputs": ...}` (a dict output keeps its names). For a
-        language model `inputs` are token ids `(batch, time)` and `outputs`
-        logits; a second signature `score` returns `token_log_probs`
-        `(batch, time)`, `log_prob` `(batch,)` and `perplexity` `(batch,)`,
-        where the first token follows an end of sentence and padding (id 0)
-        counts nothing.
+        Path of the new folder.
 
     Raises:
-        ValueError: The model is not built or its inputs are not known, the
-            version is not positive, or its folder exists already.
+        ValueError: The model is not built, its inputs are not known, or it does
+            not have one of `signatures`; `text` does not fit it; the version is
+            not positive or its folder exists already; a request of `warmup`
+            fails.
+        ImportError: `text` without tensorflow-text, or `warmup` without
+            tensorflow-serving-api.
     """
     directory = Path(directory)
-    if version is None:
-        taken = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
-        version = max(taken, default=0) + 1
-    version = checks.verify_positive_int(version, "version")
-    target = directory / str(version)
+    target = directory / str(_new_version(directory, version))
     if target.exists():
         raise ValueError(
             f"`version` must be new. Received: version={version}, but {target} "
@@ -60,14 +97,23 @@ def export(
             f"`model` must be built. Received: {model.name!r}, which has no weights "
             "yet. Call it on a batch first."
         )
+    if isinstance(text, Vocabulary):
+        text = TextCodec(text)
     module = tf.Module()
     module.weights = [variable.value for variable in model.variables]
-    signatures = _signatures(model)
+    if text is not None:
+        module.table = text.table
+    with _without_cudnn(model):
+        functions = _choose(signatures_of(model, text), signatures)
+        concrete = {name: f.get_concrete_function() for name, f in functions.items()}
+    requests = verify_warmup(warmup, concrete)
     directory.mkdir(parents=True, exist_ok=True)
     # A folder whose name is no number is invisible to a server that watches.
-    partial = tempfile.mkdtemp(prefix=f".{version}-", dir=directory)
+    partial = tempfile.mkdtemp(prefix=f".{target.name}-", dir=directory)
     try:
-        tf.saved_model.save(module, partial, signatures=signatures)
+        tf.saved_model.save(module, partial, signatures=concrete)
+        if requests:
+            write_warmup(partial, directory.resolve().name, requests)
         os.chmod(partial, 0o755)
         os.rename(partial, target)
     except BaseException:
@@ -76,61 +122,34 @@ def export(
     return target
 
 
-def _signatures(model):
-    if isinstance(model, MoELanguageModel):
-        return _language_model_signatures(model)
-    if not getattr(model, "inputs", None):
+def _new_version(directory, version):
+    if version is None:
+        taken = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+        version = max(taken, default=0) + 1
+    return checks.verify_positive_int(version, "version")
+
+
+def _choose(available, names):
+    if names is None:
+        return available
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in available]
+    if unknown or not names:
         raise ValueError(
-            "`model` must know its inputs. Received: a subclassed model "
-            f"{model.name!r}. Build it with `keras.Input` (functional or Sequential)."
+            f"`signatures` must be names of {sorted(available)}. Received: {names}."
         )
-    specs = [
-        tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
-        for tensor in model.inputs
-    ]
-
-    @tf.function(input_signature=specs, autograph=False)
-    def serving_default(*inputs):
-        # The loader checks the type of what it is fed, but not the shape.
-        checked = [
-            tf.ensure_shape(value, spec.shape)
-            for value, spec in zip(inputs, specs, strict=True)
-        ]
-        # A functional model takes its inputs as a flat list too.
-        outputs = model(checked[0] if len(checked) == 1 else checked, training=False)
-        return outputs if isinstance(outputs, dict) else {"outputs": outputs}
-
-    return {"serving_default": serving_default}
+    return {name: available[name] for name in names}
 
 
-def _language_model_signatures(model):
-    spec = tf.TensorSpec((None, None), tf.int32, "inputs")
-
-    def logits_of(tokens):
-        tokens = tf.ensure_shape(tokens, spec.shape)  # the loader checks types only
-        return model.call_with_state(tokens, model.initial_state(tf.shape(tokens)[0]))[
-            0
-        ]
-
-    @tf.function(input_signature=[spec], autograph=False)
-    def serving_default(inputs):
-        return {"outputs": logits_of(inputs)}
-
-    @tf.function(input_signature=[spec], autograph=False)
-    def score(inputs):
-        before = tf.pad(inputs[:, :-1], [[0, 0], [1, 0]], constant_values=_EOS)
-        # Padding comes last; what follows it is never scored.
-        log_probs = -tf.nn.sparse_softmax_cross_entropy_with_logits(
-            labels=inputs, logits=logits_of(before)
-        )
-        real = tf.cast(tf.not_equal(inputs, 0), log_probs.dtype)
-        log_probs *= real
-        total = tf.reduce_sum(log_probs, axis=1)
-        count = tf.reduce_sum(real, axis=1)
-        return {
-            "token_log_probs": log_probs,
-            "log_prob": total,
-            "perplexity": tf.exp(-tf.math.divide_no_nan(total, count)),
-        }
-
-    return {"serving_default": serving_default, "score": score}
+@contextlib.contextmanager
+def _without_cudnn(model: keras.Model) -> Iterator[None]:
+    """Keeps Keras from tracing cuDNN, which no CPU server can run."""
+    layers = [layer for layer in model._flatten_layers() if hasattr(layer, "use_cudnn")]
+    before = [layer.use_cudnn for layer in layers]
+    for layer in layers:
+        layer.use_cudnn = False
+    try:
+        yield
+    finally:
+        for layer, use_cudnn in zip(layers, before, strict=True):
+            layer.use_cudnn = use_cudnn

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import keras_moe
+from examples.serving.c_api_child import Child
 from keras_moe import layers, models
-from tests.serving.child import Child
 
 FEATURES = 6
 

@@ -1,0 +1,87 @@
+"""What the gates of a model decide, noted while the model runs."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_moe.types import GatingResult
+
+
+class RoutingRecord(NamedTuple):
+    """One call of a `MoE`.
+
+    Attributes:
+        result: What its gate returned, over the tokens that it saw.
+        token_indices: `(tokens,)` int64, which of the flattened inputs those
+            were where a mask took out others; None means all.
+        leading_shape: `(rank - 1,)` int32, the shape before they were flattened.
+    """
+
+    result: GatingResult
+    token_indices: tf.Tensor | None
+    leading_shape: tf.Tensor
+
+
+@contextlib.contextmanager
+def recorded_routing(layers: Iterable) -> Iterator[dict[str, list[RoutingRecord]]]:
+    """Notes every call of mixtures inside the `with` block.
+
+    Args:
+        layers: `MoE` layers, with different names.
+
+    Yields:
+        For each layer's name the list of its `RoutingRecord`s, in the order of
+        the calls.
+    """
+    layers = list(layers)
+    records: dict[str, list[RoutingRecord]] = {layer.name: [] for layer in layers}
+    for layer in layers:
+        layer.on_routing = records[layer.name].append
+    try:
+        yield records
+    finally:
+        for layer in layers:
+            layer.on_routing = None
+
+
+def routing_tensors(record: RoutingRecord) -> tuple[tf.Tensor, tf.Tensor]:
+    """Experts and gates of every token.
+
+    Args:
+        record: Of one call.
+
+    Returns:
+        expert_indices: `(*leading_shape, k)` int32. Where a gate gives tokens
+            different numbers of experts, k is the largest of them. `-1` where a
+            token has fewer, and where it is padding.
+        gates: The same shape, float, 0 there.
+    """
+    plan, gates = record.result.plan, record.result.gates
+    experts = plan.expert_indices
+    num_tokens = tf.reduce_prod(record.leading_shape)
+    seen = (
+        num_tokens
+        if record.token_indices is None
+        else tf.shape(record.token_indices)[0]
+    )
+    if plan.positions.shape.rank == 1:
+        rows = tf.gather(plan.token_indices, plan.positions)
+
+        def padded(values, filling):
+            ragged = tf.RaggedTensor.from_value_rowids(values, rows, seen)
+            return ragged.to_tensor(filling)
+
+        experts, gates = padded(experts, -1), padded(gates, 0)
+    if record.token_indices is not None:
+        places = record.token_indices[:, tf.newaxis]
+        shape = tf.stack([num_tokens, tf.shape(experts)[1]])
+        gates = tf.scatter_nd(places, gates, tf.cast(shape, tf.int64))
+        experts = tf.scatter_nd(places, experts + 1, tf.cast(shape, tf.int64)) - 1
+    k = experts.shape[-1]
+    shape = tf.concat([record.leading_shape, tf.shape(experts)[1:]], axis=0)
+    experts, gates = tf.reshape(experts, shape), tf.reshape(gates, shape)
+    for tensor in (experts, gates):
+        tensor.set_shape([*tensor.shape[:-1], k])
+    return experts, gates

@@ -1,0 +1,141 @@
+"""Generating text and looking at its routing, as methods of a language model."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_moe import checks
+from keras_moe.layers.routing import recorded_routing, routing_tensors
+from keras_moe.models.decoding import continue_tokens
+from keras_moe.models.language_model_checks import verify_tokens
+from keras_moe.models.sampling import sample_tokens
+
+_Model: Any = keras.Model if TYPE_CHECKING else object
+
+
+class TracedFunctions:
+    """Holds functions where Keras, which tracks dictionaries, does not look."""
+
+    def __init__(self):
+        self.by_forbidden_tokens: dict[tuple[int, ...], Any] = {}
+
+
+class Generation(_Model):
+    """`generate` and `routing` for a model with `hidden_with_state`."""
+
+    def generate(
+        self,
+        prompt,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        forbidden_tokens: Sequence[int] = (0,),
+    ) -> np.ndarray:
+        """Continues token sequences by sampling.
+
+        Args:
+            prompt: Int array `(batch, time)` without padding, time at least 1.
+            max_new_tokens: Int. Tokens to add. Defaults to `50`.
+            temperature: Float. Divides the logits; 0 takes the most probable
+                token. Defaults to `1.0`.
+            top_k: Int or None. Samples among the `top_k` most probable tokens
+                only. Defaults to `None`: all.
+            seed: Int or None. The same seed gives the same text; row r draws
+                with `seed + r`. Defaults to `None`.
+            forbidden_tokens: Ids never sampled. Defaults to `(0,)`: padding.
+
+        Returns:
+            `(batch, time + max_new_tokens)` int32, the prompt included.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        tokens = tf.cast(tf.convert_to_tensor(prompt), tf.int32)
+        verify_tokens(tokens)
+        max_new_tokens = checks.verify_positive_int(max_new_tokens, "max_new_tokens")
+        if tokens.shape[1] == 0:
+            raise ValueError(
+                "`prompt` must have at least one token. Received: "
+                f"prompt.shape={tokens.shape}. Begin with the end-of-sentence token."
+            )
+        # Raises for what a single draw would refuse.
+        sample_tokens(
+            tf.zeros((0, self.vocabulary_size)),
+            tf.zeros((0,)),
+            temperature=temperature,
+            top_k=top_k,
+        )
+        if seed is None:
+            seed = int(np.random.default_rng().integers(2**62))
+        if not self.built:
+            self.build(tokens.shape)
+        rows = tokens.shape[:1]
+        new_tokens = self._continue(tuple(forbidden_tokens))(
+            tokens,
+            tf.fill(rows, tokens.shape[1]),
+            max_new_tokens=tf.fill(rows, max_new_tokens),
+            temperature=tf.fill(rows, float(temperature)),
+            top_k=tf.fill(rows, top_k or 0),
+            seeds=seed + tf.range(rows[0], dtype=tf.int64),
+        )
+        return tf.concat([tokens, new_tokens], axis=1).numpy()
+
+    def _continue(self, forbidden_tokens):
+        """The traced `continue_tokens`, one for each set of forbidden tokens."""
+        cache = self._traced_functions.by_forbidden_tokens
+        traced = cache.get(forbidden_tokens)
+        if traced is None:
+            rows = tf.TensorSpec((None,), tf.int32)
+
+            @tf.function(
+                input_signature=[
+                    tf.TensorSpec((None, None), tf.int32),
+                    *[rows] * 2,
+                    tf.TensorSpec((None,), tf.float32),
+                    rows,
+                    tf.TensorSpec((None,), tf.int64),
+                ],
+                autograph=False,
+            )
+            def traced(tokens, lengths, max_new_tokens, temperature, top_k, seeds):
+                return continue_tokens(
+                    self,
+                    tokens,
+                    lengths,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    seeds=seeds,
+                    forbidden_tokens=forbidden_tokens,
+                )
+
+            cache[forbidden_tokens] = traced
+        return traced
+
+    def routing(self, tokens) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Which experts take each token, in inference.
+
+        Args:
+            tokens: Int array `(batch, time)`.
+
+        Returns:
+            For each mixture, under its layer's name: expert indices and gates,
+            both `(batch, time, k)`. Where a gate gives tokens different numbers
+            of experts, k is the largest of them, filled up with -1 and 0, as is
+            padding.
+        """
+        tokens = tf.convert_to_tensor(tokens)
+        verify_tokens(tokens)
+        if not self.built:
+            self.build(tokens.shape)
+        with recorded_routing(self.moe_layers) as records:
+            self.hidden_with_state(tokens, self.initial_state(tokens.shape[0]))
+        return {
+            name: tuple(tensor.numpy() for tensor in routing_tensors(record))
+            for name, (record,) in records.items()
+        }
