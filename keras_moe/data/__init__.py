@@ -1,6 +1,8 @@
-"""Text for language models: vocabularies, streams, an embedded corpus."""
+"""Text for language models and translation: vocabularies, corpora, batches."""
 
+from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.data.text import TextCorpus, load_text_corpus
+from keras_moe.data.translation import TranslationCorpus, load_translation_corpus
 from keras_moe.data.vocabulary import (
     WORD_PATTERN,
     Vocabulary,
@@ -10,9 +12,12 @@ from keras_moe.data.vocabulary import (
 
 __all__ = [
     "WORD_PATTERN",
+    "SubwordVocabulary",
     "TextCorpus",
+    "TranslationCorpus",
     "Vocabulary",
     "load_text_corpus",
+    "load_translation_corpus",
     "tokenize",
     "unigram_perplexity",
 ]
