@@ -1,6 +1,7 @@
 """Ready models."""
 
 from keras_moe.models.baselines import middle_layers
+from keras_moe.models.beam_search import beam_search
 from keras_moe.models.counting import Count, count
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.models.preset_models import build_language_model
@@ -11,11 +12,14 @@ from keras_moe.models.presets import (
     scale_down,
 )
 from keras_moe.models.sampling import sample_tokens
+from keras_moe.models.translation import MoETranslator
 
 __all__ = [
     "Count",
     "MoELanguageModel",
+    "MoETranslator",
     "Preset",
+    "beam_search",
     "build_language_model",
     "count",
     "middle_layers",
