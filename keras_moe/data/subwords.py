@@ -62,11 +62,29 @@ class SubwordVocabulary:
             ) from error
         self.model = base64.b64decode(model) if isinstance(model, str) else bytes(model)
         self.languages = tuple(languages)
-        with tf.init_scope():
-            self.tokenizer = tensorflow_text.SentencepieceTokenizer(
-                self.model, out_type=tf.int32
-            )
-            self._size = int(self.tokenizer.vocab_size())
+
+        # A tokenizer of tensorflow-text lives as long as the kernel that made it,
+        # and `keras.utils.set_random_seed` clears the kernels of eager ops. Made
+        # within a function it is made anew whenever the function is, and a
+        # SavedModel has it in its graph.
+        def tokenizer():
+            return tensorflow_text.SentencepieceTokenizer(self.model, out_type=tf.int32)
+
+        def in_graph(function, spec):
+            return tf.function(function, input_signature=[spec], autograph=False)
+
+        ids = tf.TensorSpec([None], tf.int32)
+        self._tokenize = in_graph(
+            lambda texts: tokenizer().tokenize(texts), tf.TensorSpec([None], tf.string)
+        )
+        self._detokenize = in_graph(
+            lambda ids: tokenizer().detokenize(ids),
+            tf.RaggedTensorSpec([None, None], tf.int32),
+        )
+        self._pieces = in_graph(lambda ids: tokenizer().id_to_string(ids), ids)
+        self._size = int(
+            tf.function(lambda: tokenizer().vocab_size(), autograph=False)()
+        )
         wanted = [*RESERVED, *map(language_token, self.languages)]
         found = [self.piece(i) for i in range(min(len(wanted), self._size))]
         if found != wanted:
@@ -156,7 +174,7 @@ class SubwordVocabulary:
 
     def piece(self, index: int) -> str:
         """The piece of an id."""
-        return self.tokenizer.id_to_string(tf.constant([index]))[0].numpy().decode()
+        return self.pieces([index])[0]
 
     def pieces(self, ids) -> list[str]:
         """The pieces of ids, for looking at.
@@ -167,9 +185,7 @@ class SubwordVocabulary:
         Returns:
             List of n str; a blank within a text is `▁`.
         """
-        found = self.tokenizer.id_to_string(
-            tf.cast(tf.convert_to_tensor(ids), tf.int32)
-        )
+        found = self._pieces(tf.cast(tf.convert_to_tensor(ids), tf.int32))
         return [piece.decode() for piece in found.numpy()]
 
     def language_ids(self, languages) -> tf.Tensor:
@@ -223,7 +239,7 @@ class SubwordVocabulary:
         Returns:
             `(n, None)` int32, ragged.
         """
-        ids = self.tokenizer.tokenize(tf.convert_to_tensor(texts, tf.string))
+        ids = self._tokenize(tf.convert_to_tensor(texts, tf.string))
         end = tf.fill([ids.nrows(), 1], self.eos_id)
         return tf.concat([ids, tf.cast(end, tf.int32)], axis=1)
 
@@ -241,7 +257,7 @@ class SubwordVocabulary:
         dense = ids.to_tensor(self.pad_id)
         ended = tf.cumsum(tf.cast(tf.equal(dense, self.eos_id), tf.int32), axis=1) > 0
         keep = tf.logical_not(ended) & tf.not_equal(dense, self.pad_id)
-        return self.tokenizer.detokenize(tf.ragged.boolean_mask(dense, keep))
+        return self._detokenize(tf.ragged.boolean_mask(dense, keep))
 
     def get_config(self) -> dict[str, Any]:
         """All there is of the vocabulary, for JSON."""

@@ -13,6 +13,7 @@ from keras_moe.models.presets import (
 )
 from keras_moe.models.sampling import sample_tokens
 from keras_moe.models.translation import MoETranslator
+from keras_moe.models.translation_layers import translation_middle
 
 __all__ = [
     "Count",
@@ -27,4 +28,5 @@ __all__ = [
     "preset_names",
     "sample_tokens",
     "scale_down",
+    "translation_middle",
 ]

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.models.translation import MoETranslator
+from keras_moe.serving.translate import translation_signatures
 
 # Id of `<eos>` in every vocabulary of `keras_moe.data`.
 _EOS = 2
@@ -79,6 +81,8 @@ def export(
 def _signatures(model):
     if isinstance(model, MoELanguageModel):
         return _language_model_signatures(model)
+    if isinstance(model, MoETranslator):
+        return translation_signatures(model)
     if not getattr(model, "inputs", None):
         raise ValueError(
             "`model` must know its inputs. Received: a subclassed model "
