@@ -43,7 +43,8 @@ class Decoding:
         Returns:
             tokens: `(batch, num_beams, length)` int32, the best first; 0 after
                 `<eos>`.
-            scores: `(batch, num_beams)` float32, `log P / lp`.
+            scores: `(batch, num_beams)` float32, `log P / lp`; `log P` alone of a
+                sentence of which no hypothesis ended within `max_length`.
 
         Raises:
             ImportError: tf-models-official is not installed.
@@ -79,8 +80,10 @@ class Decoding:
         )
         if num_beams == 1:
             log_prob, length = self._log_prob(tokens[:, 0], memory, memory_mask)
-            scores = log_prob / tf.pow((5.0 + length) / 6.0, length_penalty)
-            scores = scores[:, tf.newaxis]
+            ended = tf.reduce_any(tf.equal(tokens[:, 0], EOS_ID), axis=1)
+            penalty = tf.pow((5.0 + length) / 6.0, length_penalty)
+            # As the search does it: what was cut off keeps its log P.
+            scores = tf.where(ended, log_prob / penalty, log_prob)[:, tf.newaxis]
         return tokens, scores
 
     def score(self, source, targets):
