@@ -159,6 +159,7 @@ def _train(options, corpus, vocabulary, folder, middle):
         steps_per_epoch=steps,
         validation_data=valid,
         epochs=options.epochs,
+        shuffle=False,
         verbose=options.verbose,
         callbacks=[
             *runs.callbacks(folder, best, options.patience),
