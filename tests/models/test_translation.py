@@ -172,6 +172,12 @@ def test_a_sentence_is_translated_alike_in_any_batch(batch):
         np.testing.assert_allclose(score[0, 0], scores[row, 0], rtol=1e-5)
 
 
+def make_end_likelier(model, by):
+    bias = np.array(model.softmax.bias)
+    bias[EOS] += by
+    model.softmax.bias.assign(bias)
+
+
 def greedy(model, source, max_length):
     """The most probable token after each other, one sentence at a time."""
     found = []
@@ -189,12 +195,10 @@ def greedy(model, source, max_length):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_one_beam_is_greedy(rng, length_penalty):
-    # A bias for the end makes it the second-best token now and then, which is where
-    # a search of one beam and greedy decoding part.
     model = small()
-    bias = np.array(model.softmax.bias)
-    bias[EOS] += 1.0
-    model.softmax.bias.assign(bias)
+    # The end is now the second-best token now and then, which is where a search of one
+    # beam and greedy decoding part.
+    make_end_likelier(model, 1.0)
     source = sentences(rng, (5, 3, 4, 6, 2, 5, 5, 3))
     tokens, scores = model.search(
         source, num_beams=1, max_length=9, length_penalty=length_penalty
@@ -231,6 +235,7 @@ def test_a_beam_of_the_whole_vocabulary_is_exhaustive(rng, length_penalty):
     # hypotheses, and 25 beams.
     size, max_length = 5, 3
     model = small(size)
+    make_end_likelier(model, -2.0)  # or `<eos>` at once is always the best
     best = set()
     for ids in sentences(rng, (4, 3, 2, 3, 4, 3), size):
         ids = ids[ids != PAD]
