@@ -2,6 +2,7 @@
 
 from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.data.text import TextCorpus, load_text_corpus
+from keras_moe.data.tfds_translation import load_tfds_translation
 from keras_moe.data.translation import TranslationCorpus, load_translation_corpus
 from keras_moe.data.vocabulary import (
     WORD_PATTERN,
@@ -17,6 +18,7 @@ __all__ = [
     "TranslationCorpus",
     "Vocabulary",
     "load_text_corpus",
+    "load_tfds_translation",
     "load_translation_corpus",
     "tokenize",
     "unigram_perplexity",

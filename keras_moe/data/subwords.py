@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe.data.vocabulary import EOS, PAD, RESERVED, UNK, verify_at_least
@@ -184,9 +185,18 @@ class SubwordVocabulary:
 
         Returns:
             List of n str; a blank within a text is `▁`.
+
+        Raises:
+            ValueError: `ids` is not one row, or outside the vocabulary.
         """
-        found = self._pieces(tf.cast(tf.convert_to_tensor(ids), tf.int32))
-        return [piece.decode() for piece in found.numpy()]
+        array = np.asarray(ids, np.int32)
+        if array.ndim != 1 or not np.all((array >= 0) & (array < len(self))):
+            raise ValueError(
+                f"`ids` must be one row within [0, {len(self)}). Received: shape "
+                f"{array.shape}, ids {array.ravel()[:10].tolist()}. Use the ids of this "
+                "vocabulary."
+            )
+        return [piece.decode() for piece in self._pieces(array).numpy()]
 
     def language_ids(self, languages) -> tf.Tensor:
         """Ids of the tokens of target languages, in the graph.
