@@ -4,7 +4,10 @@ from keras_moe.models.baselines import middle_layers
 from keras_moe.models.beam_search import beam_search
 from keras_moe.models.counting import Count, count
 from keras_moe.models.language_model import MoELanguageModel
-from keras_moe.models.preset_models import build_language_model
+from keras_moe.models.preset_models import (
+    build_language_model,
+    build_translation_model,
+)
 from keras_moe.models.presets import (
     Preset,
     preset,
@@ -22,6 +25,7 @@ __all__ = [
     "Preset",
     "beam_search",
     "build_language_model",
+    "build_translation_model",
     "count",
     "middle_layers",
     "preset",
