@@ -123,7 +123,8 @@ def build_model(
 
 
 def _dataset(corpus, split, vocabulary, options):
-    return corpus.dataset(
+    """Batches of a split, and how many there are."""
+    dataset = corpus.dataset(
         split,
         vocabulary,
         batch_tokens=options.batch_tokens,
@@ -131,6 +132,14 @@ def _dataset(corpus, split, vocabulary, options):
         temperature=options.temperature,
         seed=options.seed,
     )
+    # A pass to count them; from now on the subwords are held in memory.
+    steps = sum(1 for _ in dataset)
+    return dataset, steps
+
+
+def _known(dataset, steps):
+    """A dataset that Keras knows the length of."""
+    return dataset.apply(tf.data.experimental.assert_cardinality(steps))
 
 
 def _train(options, corpus, vocabulary, folder, middle):
@@ -143,10 +152,8 @@ def _train(options, corpus, vocabulary, folder, middle):
         print(f"{folder} holds a trained model; --overwrite trains it again.")
         model.load_weights(folder / runs.WEIGHTS)
         return model, json.loads(finished.read_text())["training_seconds"]
-    train = _dataset(corpus, "train", vocabulary, options)
-    steps = sum(1 for _ in train)
-    valid = _dataset(corpus, "valid", vocabulary, options)
-    valid = valid.apply(tf.data.experimental.assert_cardinality(sum(1 for _ in valid)))
+    train, steps = _dataset(corpus, "train", vocabulary, options)
+    valid = _known(*_dataset(corpus, "valid", vocabulary, options))
     history = runs.read_history(folder)
     best = min((row["val_perplexity"] for row in history), default=math.inf)
     print(
@@ -206,7 +213,7 @@ def _evaluate(model, corpus, options, folder):
     """Perplexity, and BLEU and chrF of each direction of the test set."""
     report: dict = {"parameters": model.count_params(), "directions": {}}
     for split in ("valid", "test"):
-        dataset = _dataset(corpus, split, model.vocabulary, options)
+        dataset = _known(*_dataset(corpus, split, model.vocabulary, options))
         logs = model.evaluate(dataset, verbose=0, return_dict=True)
         report[f"{split}_perplexity"] = logs["perplexity"]
     for layer in model.moe_layers:
@@ -226,7 +233,8 @@ def _evaluate(model, corpus, options, folder):
             length_penalty=options.length_penalty,
         )
         seconds = time.perf_counter() - start
-        (folder / f"test.{direction}.txt").write_text("\n".join(found) + "\n")
+        lines = [" ".join(text.split()) + "\n" for text in found]
+        (folder / f"test.{direction}.txt").write_text("".join(lines))
         report["directions"][direction] = {
             **telemetry.translation_scores(found, targets, language),
             "sentences": len(sources),
@@ -266,8 +274,12 @@ def _draw_attention(model, source, language, folder):
         targets[:, :-1], [[0, 0], [1, 0]], constant_values=vocabulary.eos_id
     )
     weights = model.attention(ids, inputs)[0]
-    pieces = [vocabulary.pieces(row) for row in (ids[0], targets[0])]
-    return pictures.draw_attention(weights, *pieces, folder / "attention.png")
+    source_pieces, target_pieces = (
+        vocabulary.pieces(row) for row in (ids[0], targets[0])
+    )
+    return pictures.draw_attention(
+        weights, source_pieces, target_pieces, folder / "attention.png"
+    )
 
 
 def _print_report(report):

@@ -59,7 +59,7 @@ class SubwordVocabulary:
             import tensorflow_text
         except ImportError as error:
             raise ImportError(
-                "SubwordVocabulary needs tensorflow-text. Install keras-moe[text]."
+                "SubwordVocabulary needs tensorflow-text. Install keras-moe[translation]."
             ) from error
         self.model = base64.b64decode(model) if isinstance(model, str) else bytes(model)
         self.languages = tuple(languages)
@@ -130,7 +130,7 @@ class SubwordVocabulary:
             import sentencepiece
         except ImportError as error:
             raise ImportError(
-                "Learning subwords needs sentencepiece. Install keras-moe[text]."
+                "Learning subwords needs sentencepiece. Install keras-moe[translation]."
             ) from error
         languages = list(languages)
         if len(set(languages)) != len(languages):

@@ -55,7 +55,7 @@ def beam_search(
         from official.nlp.modeling.ops import beam_search as garden
     except ImportError as error:
         raise ImportError(
-            "Beam search needs tf-models-official. Install keras-moe[models]."
+            "Beam search needs tf-models-official. Install keras-moe[translation]."
         ) from error
 
     def symbols_to_logits(ids, _, cache):

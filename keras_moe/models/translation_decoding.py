@@ -172,7 +172,7 @@ class Decoding:
             )
         # Sentences of about equal length together.
         order = np.argsort([len(text) for text in listed], kind="stable")
-        found = np.empty(len(listed), object)
+        found: np.ndarray = np.empty(len(listed), object)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [[column[i] for i in rows] for column in (listed, languages)]

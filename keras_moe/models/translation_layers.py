@@ -1,6 +1,7 @@
 """What stands between the LSTMs of the translation models."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -84,7 +85,7 @@ def translation_middle(
         config = layers[0].get_config()
         return [MoE.from_config({**config, "name": name})]
     gate = BalancedGating(k[0]) if gating == "balanced" else NoisyTopKGating(k[0])
-    options = {
+    options: dict[str, Any] = {
         "importance_loss_weight": loss_weight,
         "load_loss_weight": 0.0 if gating == "balanced" else loss_weight,
         "activation": "sigmoid",
