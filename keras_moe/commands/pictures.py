@@ -1,5 +1,6 @@
 """Pictures of a run. Without matplotlib none are drawn, and that is said."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,10 @@ def draw_attention(
     axes.set_yticks(range(len(target)), target)
     axes.set(xlabel="source", ylabel="translation", title="Attention")
     figure.colorbar(image, ax=axes, label="weight")
-    figure.savefig(path)
+    with warnings.catch_warnings():
+        # The font may lack letters of a language; boxes stand in for them.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path)
     return [(path, "picture of the attention")]
 
 

@@ -41,7 +41,7 @@ class SubwordVocabulary:
     ...     texts, 40, ["fr"], byte_fallback=False
     ... )
     >>> ids = vocabulary.encode_target(["the cat sat"])
-    >>> ids[0, -1].numpy() == vocabulary.eos_id
+    >>> int(ids[0, -1]) == vocabulary.eos_id
     True
     >>> vocabulary.decode(ids).numpy()[0].decode()
     'the cat sat'

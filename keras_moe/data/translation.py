@@ -43,8 +43,9 @@ class TranslationCorpus:
 
     >>> corpus = keras_moe.data.load_translation_corpus(directions=["en-fr"])
     >>> sources, targets = corpus.pairs["test"]["en-fr"]
-    >>> sources[0], targets[0]
-    ('%s, line %s', '%s, ligne %s')
+    >>> row = sources.index("Add row")
+    >>> targets[row]
+    'Ajouter une ligne'
     """
 
     name: str

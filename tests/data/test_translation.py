@@ -1,3 +1,4 @@
+import doctest
 import gzip
 import lzma
 
@@ -5,7 +6,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_moe
 from keras_moe import data
+from keras_moe.data import subwords, translation
+from keras_moe.models import preset_models
+from keras_moe.telemetry import translation as scores
 
 EN_FR = [("A cat.", "Un chat."), ("Two cats sleep.", "Deux chats dorment.")]
 EN_DE = [("A dog.", "Ein Hund."), ("No.", "Nein."), ("Yes, I do.", "Ja, doch.")]
@@ -28,6 +33,14 @@ def vocabulary_of(corpus, size=330, **options):
     return data.SubwordVocabulary.learn(
         corpus.texts(), size, corpus.target_languages, **options
     )
+
+
+@pytest.mark.parametrize("module", [subwords, translation, preset_models, scores])
+def test_docstring_examples_run(module):
+    names = {"keras_moe": keras_moe, "np": np, "tf": tf}
+    failed, tried = doctest.testmod(module, extraglobs=names)
+    assert tried >= 3
+    assert failed == 0
 
 
 def test_a_file_serves_both_directions(folder):
