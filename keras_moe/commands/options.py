@@ -74,6 +74,15 @@ class TrainMTOptions:
         "folder with train.en-fr.tsv, valid.en-fr.tsv, test.en-fr.tsv and so on (also "
         ".gz and .xz); default: the embedded strings of user interfaces",
     )
+    tfds: str | None = _option(
+        None,
+        "dataset of tensorflow-datasets, such as wmt14_translate/fr-en or "
+        "ted_multi_translate, prepared in --data-dir (or where that package keeps its "
+        "data); default: none",
+    )
+    max_pairs: int | None = _option(
+        None, "with --tfds, read so many rows of each split, at most; default: all"
+    )
     output_dir: str = _option("runs/translation", "folder for everything written")
     directions: str | None = _option(
         None,

@@ -37,7 +37,7 @@ def run(options: TrainMTOptions) -> dict:
     runs.verify_numbers(options, _COUNTS)
     print("Reading the pairs ...", flush=True)
     directions = None if options.directions is None else options.directions.split(",")
-    corpus = data.load_translation_corpus(options.data_dir, directions=directions)
+    corpus = _corpus(options, directions)
     for split in ("train", "valid", "test"):
         sizes = ", ".join(
             f"{d} {len(s):,}" for d, (s, _) in corpus.pairs[split].items()
@@ -64,6 +64,17 @@ def run(options: TrainMTOptions) -> dict:
     _print_report(report)
     _print_files(folder, saved_model, written)
     return report
+
+
+def _corpus(options, directions):
+    if options.tfds is None:
+        return data.load_translation_corpus(options.data_dir, directions=directions)
+    return data.load_tfds_translation(
+        options.tfds,
+        directions=directions,
+        data_dir=options.data_dir,
+        max_pairs=options.max_pairs,
+    )
 
 
 def _vocabulary(corpus, options, folder):

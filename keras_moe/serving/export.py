@@ -27,8 +27,8 @@ def export(
     written once. The folder appears under its name only when it is complete.
 
     Args:
-        model: A built Keras model, functional, Sequential or
-            `MoELanguageModel`.
+        model: A built Keras model, functional, Sequential, `MoELanguageModel` or
+            `MoETranslator`.
         directory: Folder of all versions of the model.
         version: Int. Name of the new folder. None takes the number after the
             largest there is. Defaults to `None`.
@@ -40,7 +40,8 @@ def export(
         logits; a second signature `score` returns `token_log_probs`
         `(batch, time)`, `log_prob` `(batch,)` and `perplexity` `(batch,)`,
         where the first token follows an end of sentence and padding (id 0)
-        counts nothing.
+        counts nothing. For a translation model see
+        `keras_moe.serving.translate.translation_signatures`.
 
     Raises:
         ValueError: The model is not built or its inputs are not known, the

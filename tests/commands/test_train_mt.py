@@ -165,6 +165,7 @@ def test_bad_options_end_with_a_message(data_dir, tmp_path, capsys):
     for arguments, message in (
         (["--data-dir", str(tmp_path / "no")], "`data_dir` must be a folder"),
         (["--data-dir", str(data_dir), "--directions", "en-nl"], "en-nl"),
+        (["--data-dir", str(data_dir), "--tfds", "wmt14_translate/de-en"], "wmt14"),
         (["--data-dir", str(data_dir), "--epochs", "0"], "epochs=0"),
         (["--data-dir", str(data_dir), "--temperature", "0.5"], "temperature=0.5"),
         (["--data-dir", str(data_dir), "--vocabulary-size", "100"], "size=100"),
