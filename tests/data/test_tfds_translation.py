@@ -37,6 +37,7 @@ def prepare(name, tmp_path, monkeypatch, examples):
     )
 
 
+@pytest.mark.slow
 def test_wmt14(tmp_path, monkeypatch):
     name = "wmt14_translate/fr-en"
     prepare(
@@ -59,6 +60,7 @@ def test_wmt14(tmp_path, monkeypatch):
     assert sum(len(targets) for _, targets in batches) == 4
 
 
+@pytest.mark.slow
 def test_ted_multi(tmp_path, monkeypatch):
     def examples(split):
         for number, (en, fr) in enumerate(ROWS[split]):

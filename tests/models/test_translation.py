@@ -159,6 +159,7 @@ def test_step_by_step_equals_teacher_forcing(batch, lstm_units):
         )
 
 
+@pytest.mark.slow
 def test_a_sentence_is_translated_alike_in_any_batch(batch):
     model = small()
     source, _ = batch
@@ -193,6 +194,7 @@ def greedy(model, source, max_length):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 def test_one_beam_is_greedy(rng, length_penalty):
     model = small()
@@ -229,6 +231,7 @@ def exhaustive(model, ids, size, max_length, length_penalty):
     return sorted(found, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 0.8])
 def test_a_beam_of_the_whole_vocabulary_is_exhaustive(rng, length_penalty):
     # 5 symbols (one never used), sequences of up to 3: at most 4 * 4 = 16 unfinished
@@ -276,6 +279,7 @@ def learnt(languages=("fr", "de")):
     return data.SubwordVocabulary.learn(texts * 3, 60, languages, byte_fallback=False)
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_vocabulary_and_translates_the_same(tmp_path):
     vocabulary = learnt()
     model = small(len(vocabulary), vocabulary=vocabulary)
@@ -316,6 +320,7 @@ def test_routing_and_attention_are_those_of_the_call(batch):
     np.testing.assert_array_equal(weights[1, :, 3:], 0.0)  # 3 source tokens
 
 
+@pytest.mark.slow
 def test_it_learns_to_copy(rng):
     model = models.MoETranslator(
         12,
