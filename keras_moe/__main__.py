@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,19 +23,28 @@ def main(argv: list[str] | None = None) -> int:
         "train-lm",
         help="train a Mixture-of-Experts language model, evaluate, export, sample",
     )
+    train_mt = commands.add_parser(
+        "train-mt",
+        help="train a translation model with mixtures, translate, score, export",
+    )
     # Options are declared without TensorFlow, so that --help answers at once.
     from keras_moe.commands import options
 
-    options.add_train_lm_options(train_lm)
+    options.add_options(train_lm, options.TrainLMOptions)
+    options.add_options(train_mt, options.TrainMTOptions)
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
     if command == "train-lm":
         from keras_moe.commands import train_lm as train_lm_command
 
-        run = train_lm_command.run
+        job = partial(train_lm_command.run, options.TrainLMOptions(**arguments))
+    else:
+        from keras_moe.commands import train_mt as train_mt_command
+
+        job = partial(train_mt_command.run, options.TrainMTOptions(**arguments))
     try:
-        run(options.TrainLMOptions(**arguments))
-    except (ValueError, FileNotFoundError) as error:
+        job()
+    except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ ALLOWED = {
     "telemetry": CORE | {"functional"},
     "data": CORE,
     "layers": CORE | {"functional"},
-    "models": CORE | {"functional", "layers"},
+    "models": CORE | {"functional", "layers", "data"},
     "distribution": CORE | {"functional"},
     "planning": CORE | {"models"},
     "serving": CORE | {"functional", "layers", "models", "data"},

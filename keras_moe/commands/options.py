@@ -65,10 +65,93 @@ class TrainLMOptions:
         return {k: v for k, v in asdict(self).items() if k not in self._FREE}
 
 
-def add_train_lm_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `train-lm` to a parser."""
+@dataclass(frozen=True)
+class TrainMTOptions:
+    """Options of `train-mt`."""
+
+    data_dir: str | None = _option(
+        None,
+        "folder with train.en-fr.tsv, valid.en-fr.tsv, test.en-fr.tsv and so on (also "
+        ".gz and .xz); default: the embedded strings of user interfaces",
+    )
+    tfds: str | None = _option(
+        None,
+        "dataset of tensorflow-datasets, such as wmt14_translate/fr-en or "
+        "ted_multi_translate, prepared in --data-dir (or where that package keeps its "
+        "data); default: none",
+    )
+    max_pairs: int | None = _option(
+        None, "with --tfds, read so many rows of each split, at most; default: all"
+    )
+    output_dir: str = _option("runs/translation", "folder for everything written")
+    directions: str | None = _option(
+        None,
+        "directions with commas between, such as en-fr,fr-en; default: both of every "
+        "pair of languages with English",
+    )
+    vocabulary_size: int = _option(4000, "subwords of all languages together, at most")
+    middle: str = _option(
+        "moe",
+        "what stands between the LSTMs: the mixtures, a dense expert, or nothing",
+        choices=("moe", "moe_1_wide", "none"),
+    )
+    gating: str = _option(
+        "noisy_top_k",
+        "gate of the mixtures: noisy top-k, or strictly balanced (appendix F)",
+        choices=("noisy_top_k", "balanced"),
+    )
+    num_experts: int = _option(32, "number of experts of a mixture")
+    num_groups: int | None = _option(
+        None,
+        "groups of a hierarchical mixture, --k of which a token meets; default: flat",
+    )
+    k: int = _option(2, "experts for each token (of each group, if hierarchical)")
+    units: int = _option(192, "width of the model")
+    hidden_units: int = _option(384, "hidden units of an expert")
+    lstm_units: int | None = _option(
+        None, "LSTM cells, projected to --units; default: --units, no projection"
+    )
+    dropout: float = _option(0.1, "fraction of each layer's output that is dropped")
+    loss_weight: float = _option(0.01, "weight of the importance and the load loss")
+    learning_rate: float = _option(0.004, "highest learning rate of Adam")
+    warmup_steps: int = _option(400, "steps over which the learning rate rises")
+    constant_steps: int = _option(0, "steps at the highest rate before it falls")
+    batch_tokens: int = _option(2048, "most positions of a batch, with padding")
+    max_length: int = _option(40, "pairs with more subwords on a side are left out")
+    temperature: float = _option(
+        1.0, "evens out the directions' shares: pairs to the power of 1/temperature"
+    )
+    epochs: int = _option(3, "passes over the training pairs, at most")
+    patience: int = _option(2, "epochs without a better validation before stopping")
+    num_beams: int = _option(4, "hypotheses of the beam search")
+    length_penalty: float = _option(0.6, "exponent of the length in a beam's score")
+    test_sentences: int | None = _option(
+        None, "translate so many test sentences of a direction, at most; default: all"
+    )
+    seed: int = _option(1, "random seed")
+    baseline: bool = _option(
+        False, "also train a dense model of equal operations and compare"
+    )
+    overwrite: bool = _option(False, "delete what --output-dir holds first")
+    verbose: int = _option(1, "0 silent, 1 progress bar, 2 a line an epoch")
+
+    # Options that may differ when an interrupted run goes on.
+    _FREE = (
+        *TrainLMOptions._FREE,
+        "num_beams",
+        "length_penalty",
+        "test_sentences",
+    )
+
+    def settings(self) -> dict:
+        """The options that make a run what it is; kept with its checkpoints."""
+        return {k: v for k, v in asdict(self).items() if k not in self._FREE}
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """Adds the fields of `TrainLMOptions` or `TrainMTOptions` to a parser."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    for item in fields(TrainLMOptions):
+    for item in fields(options):
         name = "--" + item.name.replace("_", "-")
         text = item.metadata["help"]
         if item.type is bool or isinstance(item.default, bool):

@@ -1,5 +1,6 @@
 """Pictures of a run. Without matplotlib none are drawn, and that is said."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,15 @@ def _figure(**options):
     return Figure(layout="constrained", dpi=120, **options)
 
 
-def draw_history(history: list[dict], path: Path) -> list[tuple[Path, str]]:
+def draw_history(
+    history: list[dict], path: Path, of: str = "language model"
+) -> list[tuple[Path, str]]:
     """Perplexity and balance over the epochs.
 
     Args:
         history: One dict of logs for each epoch.
         path: The PNG to write.
+        of: Str. What kind of model. Defaults to `"language model"`.
 
     Returns:
         `[(path, description)]`, or `[]` if nothing was drawn.
@@ -44,7 +48,7 @@ def draw_history(history: list[dict], path: Path) -> list[tuple[Path, str]]:
             continue
         axes.plot(epochs, [row[key] for row in history], "o-", label=label, color=color)
     axes.set(xlabel="epoch", ylabel="perplexity (log scale)", yscale="log")
-    axes.set_title("Perplexity of the language model")
+    axes.set_title(f"Perplexity of the {of}")
     axes.set_xticks(epochs)
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
@@ -80,3 +84,65 @@ def draw_load(counts: np.ndarray, path: Path) -> list[tuple[Path, str]]:
     axes.legend()
     figure.savefig(path)
     return [(path, "picture of the experts' load")]
+
+
+def draw_attention(
+    weights: np.ndarray, source: list[str], target: list[str], path: Path
+) -> list[tuple[Path, str]]:
+    """How much of each source piece every target piece took.
+
+    Args:
+        weights: `(target, source)`, rows sum to 1.
+        source: Pieces of the source.
+        target: Pieces of the translation.
+        path: The PNG to write.
+
+    Returns:
+        `[(path, description)]`, or `[]` if nothing was drawn.
+    """
+    size = (1.6 + 0.34 * len(source), 1.6 + 0.3 * len(target))
+    figure = _figure(figsize=size)
+    if figure is None:
+        return []
+    axes = figure.subplots()
+    image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(source)), source, rotation=60, ha="right")
+    axes.set_yticks(range(len(target)), target)
+    axes.set(xlabel="source", ylabel="translation", title="Attention")
+    figure.colorbar(image, ax=axes, label="weight")
+    with warnings.catch_warnings():
+        # The font may lack letters of a language; boxes stand in for them.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path)
+    return [(path, "picture of the attention")]
+
+
+def draw_experts_by_language(
+    counts: np.ndarray, languages: tuple[str, ...], name: str, path: Path
+) -> list[tuple[Path, str]]:
+    """Whose tokens each expert takes, experts sorted by the language they serve.
+
+    Args:
+        counts: `(E, languages)`, each language with the same sum.
+        languages: Names of the languages.
+        name: Name of the mixture.
+        path: The PNG to write.
+
+    Returns:
+        `[(path, description)]`, or `[]` if nothing was drawn.
+    """
+    figure = _figure(figsize=(1.6 + 0.16 * max(24, len(counts)), 3.4))
+    if figure is None:
+        return []
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
+    order = np.lexsort((-shares.max(1), shares.argmax(1)))
+    image = axes.imshow(shares[order].T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_yticks(range(len(languages)), languages)
+    axes.set_xticks(range(len(order)), order, rotation=90, fontsize=6)
+    axes.set(
+        xlabel="expert", ylabel="target language", title=f"Whose tokens {name} takes"
+    )
+    figure.colorbar(image, ax=axes, label="share of the expert's tokens")
+    figure.savefig(path)
+    return [(path, f"picture of the experts of {name} by language")]

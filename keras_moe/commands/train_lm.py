@@ -1,22 +1,18 @@
 """Trains a language model, measures it, saves it, and shows what it does."""
 
-import csv
 import json
 import math
 import shutil
-import time
-from pathlib import Path
 
 import keras
 import numpy as np
 
 from keras_moe import data, models, serving, telemetry
-from keras_moe.commands import pictures
+from keras_moe.commands import pictures, runs
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.optimizers import WarmupInverseSquareRoot
 
-_SETTINGS, _HISTORY, _MODEL = "settings.json", "history.csv", "model.keras"
-_WEIGHTS, _BACKUP = "best.weights.h5", "checkpoint"
+_COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
 
@@ -35,7 +31,7 @@ def run(options: TrainLMOptions) -> dict:
             other settings.
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
-    _verify(options)
+    runs.verify_numbers(options, _COUNTS)
     print("Reading the text ...", flush=True)
     corpus = data.load_text_corpus(
         options.data_dir,
@@ -48,7 +44,7 @@ def run(options: TrainLMOptions) -> dict:
         f"validation and {corpus.test.size:,} test tokens, vocabulary of "
         f"{len(corpus.vocabulary):,}."
     )
-    folder = _prepare_folder(options)
+    folder = runs.prepare_folder(options)
     corpus.vocabulary.save(folder / "vocabulary.tsv")
     model, seconds = _train(options, corpus, folder, options.middle)
     report = _evaluate(model, corpus, options)
@@ -60,68 +56,17 @@ def run(options: TrainLMOptions) -> dict:
         for name in ("test_perplexity", "valid_perplexity"):
             report[f"baseline_{name}"] = figures[name]
         report["baseline_training_seconds"] = round(seconds, 1)
-    model.save(folder / _MODEL)
+    model.save(folder / runs.MODEL)
     saved_model = serving.export(model, folder / "saved_model")
-    written = pictures.draw_history(_read_history(folder), folder / "loss.png")
+    written = pictures.draw_history(runs.read_history(folder), folder / "loss.png")
     if "expert_counts" in report:
         counts = np.array(report["expert_counts"])
         written += pictures.draw_load(counts, folder / "expert_load.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_report(report)
     _print_files(folder, saved_model, written)
-    _show_reloaded(folder / _MODEL, corpus, options)
+    _show_reloaded(folder / runs.MODEL, corpus, options)
     return report
-
-
-def _verify(options):
-    for name in ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"`{name}` must be at least 1. Received: {name}="
-                f"{getattr(options, name)}."
-            )
-    if not options.learning_rate > 0:
-        raise ValueError(
-            "`learning_rate` must be greater than 0. "
-            f"Received: learning_rate={options.learning_rate}."
-        )
-
-
-def _prepare_folder(options) -> Path:
-    """Makes the output folder, or finds an earlier run of the same settings."""
-    folder = Path(options.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(
-            f"`output_dir` must be a folder. Received: {str(folder)!r}, a file."
-        )
-    path = folder / _SETTINGS
-    if options.overwrite and path.exists():
-        shutil.rmtree(folder)
-    if path.exists():
-        _verify_settings(json.loads(path.read_text()), options.settings(), folder)
-        if (folder / _BACKUP).exists():
-            print(f"Going on with the interrupted run in {folder}.")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            "`output_dir` must be new, empty, or an earlier run. Received: "
-            f"{str(folder)!r}, which holds other files. Choose another folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(options.settings(), indent=2) + "\n")
-    return folder
-
-
-def _verify_settings(old, new, folder):
-    differing = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    if differing:
-        listed = ", ".join(
-            f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(differing)
-        )
-        raise ValueError(
-            f"`output_dir` holds a run with other settings. Received: {str(folder)!r} "
-            f"({listed}). Use the same settings to go on with it, another "
-            "`output_dir`, or `overwrite` (--overwrite) to start again."
-        )
 
 
 def build_model(
@@ -164,12 +109,12 @@ def _train(options, corpus, folder, middle):
     keras.utils.set_random_seed(options.seed)
     model = build_model(options, len(corpus.vocabulary), middle)
     train = corpus.dataset("train", options.batch_size, options.sequence_length)
-    finished = folder / "finished.json"
+    finished = folder / runs.FINISHED
     if finished.exists():
         print(f"{folder} holds a trained model; --overwrite trains it again.")
-        model.load_weights(folder / _WEIGHTS)
+        model.load_weights(folder / runs.WEIGHTS)
         return model, json.loads(finished.read_text())["training_seconds"]
-    history = _read_history(folder)
+    history = runs.read_history(folder)
     best = min((row["val_perplexity"] for row in history), default=math.inf)
     seconds = sum(row["seconds"] for row in history)
     print(
@@ -184,84 +129,22 @@ def _train(options, corpus, folder, middle):
         folder,
         best,
     )
-    seconds = sum(row["seconds"] for row in _read_history(folder))
+    seconds = sum(row["seconds"] for row in runs.read_history(folder))
     finished.write_text(json.dumps({"training_seconds": seconds}) + "\n")
-    shutil.rmtree(folder / _BACKUP, ignore_errors=True)
-    model.load_weights(folder / _WEIGHTS)
+    shutil.rmtree(folder / runs.BACKUP, ignore_errors=True)
+    model.load_weights(folder / runs.WEIGHTS)
     return model, seconds
 
 
 def _fit(model, train, valid, options, folder, best):
-    # A run that goes on measures itself against its best epoch before.
-    known = {} if math.isinf(best) else {"baseline": best}
     model.fit(
         train,
         validation_data=valid,
         epochs=options.epochs,
         shuffle=False,
         verbose=options.verbose,
-        callbacks=[
-            keras.callbacks.ModelCheckpoint(
-                folder / _WEIGHTS,
-                monitor="val_perplexity",
-                mode="min",
-                save_best_only=True,
-                save_weights_only=True,
-                initial_value_threshold=best,
-            ),
-            _NoiseOfEpoch(),
-            _History(folder / _HISTORY),
-            keras.callbacks.BackupAndRestore(
-                folder / _BACKUP, double_checkpoint=True, delete_checkpoint=False
-            ),
-            keras.callbacks.EarlyStopping(
-                "val_perplexity", patience=options.patience, mode="min", **known
-            ),
-        ],
+        callbacks=runs.callbacks(folder, best, options.patience),
     )
-
-
-class _NoiseOfEpoch(keras.callbacks.Callback):
-    """Sets the random generators of the layers to what belongs to an epoch.
-
-    Keras does not save their states. With the epoch in their counters a run that
-    goes on after an interruption draws the noise it would have drawn without.
-    """
-
-    def on_epoch_begin(self, epoch, logs=None):
-        for variable in self.model.variables:
-            if variable.path.endswith("seed_generator_state"):
-                seed = keras.ops.convert_to_numpy(variable)[0]
-                variable.assign([seed, epoch << 20])
-
-
-class _History(keras.callbacks.Callback):
-    """Appends the logs of every epoch to a CSV file, with its time."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch, "seconds": time.perf_counter() - self._start, **logs}
-        # An epoch whose checkpoint was not written before an interruption runs
-        # again: its row is replaced.
-        rows = [r for r in _read_history(self.path.parent) if r["epoch"] < epoch]
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows([*rows, row])
-
-
-def _read_history(folder):
-    path = folder / _HISTORY
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def _evaluation_stream(corpus, split, options):
@@ -308,10 +191,10 @@ def _print_report(report):
 def _print_files(folder, saved_model, written):
     print("\nFiles:")
     rows = [
-        (folder / _MODEL, "the model, for keras.saving.load_model"),
+        (folder / runs.MODEL, "the model, for keras.saving.load_model"),
         (saved_model, "SavedModel, for tf.saved_model.load and TF Serving"),
         (folder / "vocabulary.tsv", "tokens in the order of their ids, with counts"),
-        (folder / _HISTORY, "the logs of every epoch"),
+        (folder / runs.HISTORY, "the logs of every epoch"),
         (folder / "report.json", "the figures above"),
         *((path, text) for path, text in written),
     ]

@@ -1,6 +1,9 @@
-"""Text for language models: vocabularies, streams, an embedded corpus."""
+"""Text for language models and translation: vocabularies, corpora, batches."""
 
+from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.data.text import TextCorpus, load_text_corpus
+from keras_moe.data.tfds_translation import load_tfds_translation
+from keras_moe.data.translation import TranslationCorpus, load_translation_corpus
 from keras_moe.data.vocabulary import (
     BLANK_PATTERN,
     DETOKENIZATION_RULES,
@@ -22,9 +25,13 @@ __all__ = [
     "TOKENIZERS",
     "UNK",
     "WORD_PATTERN",
+    "SubwordVocabulary",
     "TextCorpus",
+    "TranslationCorpus",
     "Vocabulary",
     "load_text_corpus",
+    "load_tfds_translation",
+    "load_translation_corpus",
     "tokenize",
     "unigram_perplexity",
 ]

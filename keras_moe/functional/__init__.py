@@ -1,5 +1,10 @@
 """The maths of the paper as pure functions: tensors in, tensors out."""
 
+from keras_moe.functional.attention import (
+    attention_keys,
+    attention_scores,
+    masked_softmax,
+)
 from keras_moe.functional.balancing import (
     batchwise_mask,
     masked_gating,
@@ -51,6 +56,8 @@ from keras_moe.functional.sampled_softmax import (
 
 __all__ = [
     "MoELSTMResult",
+    "attention_keys",
+    "attention_scores",
     "batchwise_mask",
     "combine",
     "cv_squared",
@@ -70,6 +77,7 @@ __all__ = [
     "make_dispatch_plan",
     "make_gating_result",
     "masked_gating",
+    "masked_softmax",
     "max_over_mean",
     "mixed_product",
     "moe_lstm",

@@ -1,5 +1,7 @@
 """Keras layers."""
 
+from keras_moe.layers.attention import MultiplicativeAttention
+from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts
@@ -12,6 +14,7 @@ from keras_moe.layers.recurrent import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 
 __all__ = [
+    "AttentionLSTM",
     "BalancedGating",
     "ExpertList",
     "FeedForwardExperts",
@@ -20,6 +23,7 @@ __all__ = [
     "MoE",
     "MoELSTM",
     "MoELSTMCell",
+    "MultiplicativeAttention",
     "NoisyTopKGating",
     "ProjectedLSTMCell",
     "SampledSoftmax",

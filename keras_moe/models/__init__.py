@@ -1,9 +1,13 @@
 """Ready models."""
 
 from keras_moe.models.baselines import middle_layers
+from keras_moe.models.beam_search import beam_search
 from keras_moe.models.counting import Count, count
 from keras_moe.models.language_model import MoELanguageModel
-from keras_moe.models.preset_models import build_language_model
+from keras_moe.models.preset_models import (
+    build_language_model,
+    build_translation_model,
+)
 from keras_moe.models.presets import (
     Preset,
     preset,
@@ -11,16 +15,22 @@ from keras_moe.models.presets import (
     scale_down,
 )
 from keras_moe.models.sampling import sample_tokens
+from keras_moe.models.translation import MoETranslator
+from keras_moe.models.translation_layers import translation_middle
 
 __all__ = [
     "Count",
     "MoELanguageModel",
+    "MoETranslator",
     "Preset",
+    "beam_search",
     "build_language_model",
+    "build_translation_model",
     "count",
     "middle_layers",
     "preset",
     "preset_names",
     "sample_tokens",
     "scale_down",
+    "translation_middle",
 ]

@@ -9,6 +9,8 @@ from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.models.baselines import middle_layers
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.models.presets import Preset
+from keras_moe.models.translation import MoETranslator
+from keras_moe.models.translation_layers import translation_middle
 
 
 def build_language_model(preset: Preset, **options: Any) -> MoELanguageModel:
@@ -82,3 +84,61 @@ def make_middle(preset: Preset) -> list[keras.layers.Layer]:
             name="moe",
         )
     ]
+
+
+def build_translation_model(preset: Preset, **options: Any) -> MoETranslator:
+    """The translation model that a preset describes.
+
+    Nothing is allocated before it is built or called. In a hierarchical mixture
+    with the strictly balanced gate, that gate chooses the groups and noisy top-k
+    gates the experts within; the paper does not say how the two go together.
+
+    Args:
+        preset: A `Preset` of kind `"translation"`.
+        **options: More arguments of `MoETranslator`, e.g. `vocabulary=...`.
+
+    Returns:
+        A `MoETranslator`, not compiled.
+
+    Raises:
+        ValueError: The preset is of a language model.
+
+    Example:
+
+    >>> small = keras_moe.models.scale_down(keras_moe.models.preset("mt_moe_2048_h"))
+    >>> [m.num_experts for m in keras_moe.models.build_translation_model(small).moe_layers]
+    [64, 64]
+    """
+    if preset.kind != "translation":
+        raise ValueError(
+            "`preset` must be of a translation model. Received: "
+            f"name={preset.name!r}, kind={preset.kind!r}. Use a preset whose name "
+            "begins with 'mt_'."
+        )
+    sides = {
+        f"{side}_middle": translation_middle(
+            preset.middle,
+            units=preset.units,
+            hidden_units=preset.hidden_units,
+            num_experts=max(1, preset.num_experts),
+            k=preset.k,
+            num_groups=preset.num_groups,
+            gating=preset.gating,
+            loss_weight=preset.loss_weight,
+            name=f"{side}_moe",
+        )
+        for side in ("encoder", "decoder")
+    }
+    return MoETranslator(
+        preset.vocabulary_size,
+        preset.units,
+        **{
+            **sides,
+            "lstm_units": preset.lstm_units,
+            "encoder_lstms": preset.encoder_lstms,
+            "decoder_lstms": preset.decoder_lstms,
+            "middle_after": preset.moe_after,
+            "dropout": preset.dropout,
+            **options,
+        },
+    )

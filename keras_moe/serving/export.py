@@ -58,7 +58,7 @@ def export(
       gives the same text.
 
     A `MoETranslator` has `translate`, see
-    `keras_moe.serving.translation_signatures`.
+    `keras_moe.serving.translate.translation_signatures`.
 
     Args:
         model: A built Keras model: functional, Sequential, `MoELanguageModel` or

@@ -8,8 +8,10 @@ import tensorflow as tf
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.routing import recorded_routing, routing_tensors
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.models.translation import MoETranslator
 from keras_moe.serving.language_model import language_model_signatures
 from keras_moe.serving.text import TextCodec
+from keras_moe.serving.translate import translation_signatures
 
 
 def signatures_of(model: keras.Model, text: TextCodec | None) -> dict[str, Callable]:
@@ -39,6 +41,8 @@ def signatures_of(model: keras.Model, text: TextCodec | None) -> dict[str, Calla
             "`text` is for a MoELanguageModel. Received: a "
             f"{type(model).__name__}. Leave `text` out."
         )
+    if isinstance(model, MoETranslator):
+        return translation_signatures(model)
     if not getattr(model, "inputs", None):
         raise ValueError(
             "`model` must know its inputs. Received: a subclassed model "

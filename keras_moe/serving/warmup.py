@@ -41,8 +41,8 @@ def verify_warmup(
                 "`warmup` must name exported signatures. Received: "
                 f"{name!r}. Use one of {sorted(signatures)}."
             )
-        _, specs = signatures[name].structured_input_signature
-        wanted = {spec.name: spec for spec in tf.nest.flatten(specs)}
+        specs = tf.nest.flatten(signatures[name].structured_input_signature)
+        wanted = {spec.name: spec for spec in specs}
         if set(inputs) != set(wanted):
             raise ValueError(
                 f"A request of `warmup` for {name!r} must have the inputs "
@@ -53,7 +53,7 @@ def verify_warmup(
                 key: tf.convert_to_tensor(value, wanted[key].dtype)
                 for key, value in inputs.items()
             }
-            signatures[name](**tensors)
+            signatures[name](*(tensors[spec.name] for spec in specs))
         except (tf.errors.OpError, TypeError, ValueError) as error:
             raise ValueError(
                 f"A request of `warmup` for {name!r} must run. Received: "

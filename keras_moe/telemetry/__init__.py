@@ -1,5 +1,6 @@
-"""What the experts do: metrics."""
+"""What the experts do: metrics and scores."""
 
 from keras_moe.telemetry.metrics import Perplexity
+from keras_moe.telemetry.translation import mutual_information, translation_scores
 
-__all__ = ["Perplexity"]
+__all__ = ["Perplexity", "mutual_information", "translation_scores"]

@@ -93,6 +93,58 @@ def _language_model(**kwargs):
     return models.MoELanguageModel(20, 8, middle=moe, **kwargs)
 
 
+@keras.saving.register_keras_serializable(package="conformance")
+class ToItself(keras.layers.Layer):
+    """Makes one input of a layer that takes two."""
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = layer
+        self.supports_jit = layer.supports_jit
+
+    def call(self, inputs, training=None):
+        if isinstance(self.layer, layers.MultiplicativeAttention):
+            return self.layer(inputs, inputs)
+        if isinstance(self.layer, layers.AttentionLSTM):
+            return self.layer(inputs, inputs, training=training)[0]
+        return self.layer((inputs, inputs), training=training)
+
+    def compute_output_shape(self, input_shape):
+        if isinstance(self.layer, models.MoETranslator):
+            return (*input_shape, self.layer.vocabulary_size)
+        last = input_shape[-1]
+        if isinstance(self.layer, layers.AttentionLSTM):
+            last = self.layer.cell.output_size
+        return (*input_shape[:-1], last)
+
+    def get_config(self):
+        layer = keras.saving.serialize_keras_object(self.layer)
+        return {**super().get_config(), "layer": layer}
+
+    @classmethod
+    def from_config(cls, config):
+        layer = keras.saving.deserialize_keras_object(config["layer"])
+        return cls(**{**config, "layer": layer})
+
+
+def _translator(**kwargs):
+    def mixture(name):
+        return layers.MoE(
+            layers.FeedForwardExperts(4, hidden_units=8),
+            _random_gate(),
+            activation="sigmoid",
+            name=name,
+        )
+
+    return models.MoETranslator(
+        20,
+        8,
+        encoder_middle=mixture("encoder_moe"),
+        decoder_middle=mixture("decoder_moe"),
+        **kwargs,
+    )
+
+
 def _gates(outputs):
     return outputs.gates
 
@@ -298,5 +350,37 @@ DESCRIPTORS = [
         integer_inputs=True,
         # keras.layers.LSTM itself fails on an empty batch (Keras 3.15).
         takes_nothing=False,
+    ),
+    Descriptor(
+        "MultiplicativeAttention",
+        lambda **kw: ToItself(layers.MultiplicativeAttention(3, **kw), **kw),
+        (3, 5, 4),
+        layers.MultiplicativeAttention,
+        dynamic_axes=(0, 1),
+        supports_xla=True,
+    ),
+    Descriptor(
+        "AttentionLSTM",
+        lambda **kw: ToItself(
+            layers.AttentionLSTM(keras.layers.LSTMCell(6, dtype=kw.get("dtype")), **kw),
+            **kw,
+        ),
+        (3, 5, 4),
+        layers.AttentionLSTM,
+        dynamic_axes=(0, 1),
+        supports_xla=True,
+        # keras.layers.LSTMCell itself fails on an empty batch (Keras 3.15).
+        takes_nothing=False,
+    ),
+    Descriptor(
+        "MoETranslator",
+        lambda **kw: ToItself(_translator(**kw), **kw),
+        (3, 5),
+        models.MoETranslator,
+        dynamic_axes=(0, 1),
+        float32_only=True,
+        integer_inputs=True,
+        takes_nothing=False,
+        result=lambda logits: logits[..., 1:],  # that of padding is -1e9
     ),
 ]

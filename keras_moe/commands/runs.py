@@ -1,0 +1,132 @@
+"""The folder of a training run: its settings, its history, its checkpoints."""
+
+import csv
+import json
+import shutil
+import time
+from pathlib import Path
+
+import keras
+
+SETTINGS, HISTORY, MODEL = "settings.json", "history.csv", "model.keras"
+WEIGHTS, BACKUP, FINISHED = "best.weights.h5", "checkpoint", "finished.json"
+
+
+def prepare_folder(options) -> Path:
+    """Makes the output folder, or finds an earlier run of the same settings."""
+    folder = Path(options.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"`output_dir` must be a folder. Received: {str(folder)!r}, a file."
+        )
+    path = folder / SETTINGS
+    if options.overwrite and path.exists():
+        shutil.rmtree(folder)
+    if path.exists():
+        _verify_settings(json.loads(path.read_text()), options.settings(), folder)
+        if (folder / BACKUP).exists():
+            print(f"Going on with the interrupted run in {folder}.")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            "`output_dir` must be new, empty, or an earlier run. Received: "
+            f"{str(folder)!r}, which holds other files. Choose another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options.settings(), indent=2) + "\n")
+    return folder
+
+
+def _verify_settings(old, new, folder):
+    differing = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+    if differing:
+        listed = ", ".join(
+            f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(differing)
+        )
+        raise ValueError(
+            f"`output_dir` holds a run with other settings. Received: {str(folder)!r} "
+            f"({listed}). Use the same settings to go on with it, another "
+            "`output_dir`, or `overwrite` (--overwrite) to start again."
+        )
+
+
+def verify_numbers(options, names):
+    """Raises unless the options named are at least 1 and the rate is positive."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"`{name}` must be at least 1. Received: {name}="
+                f"{getattr(options, name)}."
+            )
+    if not options.learning_rate > 0:
+        raise ValueError(
+            "`learning_rate` must be greater than 0. "
+            f"Received: learning_rate={options.learning_rate}."
+        )
+
+
+class NoiseOfEpoch(keras.callbacks.Callback):
+    """Sets the random generators of the layers to what belongs to an epoch.
+
+    Keras does not save their states. With the epoch in their counters a run that
+    goes on after an interruption draws the noise it would have drawn without.
+    """
+
+    def on_epoch_begin(self, epoch, logs=None):
+        for variable in self.model.variables:
+            if variable.path.endswith("seed_generator_state"):
+                seed = keras.ops.convert_to_numpy(variable)[0]
+                variable.assign([seed, epoch << 20])
+
+
+class History(keras.callbacks.Callback):
+    """Appends the logs of every epoch to a CSV file, with its time."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        row = {"epoch": epoch, "seconds": time.perf_counter() - self._start, **logs}
+        # An epoch whose checkpoint was not written before an interruption runs
+        # again: its row is replaced.
+        rows = [r for r in read_history(self.path.parent) if r["epoch"] < epoch]
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+
+def read_history(folder):
+    """The logs of the epochs so far, one dict for each."""
+    path = folder / HISTORY
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def callbacks(folder, best, patience):
+    """Those of every run: best weights, noise, history, resumption, early stop."""
+    # A run that goes on measures itself against its best epoch before.
+    known = {} if best == float("inf") else {"baseline": best}
+    return [
+        keras.callbacks.ModelCheckpoint(
+            folder / WEIGHTS,
+            monitor="val_perplexity",
+            mode="min",
+            save_best_only=True,
+            save_weights_only=True,
+            initial_value_threshold=best,
+        ),
+        NoiseOfEpoch(),
+        History(folder / HISTORY),
+        keras.callbacks.BackupAndRestore(
+            folder / BACKUP, double_checkpoint=True, delete_checkpoint=False
+        ),
+        keras.callbacks.EarlyStopping(
+            "val_perplexity", patience=patience, mode="min", **known
+        ),
+    ]

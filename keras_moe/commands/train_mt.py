@@ -1,0 +1,347 @@
+"""Trains a translation model, scores it, saves it, and shows what it does."""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import keras
+import tensorflow as tf
+
+from keras_moe import data, models, serving, telemetry
+from keras_moe.commands import pictures, runs
+from keras_moe.commands.language_experts import experts_by_language
+from keras_moe.commands.options import TrainMTOptions
+from keras_moe.optimizers import WarmupInverseSquareRoot
+
+_COUNTS = ("epochs", "patience", "warmup_steps", "num_beams", "max_length")
+_VOCABULARY = "subwords.model"
+
+
+def run(options: TrainMTOptions) -> dict:
+    """Runs the whole job and prints a report.
+
+    Args:
+        options: See `TrainMTOptions`.
+
+    Returns:
+        The figures of the report, by name; also in `report.json`.
+
+    Raises:
+        ImportError: A library that is needed is not installed.
+        ValueError: An option is out of range, or `output_dir` holds a run with
+            other settings.
+        FileNotFoundError: `data_dir` or one of its files is missing.
+    """
+    runs.verify_numbers(options, _COUNTS)
+    print("Reading the pairs ...", flush=True)
+    directions = None if options.directions is None else options.directions.split(",")
+    corpus = _corpus(options, directions)
+    for split in ("train", "valid", "test"):
+        sizes = ", ".join(
+            f"{d} {len(s):,}" for d, (s, _) in corpus.pairs[split].items()
+        )
+        print(f"{corpus.name}, {split} pairs: {sizes}")
+    folder = runs.prepare_folder(options)
+    vocabulary = _vocabulary(corpus, options, folder)
+    print(f"Subwords of all languages: {len(vocabulary):,}.", flush=True)
+    model, seconds = _train(options, corpus, vocabulary, folder, options.middle)
+    report = _evaluate(model, corpus, options, folder)
+    report["training_seconds"] = round(seconds, 1)
+    if options.baseline and options.middle == "moe":
+        print("\nThe dense baseline of equal operations (one wide expert a mixture):")
+        dense_folder = folder / "baseline"
+        dense, seconds = _train(options, corpus, vocabulary, dense_folder, "moe_1_wide")
+        report["baseline"] = _evaluate(dense, corpus, options, dense_folder)
+        report["baseline"]["training_seconds"] = round(seconds, 1)
+    model.save(folder / runs.MODEL)
+    saved_model = serving.export(model, folder / "saved_model")
+    written = _draw(model, corpus, options, report, folder)
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    )
+    _print_report(report)
+    _print_files(folder, saved_model, written)
+    return report
+
+
+def _corpus(options, directions):
+    if options.tfds is None:
+        return data.load_translation_corpus(options.data_dir, directions=directions)
+    return data.load_tfds_translation(
+        options.tfds,
+        directions=directions,
+        data_dir=options.data_dir,
+        max_pairs=options.max_pairs,
+    )
+
+
+def _vocabulary(corpus, options, folder):
+    """Learns the subwords, or takes those of the run that goes on."""
+    path = folder / _VOCABULARY
+    languages = corpus.target_languages
+    if path.exists():
+        return data.SubwordVocabulary(path.read_bytes(), languages)
+    print("Learning subwords ...", flush=True)
+    vocabulary = data.SubwordVocabulary.learn(
+        corpus.texts("train"), options.vocabulary_size, languages
+    )
+    path.write_bytes(vocabulary.model)
+    return vocabulary
+
+
+def build_model(
+    options: TrainMTOptions, vocabulary: data.SubwordVocabulary, middle: str
+) -> models.MoETranslator:
+    """The compiled translation model that the options describe."""
+    k = (options.k,) if options.num_groups is None else (options.k, options.k)
+    sides = {
+        side: models.translation_middle(
+            middle,
+            units=options.units,
+            hidden_units=options.hidden_units,
+            num_experts=options.num_experts,
+            num_groups=options.num_groups,
+            k=k,
+            gating=options.gating,
+            loss_weight=options.loss_weight,
+            name=f"{side}_moe",
+        )
+        for side in ("encoder", "decoder")
+    }
+    model = models.MoETranslator(
+        len(vocabulary),
+        options.units,
+        encoder_middle=sides["encoder"],
+        decoder_middle=sides["decoder"],
+        lstm_units=options.lstm_units,
+        dropout=options.dropout,
+        vocabulary=vocabulary,
+    )
+    model.build([(None, None), (None, None)])
+    schedule = WarmupInverseSquareRoot(
+        options.learning_rate, options.warmup_steps, options.constant_steps
+    )
+    model.compile(
+        keras.optimizers.Adam(schedule, global_clipnorm=5.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[telemetry.Perplexity()],
+    )
+    # Now and not in the first step, so that a file saved before it is complete.
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def _dataset(corpus, split, vocabulary, options):
+    """Batches of a split, and how many there are."""
+    dataset = corpus.dataset(
+        split,
+        vocabulary,
+        batch_tokens=options.batch_tokens,
+        max_length=options.max_length,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    # A pass to count them; from now on the subwords are held in memory.
+    steps = sum(1 for _ in dataset)
+    return dataset, steps
+
+
+def _known(dataset, steps):
+    """A dataset that Keras knows the length of."""
+    return dataset.apply(tf.data.experimental.assert_cardinality(steps))
+
+
+def _train(options, corpus, vocabulary, folder, middle):
+    """Trains, or loads what an earlier run has trained to the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(options.seed)
+    model = build_model(options, vocabulary, middle)
+    finished = folder / runs.FINISHED
+    if finished.exists():
+        print(f"{folder} holds a trained model; --overwrite trains it again.")
+        model.load_weights(folder / runs.WEIGHTS)
+        return model, json.loads(finished.read_text())["training_seconds"]
+    train, steps = _dataset(corpus, "train", vocabulary, options)
+    valid = _known(*_dataset(corpus, "valid", vocabulary, options))
+    history = runs.read_history(folder)
+    best = min((row["val_perplexity"] for row in history), default=math.inf)
+    print(
+        f"{model.name}: {model.count_params():,} parameters; {steps:,} steps an epoch, "
+        f"at most {options.epochs} epochs.",
+        flush=True,
+    )
+    model.fit(
+        train.repeat(),
+        steps_per_epoch=steps,
+        validation_data=valid,
+        epochs=options.epochs,
+        shuffle=False,
+        verbose=options.verbose,
+        callbacks=[
+            *runs.callbacks(folder, best, options.patience),
+            SampleTranslations(corpus, print if options.verbose else None),
+        ],
+    )
+    seconds = sum(row["seconds"] for row in runs.read_history(folder))
+    finished.write_text(json.dumps({"training_seconds": seconds}) + "\n")
+    shutil.rmtree(folder / runs.BACKUP, ignore_errors=True)
+    model.load_weights(folder / runs.WEIGHTS)
+    return model, seconds
+
+
+class SampleTranslations(keras.callbacks.Callback):
+    """Shows after every epoch how the model translates a few sentences."""
+
+    def __init__(self, corpus, show, sentences=2):
+        super().__init__()
+        self.show = show
+        self.samples = [
+            (direction, source, target)
+            for direction, pairs in corpus.pairs["valid"].items()
+            for source, target in list(zip(*pairs, strict=True))[:sentences]
+        ]
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.show is None:
+            return
+        sources = [source for _, source, _ in self.samples]
+        languages = [_target(direction) for direction, *_ in self.samples]
+        found = self.model.translate(sources, languages, num_beams=1, max_length=60)
+        self.show("")
+        for (direction, source, target), text in zip(self.samples, found, strict=True):
+            self.show(
+                f"  {direction}  {source}\n      model: {text}\n      human: {target}"
+            )
+
+
+def _target(direction):
+    return direction.split("-")[1]
+
+
+def _evaluate(model, corpus, options, folder):
+    """Perplexity, and BLEU and chrF of each direction of the test set."""
+    report: dict = {"parameters": model.count_params(), "directions": {}}
+    for split in ("valid", "test"):
+        dataset = _known(*_dataset(corpus, split, model.vocabulary, options))
+        logs = model.evaluate(dataset, verbose=0, return_dict=True)
+        report[f"{split}_perplexity"] = logs["perplexity"]
+    for layer in model.moe_layers:
+        if layer.num_experts > 1:
+            for name in ("max_over_mean_load", "load_cv"):
+                key = f"{layer.name}_{name}"
+                report[key] = logs[key]
+    for direction, (sources, targets) in corpus.pairs["test"].items():
+        sources = sources[: options.test_sentences]
+        targets = targets[: options.test_sentences]
+        language = _target(direction)
+        start = time.perf_counter()
+        found = model.translate(
+            sources,
+            language,
+            num_beams=options.num_beams,
+            length_penalty=options.length_penalty,
+        )
+        seconds = time.perf_counter() - start
+        lines = [" ".join(text.split()) + "\n" for text in found]
+        (folder / f"test.{direction}.txt").write_text("".join(lines))
+        report["directions"][direction] = {
+            **telemetry.translation_scores(found, targets, language),
+            "sentences": len(sources),
+            "seconds": round(seconds, 1),
+            "examples": [
+                list(row) for row in zip(sources, found, targets, strict=True)
+            ][:3],
+        }
+    return report
+
+
+def _draw(model, corpus, options, report, folder: Path):
+    """Pictures of the history, of attention, and of the experts."""
+    written = pictures.draw_history(
+        runs.read_history(folder), folder / "loss.png", "translation model"
+    )
+    direction, (sources, _) = next(iter(corpus.pairs["test"].items()))
+    # The first sentence of middling length, so that there is something to see.
+    source = next((s for s in sources if 30 <= len(s) <= 60), sources[0])
+    written += _draw_attention(model, source, _target(direction), folder)
+    languages = corpus.target_languages
+    tables = experts_by_language(model, corpus, options)
+    for name, table in tables.items():
+        report[f"{name}_experts_and_languages"] = table.report()
+        written += pictures.draw_experts_by_language(
+            table.counts, languages, name, folder / f"{name}_by_language.png"
+        )
+    return written
+
+
+def _draw_attention(model, source, language, folder):
+    vocabulary = model.vocabulary
+    text = model.translate(source, language)
+    ids = vocabulary.encode_source([source], [language]).to_tensor()
+    targets = vocabulary.encode_target([text]).to_tensor()
+    inputs = tf.pad(
+        targets[:, :-1], [[0, 0], [1, 0]], constant_values=vocabulary.eos_id
+    )
+    weights = model.attention(ids, inputs)[0]
+    source_pieces, target_pieces = (
+        vocabulary.pieces(row) for row in (ids[0], targets[0])
+    )
+    return pictures.draw_attention(
+        weights, source_pieces, target_pieces, folder / "attention.png"
+    )
+
+
+def _print_report(report):
+    print("\nPerplexity of subwords, end of sentence included:")
+    columns = [("model", report)]
+    if "baseline" in report:
+        columns.append(("dense of equal operations", report["baseline"]))
+    for title, figures in columns:
+        print(
+            f"  {title:<27} validation {figures['valid_perplexity']:7.2f}   "
+            f"test {figures['test_perplexity']:7.2f}   "
+            f"{figures['parameters']:,} parameters, "
+            f"trained in {figures['training_seconds']:.0f} s"
+        )
+    print("\nTest sentences by beam search:")
+    for title, figures in columns:
+        for direction, row in figures["directions"].items():
+            print(
+                f"  {title:<27} {direction:<9} BLEU {row['bleu']:5.1f}   "
+                f"chrF {row['chrf']:5.1f}   {row['sentences']:,} sentences in "
+                f"{row['seconds']:.0f} s"
+            )
+    rows = report["directions"].values()
+    for signature in sorted({r["bleu_signature"] for r in rows}):
+        print(f"  BLEU|{signature}")
+    for signature in sorted({r["chrf_signature"] for r in rows}):
+        print(f"  chrF|{signature}")
+    for direction, row in report["directions"].items():
+        source, found, target = row["examples"][0]
+        print(f"  {direction}  {source}\n      model: {found}\n      human: {target}")
+    for key, value in report.items():
+        if key.endswith("_max_over_mean_load"):
+            print(f"Load of {key[:-19]} on the test set: max/mean {value:.2f}.")
+        if key.endswith("_experts_and_languages"):
+            print(
+                f"{key[:-22]}: mutual information of expert and target language "
+                f"{value['mutual_information']:.4f} nats; with shuffled labels "
+                f"{value['shuffled_mean']:.4f} on average, {value['shuffled_max']:.4f} "
+                "at most."
+            )
+
+
+def _print_files(folder, saved_model, written):
+    print("\nFiles:")
+    rows = [
+        (folder / runs.MODEL, "the model, for keras.saving.load_model"),
+        (saved_model, "SavedModel with the signature translate, for TF Serving"),
+        (folder / _VOCABULARY, "the subwords, a sentencepiece model"),
+        (folder / runs.HISTORY, "the logs of every epoch"),
+        (folder / "report.json", "the figures above, and the translations"),
+        *((path, text) for path, text in written),
+    ]
+    for path, text in rows:
+        print(f"  {path!s:<44} {text}")

@@ -1,0 +1,141 @@
+"""Checks of the translation model's parts and inputs."""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_moe import checks
+
+
+def as_middle(middle, name):
+    """A list of layers that are not recurrent."""
+    if middle is None:
+        return []
+    layers = list(middle) if isinstance(middle, Sequence) else [middle]
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(
+                f"`{name}` must be a layer or a list of layers. Received: {layer!r} "
+                f"in {name}={middle!r}. Pass keras_moe.layers.MoE(...), for example."
+            )
+        if isinstance(layer, keras.layers.RNN):
+            raise ValueError(
+                f"`{name}` must not be recurrent, since decoding carries the states of "
+                f"the model's own LSTMs only. Received: layer {layer.name!r}, a "
+                f"{type(layer).__name__}. Raise `encoder_lstms` or `decoder_lstms`."
+            )
+    return layers
+
+
+def verify_distinct(encoder_middle, decoder_middle):
+    """Raises if a layer stands in both, or two mixtures have one name."""
+    layers = [*encoder_middle, *decoder_middle]
+    names = [layer.name for layer in layers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            "`encoder_middle` and `decoder_middle` must be new layers with names of "
+            f"their own, under which their balance is logged. Received: {twice} more "
+            "than once. Give them a `name`."
+        )
+
+
+def verify_stack(encoder_lstms, decoder_lstms, middle_after):
+    """`middle_after` as a tuple of two ints within the numbers of LSTMs."""
+    sizes = (
+        checks.verify_positive_int(encoder_lstms, "encoder_lstms"),
+        checks.verify_positive_int(decoder_lstms, "decoder_lstms"),
+    )
+    if (
+        not isinstance(middle_after, Sequence)
+        or len(middle_after) != 2
+        or not all(isinstance(n, int) for n in middle_after)
+        or not all(1 <= n <= size for n, size in zip(middle_after, sizes, strict=True))
+    ):
+        raise ValueError(
+            "`middle_after` must be two ints, from 1 to `encoder_lstms` and from 1 to "
+            f"`decoder_lstms`. Received: middle_after={middle_after!r}, "
+            f"encoder_lstms={sizes[0]}, decoder_lstms={sizes[1]}."
+            " Lower it, or add LSTMs."
+        )
+    return (middle_after[0], middle_after[1])
+
+
+def verify_vocabulary(vocabulary, vocabulary_size):
+    """Raises unless a vocabulary, if given, has the size stated."""
+    if vocabulary is not None and len(vocabulary) != vocabulary_size:
+        raise ValueError(
+            "`vocabulary_size` must be the size of `vocabulary`. Received: "
+            f"vocabulary_size={vocabulary_size}, len(vocabulary)={len(vocabulary)}. "
+            "Pass len(vocabulary)."
+        )
+
+
+def verify_width(width, layer, units):
+    """Raises unless a middle layer keeps the width."""
+    if width != units:
+        raise ValueError(
+            f"Layer {layer.name!r} between the LSTMs must give `units` features, for "
+            f"the residual. Received: {width} features, units={units}. Leave out "
+            "`output_units` of its experts."
+        )
+
+
+def split_inputs(inputs):
+    """Source and target inputs, verified."""
+    if not isinstance(inputs, (tuple, list)) or len(inputs) != 2:
+        raise ValueError(
+            "`inputs` of MoETranslator must be two tensors, source and target inputs. "
+            f"Received: {type(inputs).__name__}"
+            f"{f' of {len(inputs)}' if isinstance(inputs, (tuple, list)) else ''}. "
+            "Pass (source, target_inputs)."
+        )
+    for name, tensor in zip(("source", "target inputs"), inputs, strict=True):
+        verify_ids(tensor, name)
+    return inputs
+
+
+def verify_ids(tensor, name):
+    """Raises unless a tensor holds token ids of rank 2."""
+    if not tf.as_dtype(tensor.dtype).is_integer or len(tensor.shape) != 2:
+        raise ValueError(
+            f"`inputs` of MoETranslator must be integer token ids of shape (batch, "
+            f"length). Received: {name} with dtype={tf.as_dtype(tensor.dtype).name}, "
+            f"shape={tuple(tensor.shape)}. Encode text with the vocabulary first."
+        )
+
+
+def verify_decoding(num_beams=4, length_penalty=0.2, max_length=100):
+    """Raises unless the options of a search are in range."""
+    checks.verify_positive_int(num_beams, "num_beams")
+    checks.verify_weight(length_penalty, "length_penalty")
+    checks.verify_positive_int(max_length, "max_length")
+
+
+def as_texts(texts, target_language, languages):
+    """Lists of texts and of their target languages, of equal length."""
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    if target_language is None:
+        if len(languages) != 1:
+            raise ValueError(
+                "`target_language` must be given to a model of several. Received: "
+                f"target_language=None. Pass one of {', '.join(languages)}."
+            )
+        target_language = languages[0]
+    if isinstance(target_language, str):
+        wanted = [target_language] * len(listed)
+    else:
+        wanted = list(target_language)
+    if len(wanted) != len(listed):
+        raise ValueError(
+            "`target_language` must be one, or one for each text. Received: "
+            f"{len(wanted)} languages for {len(listed)} texts. Pass as many."
+        )
+    unknown = sorted(set(wanted) - set(languages))
+    if unknown:
+        raise ValueError(
+            "`target_language` must be one that the model knows. Received: "
+            f"{unknown[0]!r}. Pass one of {', '.join(languages)}."
+        )
+    return listed, wanted

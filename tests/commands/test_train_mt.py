@@ -1,0 +1,188 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_text  # noqa: F401  (the ops of the SavedModel)
+
+from keras_moe.__main__ import main
+from keras_moe.commands import runs, train_mt
+from keras_moe.commands.language_experts import experts_by_language
+from keras_moe.commands.options import TrainMTOptions
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "train_translation.py"
+WORDS = {
+    "en": ["one", "two", "six", "ten", "red", "sun"],
+    "fr": ["un", "deux", "six", "dix", "rouge", "soleil"],
+    "de": ["eins", "zwei", "sechs", "zehn", "rot", "Sonne"],
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Sentences that are translated word by word."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for split, rows in (("train", 150), ("valid", 12), ("test", 12)):
+        for other in ("fr", "de"):
+            lines = []
+            for _ in range(rows):
+                ids = rng.integers(0, 6, size=rng.integers(1, 4))
+                sides = [" ".join(WORDS[n][i] for i in ids) for n in ("en", other)]
+                lines.append("\t".join(sides) + "\n")
+            (folder / f"{split}.en-{other}.tsv").write_text("".join(lines))
+    return folder
+
+
+def small(data_dir, folder, **changes):
+    return TrainMTOptions(
+        **{
+            "data_dir": str(data_dir),
+            "output_dir": str(folder),
+            "vocabulary_size": 300,
+            "num_experts": 4,
+            "k": 2,
+            "units": 32,
+            "hidden_units": 16,
+            "dropout": 0.0,
+            "learning_rate": 0.02,
+            "warmup_steps": 5,
+            "batch_tokens": 256,
+            "epochs": 2,
+            "num_beams": 2,
+            "verbose": 0,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.slow
+def test_the_whole_job(data_dir, tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = small(data_dir, folder, baseline=True, epochs=4, test_sentences=8)
+    report = train_mt.run(options)
+    assert set(report["directions"]) == {"en-de", "de-en", "en-fr", "fr-en"}
+    for figures in (report, report["baseline"]):
+        assert figures["test_perplexity"] < 30  # of about 300 subwords
+        for row in figures["directions"].values():
+            assert row["sentences"] == 8
+            assert 0 <= row["bleu"] <= 100
+    assert report["parameters"] > report["baseline"]["parameters"]
+    assert report["encoder_moe_max_over_mean_load"] >= 1.0
+    for name in ("encoder_moe", "decoder_moe"):
+        figures = report[f"{name}_experts_and_languages"]
+        assert figures["shuffled_mean"] <= figures["shuffled_max"]
+    # The encoder sees the token of the language first, so its experts tell.
+    encoder = report["encoder_moe_experts_and_languages"]
+    assert encoder["mutual_information"] > encoder["shuffled_max"]
+    printed = capsys.readouterr().out
+    for text in (
+        "BLEU|nrefs:1",
+        "chrF|nrefs:1",
+        "mutual information",
+        "dense of equal",
+    ):
+        assert text in printed
+    for name in ("loss", "attention", "encoder_moe_by_language"):
+        assert (folder / f"{name}.png").stat().st_size > 0
+    assert json.loads((folder / "report.json").read_text()) == report
+    model = keras.saving.load_model(folder / "model.keras")
+    texts = ["one two", "red sun"]
+    wanted = model.translate(texts, "fr", num_beams=4, length_penalty=0.2)
+    loaded = tf.saved_model.load(str(folder / "saved_model" / "1"))
+    answer = loaded.signatures["translate"](
+        texts=tf.constant(texts), target_languages=tf.constant(["fr"])
+    )
+    assert [t.decode() for t in answer["translations"].numpy()] == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gating": "balanced"},
+        {"num_groups": 2, "k": 1, "lstm_units": 48},
+        {"gating": "balanced", "num_groups": 2, "k": 1},
+        {"temperature": 5.0, "middle": "none"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_model_trains(data_dir, tmp_path, changes):
+    options = small(data_dir, tmp_path, directions="en-fr", epochs=1, **changes)
+    report = train_mt.run(options)
+    assert report["test_perplexity"] < 300
+    assert list(report["directions"]) == ["en-fr"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_cut_and_is_not_repeated(data_dir, tmp_path):
+    options = small(data_dir, tmp_path, directions="en-fr")
+
+    class Cut(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                raise KeyboardInterrupt
+
+    callbacks = runs.callbacks
+    runs.callbacks = lambda *args: [*callbacks(*args), Cut()]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_mt.run(options)
+    finally:
+        runs.callbacks = callbacks
+    report = train_mt.run(options)
+    assert [row["epoch"] for row in runs.read_history(tmp_path)] == [0, 1]
+    again = train_mt.run(options)
+    assert again["training_seconds"] == report["training_seconds"]
+    assert again["test_perplexity"] == pytest.approx(report["test_perplexity"])
+    with pytest.raises(ValueError, match="units: 32 there, 16 now"):
+        train_mt.run(small(data_dir, tmp_path, directions="en-fr", units=16))
+
+
+def test_experts_are_counted_by_the_target_language(data_dir, tmp_path):
+    options = small(data_dir, tmp_path)
+    corpus = train_mt.data.load_translation_corpus(data_dir)
+    vocabulary = train_mt.data.SubwordVocabulary.learn(
+        corpus.texts(), 300, corpus.target_languages
+    )
+    model = train_mt.build_model(options, vocabulary, "moe")
+    tables = experts_by_language(model, corpus, options, sentences=5)
+    assert set(tables) == {"encoder_moe", "decoder_moe"}
+    for table in tables.values():
+        assert table.counts.shape == (4, 3)
+        np.testing.assert_allclose(table.counts.sum(0), 1.0)
+        # A gate that starts at zero ties: experts 0 and 1 take everything.
+        np.testing.assert_allclose(table.counts[:2], 0.5)
+        assert table.information == pytest.approx(0.0, abs=1e-12)
+
+
+def test_bad_options_end_with_a_message(data_dir, tmp_path, capsys):
+    for arguments, message in (
+        (["--data-dir", str(tmp_path / "no")], "`data_dir` must be a folder"),
+        (["--data-dir", str(data_dir), "--directions", "en-nl"], "en-nl"),
+        (["--data-dir", str(data_dir), "--tfds", "wmt14_translate/de-en"], "wmt14"),
+        (["--data-dir", str(data_dir), "--epochs", "0"], "epochs=0"),
+        (["--data-dir", str(data_dir), "--temperature", "0.5"], "temperature=0.5"),
+        (["--data-dir", str(data_dir), "--vocabulary-size", "100"], "size=100"),
+    ):
+        folder = str(tmp_path / "out")
+        assert main(["train-mt", "--output-dir", folder, *arguments]) == 2
+        assert message in capsys.readouterr().err
+        if os.path.exists(folder):
+            import shutil
+
+            shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_the_example_is_the_command():
+    ran = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--help"], capture_output=True, text=True
+    )
+    assert ran.returncode == 0
+    assert "--temperature" in ran.stdout
