@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 
 
@@ -27,17 +28,26 @@ def main(argv: list[str] | None = None) -> int:
         "train-mt",
         help="train a translation model with mixtures, translate, score, export",
     )
+    export = commands.add_parser(
+        "export", help="export a trained model for TensorFlow Serving"
+    )
     # Options are declared without TensorFlow, so that --help answers at once.
     from keras_moe.commands import options
 
     options.add_options(train_lm, options.TrainLMOptions)
     options.add_options(train_mt, options.TrainMTOptions)
+    options.add_options(export, options.ExportOptions)
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
+    job: Callable[[], object]
     if command == "train-lm":
         from keras_moe.commands import train_lm as train_lm_command
 
         job = partial(train_lm_command.run, options.TrainLMOptions(**arguments))
+    elif command == "export":
+        from keras_moe.commands import export as export_command
+
+        job = partial(export_command.run, options.ExportOptions(**arguments))
     else:
         from keras_moe.commands import train_mt as train_mt_command
 

@@ -14,11 +14,13 @@ def python_blocks(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_code_blocks_run(page):
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = python_blocks(page)
     assert blocks
+    names = {"__name__": "__main__"}  # a page's blocks build on each other
     for block in blocks:
-        exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
+        exec(compile(block, page.name, "exec"), names)
 
 
 def test_readme_names_the_commands_that_ci_runs():

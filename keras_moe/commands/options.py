@@ -148,8 +148,28 @@ class TrainMTOptions:
         return {k: v for k, v in asdict(self).items() if k not in self._FREE}
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `export`."""
+
+    run_dir: str = _option("runs/language_model", "folder of a finished training run")
+    output_dir: str | None = _option(
+        None, "folder of all versions; default: saved_model in the run's folder"
+    )
+    version: int | None = _option(
+        None, "number of the new folder; default: after the largest there is"
+    )
+    signatures: str | None = _option(
+        None, "names, separated by commas; default: all that the model has"
+    )
+    ids: bool = _option(False, "token ids instead of strings, for a language model")
+    warmup: bool = _option(
+        False, "write requests that a server runs before it takes others"
+    )
+
+
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """Adds the fields of `TrainLMOptions` or `TrainMTOptions` to a parser."""
+    """Adds the fields of a class of options to a parser."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     for item in fields(options):
         name = "--" + item.name.replace("_", "-")

@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_moe import data, models, serving, telemetry
 from keras_moe.commands import pictures, runs
+from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.optimizers import WarmupInverseSquareRoot
 
@@ -45,7 +46,7 @@ def run(options: TrainLMOptions) -> dict:
         f"{len(corpus.vocabulary):,}."
     )
     folder = runs.prepare_folder(options)
-    corpus.vocabulary.save(folder / "vocabulary.tsv")
+    corpus.vocabulary.save(folder / VOCABULARY)
     model, seconds = _train(options, corpus, folder, options.middle)
     report = _evaluate(model, corpus, options)
     report["training_seconds"] = round(seconds, 1)
@@ -57,7 +58,11 @@ def run(options: TrainLMOptions) -> dict:
             report[f"baseline_{name}"] = figures[name]
         report["baseline_training_seconds"] = round(seconds, 1)
     model.save(folder / runs.MODEL)
-    saved_model = serving.export(model, folder / "saved_model")
+    saved_model = serving.export(
+        model,
+        folder / "saved_model",
+        text=text_codec(corpus.vocabulary, options.settings()),
+    )
     written = pictures.draw_history(runs.read_history(folder), folder / "loss.png")
     if "expert_counts" in report:
         counts = np.array(report["expert_counts"])
@@ -192,8 +197,8 @@ def _print_files(folder, saved_model, written):
     print("\nFiles:")
     rows = [
         (folder / runs.MODEL, "the model, for keras.saving.load_model"),
-        (saved_model, "SavedModel, for tf.saved_model.load and TF Serving"),
-        (folder / "vocabulary.tsv", "tokens in the order of their ids, with counts"),
+        (saved_model, "SavedModel, for TF Serving: score, generate, routing"),
+        (folder / VOCABULARY, "tokens in the order of their ids, with counts"),
         (folder / runs.HISTORY, "the logs of every epoch"),
         (folder / "report.json", "the figures above"),
         *((path, text) for path, text in written),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_moe import data
 from keras_moe.__main__ import main
 from keras_moe.commands import train_lm
 from keras_moe.commands.options import TrainLMOptions
@@ -64,25 +65,48 @@ def test_the_whole_job(data_dir, tmp_path, capsys):
     assert sum(report["expert_counts"]) == 30 * 7 * 2
     model = keras.saving.load_model(folder / "model.keras")
     tokens = np.array([[2, 3, 4], [3, 0, 0]], "int32")
+    vocabulary = data.Vocabulary.load(folder / "vocabulary.tsv")
+    line = " ".join(vocabulary.decode([3, 4]))
     # The SavedModel loads where neither Keras nor this package can be imported.
     script = f"""
 import sys
 sys.modules["keras"] = sys.modules["keras_moe"] = None
-import numpy as np, tensorflow as tf
+import numpy as np, tensorflow as tf, tensorflow_text
 loaded = tf.saved_model.load({str(folder / "saved_model" / "1")!r})
 outputs = loaded.signatures["serving_default"](inputs=tf.constant({tokens.tolist()}))
 np.save({str(tmp_path / "logits.npy")!r}, outputs["outputs"].numpy())
-scores = loaded.signatures["score"](inputs=tf.constant({tokens.tolist()}))
+scores = loaded.signatures["score"](text=tf.constant([{line!r}, ""]))
 np.save({str(tmp_path / "scores.npy")!r}, scores["token_log_probs"].numpy())
 """
     subprocess.run([sys.executable, "-c", script], check=True)
     model.stateful = False
     logits = model(tokens)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits, atol=1e-5)
-    shifted = model(np.array([[2, 2, 3], [2, 3, 0]], "int32"))
-    expected = tf.gather(tf.nn.log_softmax(shifted), tokens, axis=-1, batch_dims=2)
-    expected = np.where(tokens == 0, 0.0, expected)
+    shifted = model(np.array([[2, 3, 4], [2, 0, 0]], "int32"))
+    targets = np.array([[3, 4, 2], [2, 0, 0]])  # every line ends with <eos>
+    expected = tf.gather(tf.nn.log_softmax(shifted), targets, axis=-1, batch_dims=2)
+    expected = np.where(targets == 0, 0.0, expected)
     np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-5)
+    # The command exports again, with requests to warm up, ids instead of strings ...
+    assert main(["export", "--run-dir", str(folder), "--warmup"]) == 0
+    assert "saved_model/2" in capsys.readouterr().out
+    second = folder / "saved_model" / "2" / "assets.extra"
+    assert (second / "tf_serving_warmup_requests").stat().st_size > 0
+    target = tmp_path / "ids"
+    options = ["--ids", "--signatures", "score", "--version", "7"]
+    arguments = ["--run-dir", str(folder), "--output-dir", str(target), *options]
+    assert main(["export", *arguments]) == 0
+    loaded = tf.saved_model.load(str(target / "7"))
+    scores = loaded.signatures["score"](tf.constant([[3, 4, 2]]))["token_log_probs"]
+    np.testing.assert_allclose(scores[0], expected[0], atol=1e-5)
+    # ... and never over what is there.
+    assert main(["export", *arguments]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_an_export_of_nothing_is_refused(tmp_path, capsys):
+    assert main(["export", "--run-dir", str(tmp_path)]) == 2
+    assert "a finished train-lm or train-mt" in capsys.readouterr().err
 
 
 class _Interrupt(keras.callbacks.Callback):
