@@ -37,6 +37,7 @@ from keras_moe.functional.losses import (
     load_loss,
     max_over_mean,
 )
+from keras_moe.functional.random import normal_rows
 from keras_moe.functional.recurrent import (
     MoELSTMResult,
     lstm_step,
@@ -75,6 +76,7 @@ __all__ = [
     "moe_lstm",
     "noise_stddev",
     "noisy_logits",
+    "normal_rows",
     "prob_in_top_k",
     "sampled_cross_entropy",
     "softmax_gating",
