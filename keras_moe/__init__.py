@@ -10,6 +10,7 @@ if _sys.orig_argv[1:3] == ["-m", "keras_moe"]:
 
 from keras_moe import (
     data,
+    distribution,
     functional,
     layers,
     models,
@@ -23,6 +24,7 @@ from keras_moe._version import __version__
 __all__ = [
     "__version__",
     "data",
+    "distribution",
     "functional",
     "layers",
     "models",

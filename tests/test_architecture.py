@@ -10,10 +10,11 @@ PACKAGE = ROOT / "keras_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others.
-CORE = {"types", "checks", "_version"}
+CORE = {"types", "checks", "placement", "_version"}
 ALLOWED = {
     "types": set(),
     "checks": set(),
+    "placement": set(),
     "_version": set(),
     "functional": CORE,
     "optimizers": CORE,

@@ -42,6 +42,7 @@ from keras_moe.functional.losses import (
     load_loss,
     max_over_mean,
 )
+from keras_moe.functional.random import normal_rows
 from keras_moe.functional.recurrent import (
     MoELSTMResult,
     lstm_step,
@@ -83,6 +84,7 @@ __all__ = [
     "moe_lstm",
     "noise_stddev",
     "noisy_logits",
+    "normal_rows",
     "prob_in_top_k",
     "sampled_cross_entropy",
     "softmax_gating",

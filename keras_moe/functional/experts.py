@@ -82,12 +82,20 @@ def feed_forward_experts(
     if expert_inputs.shape.rank == 3:
         run = _recomputed(network) if recompute else network
         return run(expert_inputs, *weights)
+    if weights[0].shape[0] == 0:  # no experts live on this device: no rows either
+        nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
+        return nothing[0]
     if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
         if recompute:
             return _one_by_one_recomputed(network, counts, expert_inputs, *weights)
         return _one_by_one(expert_inputs, kernels, biases, counts, activation)
     run = _recomputed(network) if recompute else network
     return _in_blocks(run, counts, expert_inputs, *weights)
+
+
+def _no_expert(weight):
+    """`(0, ...)` -> `(1, ...)` of zeros, whose gradient goes nowhere."""
+    return tf.reduce_sum(weight, axis=0, keepdims=True)
 
 
 def _recomputed(function):

@@ -10,7 +10,7 @@ and export never ask, so they contain no trace of it.
 import keras
 import tensorflow as tf
 
-from keras_moe import functional
+from keras_moe import functional, placement
 from keras_moe.types import GateStatistics
 
 
@@ -38,7 +38,8 @@ class BalanceMetric(keras.metrics.Metric):
         self._importance = self.add_variable((num_experts,), "zeros", "float64")
         self._counts = self.add_variable((num_experts,), "zeros", "float64")
         self._overflow = self.add_variable((), "zeros", "float64")
-        self._pending = None
+        # By replica: replicas are threads that share this object.
+        self._pending = {}
 
     def record(self, statistics: GateStatistics, overflow: tf.Tensor) -> None:
         """Takes note of one call of the layer, without writing a variable."""
@@ -82,7 +83,7 @@ class BalanceMetric(keras.metrics.Metric):
         return tf.convert_to_tensor(self._counts)
 
     def reset_state(self):
-        self._set_pending(None)
+        self._pending.clear()
         super().reset_state()
 
     def _fold(self):
@@ -98,14 +99,14 @@ class BalanceMetric(keras.metrics.Metric):
 
         Tensors of another graph (a prediction, an export) are of no use here.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending.pop(placement.current_replica(), None)
         if pending is None:
             return None
         graph, values = pending
         return values if graph is _current_graph() else None
 
     def _set_pending(self, values):
-        self._pending = None if values is None else (_current_graph(), values)
+        self._pending[placement.current_replica()] = (_current_graph(), values)
 
 
 def _current_graph():
@@ -125,13 +126,16 @@ def add_balance(
         statistics: `GateStatistics` of the call.
         overflow: `()` int32, assignments dropped.
     """
+    importance, load = statistics.importance, statistics.load
+    place = placement.for_call()
+    if place.num_replicas > 1 and layer.num_experts > 1:
+        # Over the global batch: the squared variation is not linear.
+        importance, load = tf.unstack(place.sum(tf.stack([importance, load])))
     if layer.importance_loss_weight:
         layer.add_loss(
-            functional.importance_loss(
-                statistics.importance, layer.importance_loss_weight
-            )
+            functional.importance_loss(importance, layer.importance_loss_weight)
         )
     if layer.load_loss_weight:
-        layer.add_loss(functional.load_loss(statistics.load, layer.load_loss_weight))
+        layer.add_loss(functional.load_loss(load, layer.load_loss_weight))
     if layer.num_experts > 1:  # a single expert has nothing to balance
         layer.balance.record(statistics, overflow)

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, functional, placement
 from keras_moe.layers.gating import _Gating
 from keras_moe.types import GatingResult
 
@@ -70,8 +70,7 @@ class BalancedGating(_Gating):
         it is empty, since the masks would need the batch: the loss of an
         evaluation is without it. The load is a hard count and constant in
         training, so a load loss has no gradient: set `load_loss_weight=0` in
-        `MoE`. An importance loss does have one. Under a distribution strategy
-        each replica balances its own part of the batch.
+        `MoE`. An importance loss does have one.
 
     Raises:
         ValueError: `k` is below 1 or above `num_experts`;
@@ -120,6 +119,7 @@ class BalancedGating(_Gating):
         checks.verify_k(self.k, self.num_experts)
 
     def build(self, input_shape):
+        placement.verify_one_device(self)
         super().build(input_shape)
         self.thresholds = self.add_weight(
             name="thresholds",

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, functional, placement
 from keras_moe.layers.initializers import PerExpertInitializer
 
 
@@ -93,6 +93,8 @@ class FeedForwardExperts(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.recompute = bool(recompute)
+        # Experts that stay together where experts are sharded over devices.
+        self.group_size = 1
 
     def build(self, input_shape):
         features = self._verify_inputs(input_shape)
@@ -100,22 +102,27 @@ class FeedForwardExperts(keras.layers.Layer):
         sizes.append(self.output_units or features)
         self.kernels = []
         self.biases = []
+        place = placement.for_weights()
         for i, (size_in, size_out) in enumerate(itertools.pairwise(sizes)):
             self.kernels.append(
-                self.add_weight(
-                    name=f"kernel_{i}",
-                    shape=(self.num_experts, size_in, size_out),
-                    initializer=PerExpertInitializer(self.kernel_initializer),
+                place.add_expert_weight(
+                    self,
+                    (self.num_experts, size_in, size_out),
+                    PerExpertInitializer(self.kernel_initializer),
+                    f"kernel_{i}",
+                    self.group_size,
                 )
             )
             # Optimizers may keep less state for these, see `FactoredAdam`.
             self.kernels[-1].is_expert_weight = True
             if self.use_bias:
                 self.biases.append(
-                    self.add_weight(
-                        name=f"bias_{i}",
-                        shape=(self.num_experts, size_out),
-                        initializer=self.bias_initializer,
+                    place.add_expert_weight(
+                        self,
+                        (self.num_experts, size_out),
+                        self.bias_initializer,
+                        f"bias_{i}",
+                        self.group_size,
                     )
                 )
 

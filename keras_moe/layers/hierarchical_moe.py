@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, functional, placement
 from keras_moe.layers.gating import NoisyTopKGating, _Gating
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.moe import MoE
@@ -117,6 +117,7 @@ class HierarchicalGating(_Gating):
         )
 
     def build(self, input_shape):
+        placement.verify_one_device(self)
         super().build(input_shape)
         self.noise_kernel = self._add_kernel(
             "noise_kernel", input_shape[-1], self.noise_initializer

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, functional, placement
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.gating import NoisyTopKGating, TopKGating
 from keras_moe.layers.routing import RoutingRecord
@@ -165,6 +165,13 @@ class MoE(keras.layers.Layer):
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
+        num_replicas = placement.for_weights().num_replicas
+        if self.capacity_factor is not None and num_replicas > 1:
+            raise ValueError(
+                "`capacity_factor` must be None on several devices, where experts "
+                "take all their tokens. Received: capacity_factor="
+                f"{self.capacity_factor} on {num_replicas} replicas. Leave it out."
+            )
         if not self.gating.built:
             self.gating.build((None, features))
         if not self.experts.built:
@@ -201,7 +208,9 @@ class MoE(keras.layers.Layer):
         result = self._route(tokens, mask, training)
         gates, plan, statistics, auxiliary_losses = result
         expert_inputs = functional.dispatch(tokens, plan)
-        expert_outputs = self.experts(expert_inputs, counts=plan.counts)
+        expert_outputs = placement.for_call().run_experts(
+            self.experts, expert_inputs, plan.counts
+        )
         outputs = functional.combine(
             expert_outputs, gates, plan, num_tokens=tf.shape(tokens)[0]
         )

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, functional, placement
 from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.moe import share_num_experts
@@ -108,6 +108,7 @@ class MoELSTMCell(keras.layers.Layer):
         self.supports_jit = False  # experts have as many rows as chose them
 
     def build(self, input_shape):
+        placement.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.kernel = self.add_weight(
             name="kernel",

@@ -1,0 +1,131 @@
+"""Everything taken from inside TensorFlow and Keras, in one place.
+
+Checked with TensorFlow 2.20.0 and Keras 3.15.1. `tests/distribution` fails where
+one of these no longer works.
+"""
+
+import contextlib
+from typing import Any
+
+import tensorflow as tf
+from keras.src.backend.common.name_scope import name_scope
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.optimizers.base_optimizer import BaseOptimizer
+from tensorflow.python.distribute import distribute_lib, values_util
+from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
+from tensorflow.python.distribute.values import SyncOnReadVariable
+from tensorflow.python.ops import collective_ops
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
+
+__all__ = [
+    "BaseOptimizer",
+    "ResourceVariable",
+    "SyncOnReadVariable",
+    "TFOptimizer",
+    "TensorFlowTrainer",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_gradients",
+    "all_to_all",
+    "collective_ops_of",
+    "component_devices",
+    "in_stateless_scope",
+    "layer_name_scope",
+    "local_replica",
+    "replica_here",
+    "replica_or_none",
+    "track_weight",
+]
+
+
+def collective_ops_of(strategy: Any) -> Any:
+    """What launches the collectives of a strategy; None if it has none."""
+    extended = strategy.extended
+    for name in ("_collective_ops", "_cross_device_ops"):
+        found = getattr(extended, name, None)
+        if isinstance(found, CollectiveAllReduce):
+            return found
+    return None
+
+
+def component_devices(strategy: Any) -> list[tuple[int, str]]:
+    """Replica and device of each component that a variable has in this process."""
+    extended = strategy.extended
+    return [
+        (extended._get_replica_id_in_sync_group(i), device)
+        for i, device in enumerate(extended.worker_devices)
+    ]
+
+
+def replica_here() -> int:
+    """The replica whose code runs here, among those of all processes."""
+    return tf.distribute.get_replica_context()._replica_id_in_sync_group
+
+
+def local_replica(strategy: Any) -> int:
+    """Index, among those of this process, of the replica whose code runs here."""
+    return strategy.extended._get_local_replica_id(replica_here())
+
+
+def replica_or_none(strategy: Any) -> int | None:
+    """As `local_replica`, also inside `extended.update`; None between replicas."""
+    with distribute_lib.enter_or_assert_strategy(strategy):
+        return values_util.get_current_replica_id_as_int()
+
+
+@contextlib.contextmanager
+def layer_name_scope(layer: Any):
+    """The scope in which `layer.add_weight` names its weights."""
+    with name_scope(layer.name, caller=layer):
+        yield
+
+
+def track_weight(owner: Any, variable: Any) -> Any:
+    """Makes a variable one of a layer or an optimizer, as `add_weight` does."""
+    owner._track_variable(variable)
+    return variable
+
+
+def _launcher(strategy):
+    return collective_ops_of(strategy)._launchers[local_replica(strategy)]
+
+
+def all_reduce(strategy: Any, value: tf.Tensor) -> tf.Tensor:
+    """Sum over the replicas, without switching the replicas' threads."""
+    return _launcher(strategy).all_reduce(value)
+
+
+def all_gather(strategy: Any, value: tf.Tensor) -> tf.Tensor:
+    """`(n, ...)` of every replica, of one shape, -> `(R * n, ...)`."""
+    return _launcher(strategy)._all_gather(value, None)
+
+
+def all_to_all(strategy: Any, blocks: tf.Tensor) -> tf.Tensor:
+    """`(R, ...)`: block r goes to replica r, and its block comes back."""
+    launcher = _launcher(strategy)
+    options = launcher._options
+    key = launcher._next_instance_key()
+    token = launcher._get_ordering_token()
+    with tf.device(launcher._device):
+        return collective_ops.all_to_all_v2(
+            blocks,
+            launcher._group_size,
+            launcher._group_key,
+            key,
+            communication_hint=options.implementation.value,
+            timeout=options.timeout_seconds,
+            ordering_token=token,
+        )
+
+
+def all_reduce_gradients(strategy: Any, gradients: list) -> list:
+    """Sums gradients over the replicas; `tf.IndexedSlices` stay such."""
+    operations = collective_ops_of(strategy)
+    return operations._all_reduce(
+        tf.distribute.ReduceOp.SUM,
+        gradients,
+        local_replica(strategy),
+        tf.distribute.experimental.CommunicationOptions(),
+    )

@@ -1,0 +1,144 @@
+"""How rows travel to the replicas of their experts and back. Nothing is dropped.
+
+Rows sorted by expert are sorted by replica as well, since a replica holds a run
+of experts. Every replica learns how many rows every other one has for every expert,
+so that all agree on the length of a block: one block for each pair of replicas,
+padded to the fullest. One all-to-all takes the blocks to the experts, another
+takes the answers back; the gradient of each is again an all-to-all.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_moe.distribution.topology import Shards
+
+
+class Route(NamedTuple):
+    """Where the rows of one replica go, and where the rows it gets belong.
+
+    Attributes:
+        slots: `(R, C)` int32. The row in each slot of the blocks that leave, -1
+            where a slot is empty.
+        positions: `(M,)` int32. The slot of each row.
+        incoming: `(M_in,)` int32. For each row that arrives, sorted by expert,
+            its slot in the blocks that arrive.
+        incoming_slots: `(R, C)` int32. The reverse of `incoming`, -1 for empty.
+        counts: `(E_own,)` int32. Rows that arrive for each own expert.
+    """
+
+    slots: tf.Tensor
+    positions: tf.Tensor
+    incoming: tf.Tensor
+    incoming_slots: tf.Tensor
+    counts: tf.Tensor
+
+
+def make_route(counts: tf.Tensor, shards: Shards, replica: int) -> Route:
+    """Lays out the exchange for one replica.
+
+    Args:
+        counts: `(R, E)` int32, rows of every replica for every expert.
+        shards: Which expert lives where.
+        replica: The replica to lay out for.
+
+    Returns:
+        The `Route`. Rows of an expert arrive in the order of the replicas they
+        come from: the order they would have on one device.
+    """
+    num_replicas = shards.num_replicas
+    rows_RR = tf.transpose(
+        tf.math.unsorted_segment_sum(
+            tf.transpose(counts), tf.constant(shards.owners(), tf.int32), num_replicas
+        )
+    )  # from replica, to replica
+    length = tf.maximum(tf.reduce_max(rows_RR), 1)
+    ranks = tf.range(length)[tf.newaxis, :]
+    # Out: rows lie in the order of their replicas.
+    outgoing = rows_RR[replica]
+    starts = tf.cumsum(outgoing, exclusive=True)[:, tf.newaxis]
+    slots = tf.where(ranks < outgoing[:, tf.newaxis], starts + ranks, -1)
+    positions = _runs(tf.range(num_replicas) * length, outgoing)
+    # In: a block holds rows sorted by expert; they are merged over the blocks.
+    own = shards.experts_of(replica)
+    own_counts = counts[:, own.start : own.stop]  # (R, E_own)
+    first = tf.range(num_replicas)[:, tf.newaxis] * length
+    first += tf.cumsum(own_counts, axis=1, exclusive=True)
+    incoming = _runs(
+        tf.reshape(tf.transpose(first), [-1]),
+        tf.reshape(tf.transpose(own_counts), [-1]),
+    )
+    num_slots = num_replicas * length
+    # Slots are unique: the scatter is deterministic.
+    incoming_slots = tf.tensor_scatter_nd_update(
+        tf.fill([num_slots], -1), incoming[:, tf.newaxis], tf.range(tf.size(incoming))
+    )
+    return Route(
+        slots,
+        positions,
+        incoming,
+        tf.reshape(incoming_slots, [num_replicas, length]),
+        tf.reduce_sum(own_counts, axis=0),
+    )
+
+
+def _runs(firsts, lengths):
+    """`[f, f + 1, ..., f + n - 1]` for each first f and length n, one after other."""
+    which = tf.repeat(tf.range(tf.size(lengths)), lengths)
+    skipped = tf.cumsum(lengths, exclusive=True)
+    return tf.gather(firsts - skipped, which) + tf.range(tf.size(which))
+
+
+def to_experts(
+    rows: tf.Tensor, route: Route, all_to_all: Callable[[tf.Tensor], tf.Tensor]
+) -> tf.Tensor:
+    """Takes rows to the replicas of their experts.
+
+    Args:
+        rows: `(M, D)` sorted by expert.
+        route: Of this replica.
+        all_to_all: `(R, C, D)` -> `(R, C, D)`; its gradient is itself.
+
+    Returns:
+        `(M_in, D)`, the rows for the experts of this replica, sorted by expert.
+    """
+    blocks = _moved(rows, route.slots, route.positions)
+    return _moved(all_to_all(blocks), route.incoming, route.incoming_slots)
+
+
+def from_experts(
+    rows: tf.Tensor, route: Route, all_to_all: Callable[[tf.Tensor], tf.Tensor]
+) -> tf.Tensor:
+    """Takes answers back to where their rows came from.
+
+    Args:
+        rows: `(M_in, D)` sorted by expert.
+        route: Of this replica.
+        all_to_all: `(R, C, D)` -> `(R, C, D)`; its gradient is itself.
+
+    Returns:
+        `(M, D)` in the order of what `to_experts` took.
+    """
+    blocks = _moved(rows, route.incoming_slots, route.incoming)
+    return _moved(all_to_all(blocks), route.positions, route.slots)
+
+
+def _moved(x, index, inverse):
+    """Rows of `x` at `index`; the gradient gathers too, at `inverse`.
+
+    Of `index` and `inverse` the one of rank 2 may hold -1, which gives zeros.
+    """
+
+    @tf.custom_gradient
+    def move(x):
+        return _at(x, index), lambda dy: _at(dy, inverse)
+
+    return move(x)
+
+
+def _at(x, index):
+    x = tf.reshape(x, [-1, x.shape[-1]])
+    if index.shape.rank == 1:
+        return tf.gather(x, index)
+    return tf.gather(tf.pad(x, [[1, 0], [0, 0]]), index + 1)

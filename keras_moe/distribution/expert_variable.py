@@ -1,0 +1,180 @@
+"""Variables of which every replica holds only its own experts."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_moe.distribution import compatibility
+from keras_moe.distribution.topology import Shards
+
+# Initializers of which a part looks like the whole: no need to make the whole.
+_CONSTANT = (
+    keras.initializers.Zeros,
+    keras.initializers.Ones,
+    keras.initializers.Constant,
+)
+
+
+class ShardedVariable(compatibility.SyncOnReadVariable):
+    """A distributed `tf.Variable` whose components are parts of one array.
+
+    The components have different numbers of experts. A replica reads and writes
+    its own; between replicas (in Python, in callbacks, when saving) it reads
+    and writes as the whole array.
+
+    Args:
+        strategy: The `tf.distribute.Strategy`.
+        values: The components of this process, in the order of its replicas.
+        shards: `Shards` of the experts.
+    """
+
+    def __init__(self, strategy: Any, values: list, shards: Shards):
+        super().__init__(strategy, values, tf.VariableAggregation.NONE)
+        self.shards = shards
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        """Shape of the part within a replica, of the whole elsewhere."""
+        replica = compatibility.replica_or_none(self._distribute_strategy)
+        if replica is not None:
+            return self._values[replica].shape
+        return tf.TensorShape([self.shards.num_experts, *self._values[0].shape[1:]])
+
+    def assign(self, value, use_locking=False, name=None, read_value=True):
+        strategy = self._distribute_strategy
+        if compatibility.replica_or_none(strategy) is not None:
+            return super().assign(value, use_locking, name, read_value)
+        for (replica, device), part in zip(
+            compatibility.component_devices(strategy), self._values, strict=True
+        ):
+            own = self.shards.experts_of(replica)
+            with tf.device(device):
+                part.assign(value[own.start : own.stop])
+        return self
+
+    def _get_cross_replica(self):
+        """All experts. With several processes every process has to ask."""
+        parts = list(self._values)
+        if len(parts) == self.shards.num_replicas:
+            with tf.device("CPU:0"):
+                return tf.concat([part.read_value() for part in parts], axis=0)
+        strategy = self._distribute_strategy
+        if not tf.executing_eagerly():
+            if compatibility.in_stateless_scope():  # Keras infers shapes
+                return tf.zeros(self.shape, self.dtype)
+            raise ValueError(
+                "Weights of experts that live in several processes can be read as "
+                "a whole outside of a `tf.function` or within `strategy.run` only. "
+                f"Received: a read of {self.name!r} in a graph."
+            )
+        values = iter(parts)
+        per_replica = strategy.experimental_distribute_values_from_function(
+            lambda context: next(values).read_value()
+        )
+        return strategy.gather(per_replica, axis=0)
+
+    def _export_to_saved_model_graph(self, *args, **kwargs):
+        raise ValueError(
+            "A model whose experts are sharded cannot be written as a SavedModel "
+            f"as it is. Received: weight {self.name!r} on "
+            f"{self.shards.num_replicas} replicas. Use `keras_moe.serving.export`, "
+            "or save the weights and load them into a model on one device."
+        )
+
+
+class ExpertVariable(keras.Variable):
+    """A Keras variable `(E, ...)` of which every replica holds its experts.
+
+    `numpy()`, `assign` and every file format see all experts, so they do not
+    depend on the number of replicas.
+
+    Args:
+        initializer: Keras initializer of the whole array.
+        shape: `(E, ...)`.
+        strategy: A `tf.distribute.Strategy` with several replicas.
+        shards: `Shards` of the E experts.
+        **kwargs: Those of `keras.Variable`.
+
+    Raises:
+        ValueError: It is made within a replica.
+    """
+
+    def __init__(
+        self, initializer: Any, shape: tuple, strategy: Any, shards: Shards, **kwargs
+    ):
+        self._strategy = strategy
+        self.shards = shards
+        super().__init__(keras.initializers.get(initializer), shape=shape, **kwargs)
+
+    def _initialize_with_initializer(self, initializer):
+        if not tf.distribute.in_cross_replica_context():
+            raise ValueError(
+                "A layer with experts must be built before `strategy.run`, in the "
+                f"scope of the strategy. Received: {self.path!r} made within a "
+                "replica. Call the model on a batch in `strategy.scope()` first, or "
+                "use `keras.Input`."
+            )
+        shape, dtype, shards = tuple(self._shape), self._dtype, self.shards
+        with tf.init_scope():
+            whole = None
+            if not isinstance(initializer, _CONSTANT):
+                with tf.device("CPU:0"):
+                    whole = tf.convert_to_tensor(initializer(shape, dtype=dtype))
+            values = []
+            for replica, device in compatibility.component_devices(self._strategy):
+                own = shards.experts_of(replica)
+                with tf.device(device):
+                    part = (
+                        initializer((len(own), *shape[1:]), dtype=dtype)
+                        if whole is None
+                        else whole[own.start : own.stop]
+                    )
+                    values.append(
+                        compatibility.ResourceVariable(
+                            tf.identity(part),
+                            trainable=self.trainable,
+                            dtype=dtype,
+                            name=f"{self.name}/replica_{replica}",
+                            distribute_strategy=self._strategy,
+                        )
+                    )
+            self._value = ShardedVariable(self._strategy, values, shards)
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        """Shape of the part within a replica, of the whole elsewhere."""
+        value = self._value
+        return tf.TensorShape(self._shape) if value is None else value.shape
+
+    @property
+    def strategy(self) -> Any:
+        """The `tf.distribute.Strategy` over whose replicas it lies."""
+        return self._strategy
+
+    @property
+    def parts(self) -> list:
+        """The `tf.Variable`s of this process, one for each of its replicas."""
+        return list(self._value.values)
+
+    def part_of_replica(self) -> Any:
+        """The `tf.Variable` of the replica whose code runs here."""
+        return self._value.values[compatibility.local_replica(self._strategy)]
+
+    def numpy(self) -> np.ndarray:
+        """All experts. With several processes every process has to ask."""
+        return self._value.numpy()
+
+    def __array__(self, dtype=None):
+        return np.asarray(self.numpy(), dtype)
+
+    def _serialize_to_tensors(self):
+        return {"VARIABLE_VALUE": self._value.read_value()}
+
+    def _restore_from_tensors(self, restored_tensors):
+        self.assign(restored_tensors["VARIABLE_VALUE"])
+        return self._value
+
+    def _export_to_saved_model_graph(self, *args, **kwargs):
+        return self._value._export_to_saved_model_graph(*args, **kwargs)

@@ -1,0 +1,162 @@
+"""Experts sharded over the replicas of (MultiWorker)MirroredStrategy."""
+
+import weakref
+from typing import Any
+
+import tensorflow as tf
+
+from keras_moe import placement
+from keras_moe.distribution import compatibility, exchange, optimization, training
+from keras_moe.distribution.expert_variable import ExpertVariable
+from keras_moe.distribution.topology import Shards, make_shards
+
+_SUPPORTED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
+
+
+class ReplicatedPlacement(placement.Placement):
+    """One shard of every mixture's experts on each replica of a strategy.
+
+    Args:
+        strategy: A mirrored strategy with several replicas.
+    """
+
+    def __init__(self, strategy: Any):
+        self._strategy = weakref.ref(strategy)
+        self.num_replicas = strategy.num_replicas_in_sync
+
+    @property
+    def strategy(self) -> Any:
+        """The `tf.distribute.Strategy`."""
+        return self._strategy()
+
+    @property
+    def replica(self) -> int:  # type: ignore[override]
+        """The replica whose code runs here."""
+        return compatibility.replica_here()
+
+    def add_expert_weight(self, layer, shape, initializer, name, together=1):
+        shards = make_shards(shape[0], self.num_replicas, together)
+        with compatibility.layer_name_scope(layer):
+            variable = ExpertVariable(
+                initializer,
+                shape,
+                self.strategy,
+                shards,
+                dtype=layer.variable_dtype,
+                name=name,
+            )
+        return compatibility.track_weight(layer, variable)
+
+    def run_experts(self, experts, expert_inputs, counts):
+        shards = self._shards_of(experts)
+        if shards is None:  # every replica has all experts
+            return experts(expert_inputs, counts=counts)
+        self._verify_graph()
+        all_counts = self.gather(counts)
+        route = exchange.make_route(all_counts, shards, self.replica)
+        rows = exchange.to_experts(expert_inputs, route, self._all_to_all)
+        outputs = experts(rows, counts=route.counts)
+        return exchange.from_experts(outputs, route, self._all_to_all)
+
+    def _shards_of(self, experts) -> Shards | None:
+        for variable in experts.weights:
+            if isinstance(variable, ExpertVariable):
+                if variable.strategy is not self.strategy:
+                    raise ValueError(
+                        "A layer must run under the strategy in whose scope it was "
+                        f"built. Received: {experts.name!r} of a strategy with "
+                        f"{variable.shards.num_replicas} replicas in a step of "
+                        f"another with {self.num_replicas}. Build the model again in "
+                        "the new scope and load its weights there."
+                    )
+                return variable.shards
+            if not hasattr(variable._value, "_values"):
+                raise ValueError(
+                    "A layer with experts must be built in the scope of the "
+                    f"strategy it runs under. Received: {experts.name!r}, built "
+                    f"outside, in a step on {self.num_replicas} replicas. Build the "
+                    "model within `with strategy.scope():`."
+                )
+        return None
+
+    def _verify_graph(self):
+        if tf.executing_eagerly():
+            raise ValueError(
+                "Sharded experts exchange their rows within a `tf.function` only. "
+                "Received: an eager step. Leave `run_eagerly` False, or put "
+                "`strategy.run` into a `tf.function`."
+            )
+
+    def _all_to_all(self, blocks):
+        @tf.custom_gradient
+        def run(blocks):
+            received = compatibility.all_to_all(self.strategy, blocks)
+            return tf.ensure_shape(received, blocks.shape), self._all_to_all
+
+        return run(blocks)
+
+    def sum(self, value):
+        self._verify_graph()
+
+        @tf.custom_gradient
+        def run(value):
+            return compatibility.all_reduce(self.strategy, value), self.sum
+
+        return run(value)
+
+    def gather(self, value):
+        self._verify_graph()
+        value = tf.stop_gradient(tf.convert_to_tensor(value))
+        return compatibility.all_gather(self.strategy, value[tf.newaxis])
+
+    def num_before(self, num_rows):
+        rows = self.gather(tf.cast(num_rows, tf.int32))
+        return tf.reduce_sum(rows[: self.replica])
+
+
+_placements: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def placement_of(strategy: Any) -> placement.Placement:
+    """The placement of experts under a strategy.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+
+    Returns:
+        `placement.ONE_DEVICE` for a single replica, else a
+        `ReplicatedPlacement`, always the same for the same strategy.
+
+    Raises:
+        ValueError: The strategy is neither `MirroredStrategy` nor
+            `MultiWorkerMirroredStrategy`, or it mixes kinds of devices.
+    """
+    found = _placements.get(strategy)
+    if found is not None:
+        return found
+    kind = type(strategy).__name__
+    if isinstance(strategy, _SUPPORTED):
+        several = strategy.num_replicas_in_sync > 1
+    elif isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        several = False
+    else:
+        raise ValueError(
+            "`strategy` must be a MirroredStrategy or a MultiWorkerMirroredStrategy "
+            f"for layers with experts. Received: {kind}. Build the model in the scope "
+            "of one of these, or outside of any."
+        )
+    if not several:
+        return placement.ONE_DEVICE
+    if compatibility.collective_ops_of(strategy) is None:
+        devices = strategy.extended.worker_devices
+        raise ValueError(
+            "`strategy` must have devices of one kind, so that they can exchange "
+            f"rows by collectives. Received: {kind} on {list(devices)}."
+        )
+    optimization.install()
+    training.install()
+    _placements[strategy] = ReplicatedPlacement(strategy)
+    return _placements[strategy]

@@ -1,0 +1,129 @@
+"""Where experts live and how layers reach them: the seam to `distribution`.
+
+Layers ask `for_weights()` when they make weights and `for_call()` when they run.
+On one device both give `ONE_DEVICE`, which does nothing. Under a
+`tf.distribute.Strategy` of several replicas they give the placement that
+`keras_moe.distribution` has registered.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+
+class Placement:
+    """All experts on one device. The base of every other placement."""
+
+    num_replicas = 1
+    replica = 0
+
+    def add_expert_weight(
+        self, layer: Any, shape: tuple, initializer: Any, name: str, together: int = 1
+    ) -> Any:
+        """Adds a weight stacked over experts to a layer.
+
+        Args:
+            layer: The Keras layer that owns it.
+            shape: `(E, ...)`, of all experts.
+            initializer: Keras initializer of the whole stack.
+            name: Name of the weight.
+            together: Experts that must live on one replica. Divides E.
+
+        Returns:
+            The Keras variable. In Python it reads and is set as all experts.
+        """
+        return layer.add_weight(name=name, shape=shape, initializer=initializer)
+
+    def run_experts(
+        self, experts: Any, expert_inputs: tf.Tensor, counts: tf.Tensor
+    ) -> tf.Tensor:
+        """Runs experts on rows, wherever they live.
+
+        Args:
+            experts: The layer of experts.
+            expert_inputs: `(M, D)` sorted by expert, or `(E, C, D)`.
+            counts: `(E,)` int32, rows of each expert.
+
+        Returns:
+            Outputs in the order of the inputs.
+        """
+        return experts(expert_inputs, counts=counts)
+
+    def sum(self, value: tf.Tensor) -> tf.Tensor:
+        """Sum over the replicas of a tensor of one shape, with its gradient."""
+        return value
+
+    def gather(self, value: tf.Tensor) -> tf.Tensor:
+        """`(...)` of every replica -> `(R, ...)`. No gradient."""
+        return value[tf.newaxis]
+
+    def num_before(self, num_rows: tf.Tensor | int) -> tf.Tensor:
+        """Rows on the replicas before this one, `()` int32.
+
+        Args:
+            num_rows: Rows on this replica.
+        """
+        return tf.constant(0)
+
+
+ONE_DEVICE = Placement()
+
+# Gives the placement of a strategy; set by `keras_moe.distribution`.
+_engine: Callable[[Any], Placement] | None = None
+
+
+def register(engine: Callable[[Any], Placement]) -> None:
+    """Sets what turns a `tf.distribute.Strategy` into a `Placement`."""
+    global _engine
+    _engine = engine
+
+
+def for_weights() -> Placement:
+    """The placement for weights made here, in the scope of a strategy or not.
+
+    Raises:
+        ValueError: The strategy is of a kind that is not supported.
+    """
+    if _engine is None or not tf.distribute.has_strategy():
+        return ONE_DEVICE
+    return _engine(tf.distribute.get_strategy())
+
+
+def for_call() -> Placement:
+    """The placement for a call that runs here.
+
+    Outside of `strategy.run` a layer sees all experts and works on one device.
+
+    Raises:
+        ValueError: The strategy is of a kind that is not supported.
+    """
+    if tf.distribute.in_cross_replica_context():
+        return ONE_DEVICE
+    return for_weights()
+
+
+def current_replica() -> int | None:
+    """Number of the replica whose code runs here, None between replicas."""
+    if not tf.distribute.has_strategy():
+        return 0
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return None
+    return int(tf.get_static_value(context.replica_id_in_sync_group))
+
+
+def verify_one_device(layer: Any) -> None:
+    """For a layer that does not yet know how to run on several devices.
+
+    Raises:
+        ValueError: The scope is that of a strategy of several replicas.
+    """
+    num_replicas = for_weights().num_replicas
+    if num_replicas > 1:
+        kind = type(layer).__name__
+        raise ValueError(
+            f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
+            f"{num_replicas} replicas. Use `MoE` with `FeedForwardExperts` and "
+            f"`NoisyTopKGating` there, or build {kind} outside of the scope."
+        )

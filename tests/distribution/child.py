@@ -1,0 +1,198 @@
+"""Trains one model on one device and on several, in a process of its own.
+
+`python -m tests.distribution.child SETTINGS`: SETTINGS is JSON with `devices` and a
+list of `cases`; see `Case`. Prints one line of JSON: for each case how far losses and
+weights are apart.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_moe
+
+VOCABULARY, TIME, WIDTH, BATCH = 20, 6, 16, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What to train."""
+
+    num_experts: int = 8
+    layer: str = "flat"
+    optimizer: str = "SGD"
+    options: dict = dataclasses.field(default_factory=dict)
+    normalized: bool = False
+    steps: int = 20
+    examples: int = BATCH
+    use_bias: bool = False
+    accumulated: int = 0
+    mask: bool = False
+
+
+def start(num_devices: int) -> None:
+    """Splits the CPU; before TensorFlow starts."""
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(max(4, num_devices))
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * num_devices,
+    )
+
+
+def strategy_of(num_devices: int):
+    devices = [f"CPU:{i}" for i in range(num_devices)]
+    return tf.distribute.MirroredStrategy(devices)
+
+
+def mixture(case: Case):
+    layers = keras_moe.layers
+    experts = layers.FeedForwardExperts(
+        case.num_experts, hidden_units=24, use_bias=case.use_bias
+    )
+    if case.layer == "flat":
+        gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
+        return layers.MoE(experts, gating, name="moe")
+    if case.layer == "hierarchical":
+        primary = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=6)
+        return layers.HierarchicalMoE(
+            experts, num_groups=4, k=(2, 1), primary_gating=primary, name="moe"
+        )
+    if case.layer == "balanced":
+        gating = layers.BalancedGating(k=2)
+        return layers.MoE(experts, gating, load_loss_weight=0.0, name="moe")
+    raise ValueError(case.layer)
+
+
+def optimizer_of(case: Case):
+    if case.optimizer == "FactoredAdam":
+        return keras_moe.optimizers.FactoredAdam(**case.options)
+    if case.optimizer == "LossScaleOptimizer":
+        inner = keras.optimizers.Adam(**case.options)
+        return keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**30)
+    return getattr(keras.optimizers, case.optimizer)(**case.options)
+
+
+def build(case: Case, strategy=None) -> keras.Model:
+    """The compiled model; always the same weights at the start."""
+    keras.utils.clear_session()  # not within a scope, which it would break
+    keras.utils.set_random_seed(0)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        return _build(case)
+
+
+def _build(case):
+    inputs = keras.Input((TIME,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=case.mask)(inputs)
+    x = keras.layers.LSTM(WIDTH, return_sequences=True)(x)
+    if case.normalized:
+        x = keras.layers.BatchNormalization(synchronized=True)(x)
+    x = x + mixture(case)(x)
+    if case.normalized:
+        x = keras.layers.BatchNormalization(synchronized=True)(x)
+    x = keras.layers.LSTM(WIDTH, return_sequences=True)(x)
+    model = keras.Model(inputs, keras.layers.Dense(VOCABULARY)(x))
+    model.compile(
+        optimizer_of(case),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+def dataset(case: Case) -> tf.data.Dataset:
+    rng = np.random.default_rng(0)
+    x = rng.integers(1, VOCABULARY, (case.examples, TIME)).astype("int32")
+    if case.mask:
+        x[:, TIME - 2 :] = 0
+    y = ((x * 7 + 3) % VOCABULARY).astype("int32")
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+
+
+class Losses(keras.callbacks.Callback):
+    """The loss of every step, as Keras reports it."""
+
+    def __init__(self):
+        super().__init__()
+        self.values: list[float] = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.reset_metrics()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.values.append(float(logs["loss"]))
+
+
+def train(model: keras.Model, case: Case, steps: int | None = None) -> list[float]:
+    losses = Losses()
+    steps = case.steps if steps is None else steps
+    model.fit(
+        dataset(case).repeat(),
+        epochs=1,
+        steps_per_epoch=steps,
+        verbose=0,
+        shuffle=False,
+        callbacks=[losses],
+    )
+    return losses.values
+
+
+def state_of(model: keras.Model) -> dict[str, np.ndarray]:
+    """Weights and optimizer state, as Python sees them."""
+    found = {f"w{i} {v.path}": v.numpy() for i, v in enumerate(model.weights)}
+    variables = [v for v in model.optimizer.variables if "iteration" not in v.path]
+    found |= {f"o{i} {v.path}": v.numpy() for i, v in enumerate(variables)}
+    return {k: v for k, v in found.items() if "seed_generator" not in k}
+
+
+def difference(a: dict, b: dict) -> tuple[float, str]:
+    """Largest difference and where; with respect to 1 or the largest value."""
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    worst, where = 0.0, ""
+    for key, value in a.items():
+        if value.size == 0:
+            continue
+        scale = max(1.0, float(np.max(np.abs(value))))
+        apart = float(np.max(np.abs(value.astype("f8") - b[key]))) / scale
+        if not apart <= worst:
+            worst, where = apart, key
+    return worst, where
+
+
+def compare(case: Case, strategy) -> dict[str, Any]:
+    model = build(case)
+    before = state_of(model)
+    expected = train(model, case), state_of(model)
+    model = build(case, strategy)
+    start_apart, _ = difference(before, state_of(model))
+    losses = train(model, case)
+    apart, where = difference(expected[1], state_of(model))
+    moved, _ = difference(before, {k: expected[1][k] for k in before})
+    return {
+        "start": start_apart,
+        "losses": float(np.max(np.abs(np.subtract(expected[0], losses)))),
+        "weights": apart,
+        "where": where,
+        "moved": moved,
+        "first_and_last": [expected[0][0], expected[0][-1]],
+    }
+
+
+def main():
+    settings = json.loads(sys.argv[1])
+    start(settings["devices"])
+    strategy = strategy_of(settings["devices"])
+    results = [compare(Case(**case), strategy) for case in settings["cases"]]
+    print("RESULT " + json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
