@@ -9,6 +9,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 import keras_moe
 from keras_moe import data, layers, models
 from tests.serving.test_c_api import FEATURES, mixtures
+from tests.serving.test_translate import translator
 
 
 def allowed(name):
@@ -137,6 +138,12 @@ def test_language_models(with_text, sampled, tmp_path):
         model, tmp_path, text=vocabulary if with_text else None
     )
     assert audit(path) == {"serving_default", "score", "generate", "routing"}
+
+
+@pytest.mark.slow
+def test_translation_models(tmp_path):
+    path = keras_moe.serving.export(translator(), tmp_path)
+    assert audit(path) == {"serving_default", "routing", "translate"}
 
 
 def test_noise_would_be_found(tmp_path):
