@@ -37,8 +37,8 @@ class MultiplicativeAttention(keras.layers.Layer):
 
     Losses and state:
         Weights `key_kernel` U `(features, units)`, `query_kernel` W
-        `(query features, units)`, `scale` V `(units,)`, which starts at 1. No
-        losses.
+        `(query features, units)`, `scale` V `(units,)`, which starts at
+        `units ** -0.5` (the paper does not say). No losses.
 
     Raises:
         ValueError: `units` is not positive; an input is not floating point or
@@ -87,7 +87,13 @@ class MultiplicativeAttention(keras.layers.Layer):
             shape=(query_features, units),
             initializer=self.kernel_initializer,
         )
-        self.scale = self.add_weight(name="scale", shape=(units,), initializer="ones")
+        # Ones would let scores reach `units`: the softmax saturates on one position
+        # early in training and gets no gradient from then on.
+        self.scale = self.add_weight(
+            name="scale",
+            shape=(units,),
+            initializer=keras.initializers.Constant(units**-0.5),
+        )
 
     def call(self, query, memory, query_mask=None, memory_mask=None):
         for inputs in (query, memory):

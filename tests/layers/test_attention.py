@@ -47,6 +47,18 @@ def test_the_paper_size_has_the_counted_parameters():
     assert layer.count_params() == 2 * 16 * 16 + 16
 
 
+def test_a_new_layer_is_not_saturated(rng):
+    # Saturated tanhs on both sides: scores are sums of 256 signs times V. With V = 1
+    # their standard deviation is 16 and one position takes all; with V = 1/16 it is 1.
+    layer = layers.MultiplicativeAttention()
+    query, memory = (rng.normal(scale=50.0, size=(4, 8, 256)) for _ in range(2))
+    layer(query.astype("float32"), memory.astype("float32"))
+    weights = layer.weights_of(
+        tf.constant(query, tf.float32), layer.keys_of(tf.constant(memory, tf.float32))
+    ).numpy()
+    assert weights.max(-1).mean() < 0.6  # uniform: 1/8
+
+
 def by_hand(layer, inputs, memory, mask):
     """The recurrence as it is written, with the attention of the oracle."""
     attention = layer.attention
