@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-import tensorflow as tf
 
 from keras_moe import telemetry
+from keras_moe.data.translation import split_direction, target_inputs
 
 _SHUFFLES = 20
 
@@ -56,7 +56,7 @@ def experts_by_language(model, corpus, options, sentences: int = 200) -> dict:
     rows: dict[str, list[np.ndarray]] = {layer.name: [] for layer in mixtures}
     labels: list[int] = []
     for direction, pairs in corpus.pairs["test"].items():
-        language = direction.split("-")[1]
+        language = split_direction(direction)[1]
         sources, targets = (side[:sentences] for side in pairs)
         _count(model, mixtures, sources, targets, language, rows)
         labels += [languages.index(language)] * len(sources)
@@ -84,8 +84,7 @@ def _count(model, mixtures, sources, targets, language, rows):
         texts = sources[start : start + 64]
         source = vocabulary.encode_source(texts, [language] * len(texts)).to_tensor()
         target = vocabulary.encode_target(targets[start : start + 64]).to_tensor()
-        before = tf.pad(target[:, :-1], [[0, 0], [1, 0]], constant_values=2)
-        before = tf.where(tf.equal(target, 0), 0, before)
+        before = target_inputs(target)
         routing = model.routing(source, before)
         for layer in mixtures:
             experts, gates = routing[layer.name]

@@ -13,6 +13,7 @@ from keras_moe import data, models, serving, telemetry
 from keras_moe.commands import pictures, runs
 from keras_moe.commands.language_experts import experts_by_language
 from keras_moe.commands.options import TrainMTOptions
+from keras_moe.data.translation import split_direction, target_inputs
 from keras_moe.optimizers import WarmupInverseSquareRoot
 
 _COUNTS = ("epochs", "patience", "warmup_steps", "num_beams", "max_length")
@@ -217,7 +218,7 @@ class SampleTranslations(keras.callbacks.Callback):
 
 
 def _target(direction):
-    return direction.split("-")[1]
+    return split_direction(direction)[1]
 
 
 def _evaluate(model, corpus, options, folder):
@@ -281,10 +282,7 @@ def _draw_attention(model, source, language, folder):
     text = model.translate(source, language)
     ids = vocabulary.encode_source([source], [language]).to_tensor()
     targets = vocabulary.encode_target([text]).to_tensor()
-    inputs = tf.pad(
-        targets[:, :-1], [[0, 0], [1, 0]], constant_values=vocabulary.eos_id
-    )
-    weights = model.attention(ids, inputs)[0]
+    weights = model.attention(ids, target_inputs(targets))[0]
     source_pieces, target_pieces = (
         vocabulary.pieces(row) for row in (ids[0], targets[0])
     )

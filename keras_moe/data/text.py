@@ -1,11 +1,7 @@
 """Text corpora as streams of tokens, in batches that go on where the last ended."""
 
-import gzip
-import lzma
-import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from itertools import count
@@ -15,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_moe.data.files import read_lines, suffixes
 from keras_moe.data.vocabulary import (
     EOS,
     RESERVED,
@@ -24,11 +21,6 @@ from keras_moe.data.vocabulary import (
 )
 
 SPLITS = ("train", "valid", "test")
-_OPENERS: dict[str, Callable] = {
-    ".txt": open,
-    ".txt.gz": gzip.open,
-    ".txt.xz": lzma.open,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +204,7 @@ def load_text_corpus(
     (6508, 354008)
     """
     if tokenizer is None:
-        tokenizer = "words" if data_dir is None else "whitespace"
+        tokenizer = default_tokenizer(data_dir)
     tokenize("", tokenizer)  # raises if unknown
     verify_at_least(min_count, 1, "min_count")
     if vocabulary_size is not None:
@@ -246,6 +238,11 @@ def load_text_corpus(
     )
 
 
+def default_tokenizer(data_dir: str | Path | None) -> str:
+    """The tokenizer of `load_text_corpus` where none is named."""
+    return "words" if data_dir is None else "whitespace"
+
+
 def _find_files(data_dir: str | Path | None) -> dict[str, Any]:
     """Path of each split."""
     if data_dir is None:
@@ -263,7 +260,7 @@ def _find_files(data_dir: str | Path | None) -> dict[str, Any]:
 
 
 def _find_file(folder: Path, split: str) -> Path:
-    forms = [folder / f"{split}{suffix}" for suffix in _OPENERS]
+    forms = [folder / f"{split}{suffix}" for suffix in suffixes(".txt")]
     present = [path for path in forms if path.is_file()]
     if not present:
         raise FileNotFoundError(
@@ -284,31 +281,16 @@ def _read_codes(
     path: Any, tokenizer: str, codes_of: defaultdict[str, int]
 ) -> np.ndarray:
     """Codes of all tokens of a file, `(n,)` int32; `codes_of` learns new tokens."""
-    suffix = next(s for s in (".txt.gz", ".txt.xz", ".txt") if path.name.endswith(s))
     codes = array("i")
     number = 0  # lines read so far
     words = 0
-    try:
-        with resources.as_file(path) as real, _OPENERS[suffix](real, "rb") as file:
-            for raw in file:
-                number += 1
-                # Some editors begin a file with a byte order mark.
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                tokens = tokenize(line, tokenizer)
-                words += len(tokens)
-                if tokens or tokenizer == "whitespace":
-                    codes.extend(map(codes_of.__getitem__, tokens))
-                    codes.append(codes_of[EOS])
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"A corpus must be UTF-8. Received: {path}, line {number}: {error}. "
-            "Convert the file first."
-        ) from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(
-            f"{path} could not be read after line {number}: {error}. The file is "
-            "damaged or not in the format its name says; make it again."
-        ) from error
+    for line in read_lines(path):
+        number += 1
+        tokens = tokenize(line, tokenizer)
+        words += len(tokens)
+        if tokens or tokenizer == "whitespace":
+            codes.extend(map(codes_of.__getitem__, tokens))
+            codes.append(codes_of[EOS])
     if not words:
         raise ValueError(
             f"A corpus must have at least one token in every file. Received: {path}, "

@@ -1,26 +1,18 @@
 """Sentence pairs in one or many directions, and batches of them."""
 
-import gzip
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from keras_moe.data.files import read_lines, suffixes
 from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.data.vocabulary import verify_at_least
 
 SPLITS = ("train", "valid", "test")
-_OPENERS: dict[str, Callable] = {
-    ".tsv": open,
-    ".tsv.gz": gzip.open,
-    ".tsv.xz": lzma.open,
-}
 # Lengths that a batch holds together, the last without end.
 _BOUNDARIES = (8, 11, 14, 18, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -160,14 +152,9 @@ class TranslationCorpus:
             sizes,
         )
 
-        def shift(source, targets):
-            start = tf.fill([tf.shape(targets)[0], 1], vocabulary.eos_id)
-            before = tf.concat([start, targets[:, :-1]], axis=1)
-            # Where a shorter sentence has ended nothing goes in.
-            before = tf.where(tf.equal(targets, 0), 0, before)
-            return (source, before), targets
-
-        return data.map(shift).prefetch(tf.data.AUTOTUNE)
+        return data.map(
+            lambda source, targets: ((source, target_inputs(targets)), targets)
+        ).prefetch(tf.data.AUTOTUNE)
 
     def _encoded(self, split, vocabulary, temperature, shuffle, seed):
         """Pairs of ids, one by one; encoded in the first pass, then held."""
@@ -210,6 +197,21 @@ def _encode(vocabulary, direction, pairs):
 
     data = data.batch(1024).map(encode, num_parallel_calls=1)
     return data.unbatch().map(lambda s, t: (s, t))
+
+
+def target_inputs(targets: tf.Tensor) -> tf.Tensor:
+    """What the decoder is given: the targets moved by one, `<eos>` first.
+
+    Args:
+        targets: `(batch, length)` int, padded with 0 at the end.
+
+    Returns:
+        The same shape. Where a shorter sentence has ended nothing goes in: 0.
+    """
+    moved = tf.pad(
+        targets[:, :-1], [[0, 0], [1, 0]], constant_values=SubwordVocabulary.eos_id
+    )
+    return tf.where(tf.equal(targets, SubwordVocabulary.pad_id), 0, moved)
 
 
 def split_direction(direction: str) -> tuple[str, str]:
@@ -301,7 +303,7 @@ def _read_folder(folder, directions):
         for direction in directions:
             path, is_reversed = _find_file(folder, split, direction)
             if path not in read:
-                rows = list(_read_lines(path))
+                rows = [line.rstrip("\r\n") for line in read_lines(path)]
                 read[path] = _split_columns(rows, path)
             left, right = read[path]
             pairs[split][direction] = (right, left) if is_reversed else (left, right)
@@ -311,7 +313,7 @@ def _read_folder(folder, directions):
 def _find_file(folder, split, direction):
     tried = []
     for name in (direction, _reverse(direction)):
-        for suffix in _OPENERS:
+        for suffix in suffixes(".tsv"):
             path = folder / f"{split}.{name}{suffix}"
             tried.append(path.name)
             if path.is_file():
@@ -346,7 +348,7 @@ def _read_embedded(directions):
     pairs: dict[str, dict[str, Pairs]] = {}
     for split in SPLITS:
         path = resources.files("keras_moe.data") / "corpora" / f"ui6.{split}.tsv.xz"
-        header, *rows = [line.split("\t") for line in _read_lines(path)]
+        header, *rows = [line.rstrip("\r\n").split("\t") for line in read_lines(path)]
         if directions is None:
             both = [(f"en-{name}", f"{name}-en") for name in header[1:]]
             directions = [direction for two in both for direction in two]
@@ -364,23 +366,3 @@ def _read_embedded(directions):
             chosen = [(row[a], row[b]) for row in rows if row[a] and row[b]]
             pairs[split][direction] = ([p[0] for p in chosen], [p[1] for p in chosen])
     return pairs
-
-
-def _read_lines(path: Any) -> Iterator[str]:
-    suffix = next(s for s in (".tsv.gz", ".tsv.xz", ".tsv") if path.name.endswith(s))
-    number = 0
-    try:
-        with resources.as_file(path) as real, _OPENERS[suffix](real, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"A corpus must be UTF-8. Received: {path}, line {number}: {error}. "
-            "Convert the file first."
-        ) from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(
-            f"{path} could not be read after line {number}: {error}. The file is "
-            "damaged or not in the format its name says; make it again."
-        ) from error

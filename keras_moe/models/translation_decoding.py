@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.data.translation import target_inputs
 from keras_moe.models.beam_search import beam_search
 from keras_moe.models.translation_checks import as_texts, verify_decoding, verify_ids
 
@@ -103,8 +104,7 @@ class Decoding:
         """`(batch,)` log probabilities and lengths, float32."""
         targets = tf.cast(targets, tf.int32)
         real = tf.cast(tf.not_equal(targets, PAD_ID), tf.float32)
-        before = tf.pad(targets[:, :-1], [[0, 0], [1, 0]], constant_values=EOS_ID)
-        before = tf.where(tf.equal(targets, PAD_ID), PAD_ID, before)
+        before = target_inputs(targets)
         state = self.initial_state(tf.shape(targets)[0])
         logits, _ = self.decode(before, memory, memory_mask, state, training=False)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
