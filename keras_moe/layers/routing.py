@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_moe.types import GatingResult
@@ -85,3 +86,20 @@ def routing_tensors(record: RoutingRecord) -> tuple[tf.Tensor, tf.Tensor]:
     for tensor in (experts, gates):
         tensor.set_shape([*tensor.shape[:-1], k])
     return experts, gates
+
+
+def routing_arrays(
+    records: dict[str, list[RoutingRecord]],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`routing_tensors` of mixtures that were called once, as arrays.
+
+    Args:
+        records: From `recorded_routing`, outside of a graph.
+
+    Returns:
+        Expert indices and gates by the name of the layer.
+    """
+    return {
+        name: tuple(tensor.numpy() for tensor in routing_tensors(record))
+        for name, (record,) in records.items()
+    }

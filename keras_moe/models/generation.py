@@ -8,19 +8,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.layers.routing import recorded_routing, routing_tensors
+from keras_moe.layers.routing import recorded_routing, routing_arrays
 from keras_moe.models.decoding import continue_tokens
 from keras_moe.models.language_model_checks import verify_tokens
-from keras_moe.models.sampling import sample_tokens
+from keras_moe.models.sampling import verify_sampling
 
 _Model: Any = keras.Model if TYPE_CHECKING else object
-
-
-class TracedFunctions:
-    """Holds functions where Keras, which tracks dictionaries, does not look."""
-
-    def __init__(self):
-        self.by_forbidden_tokens: dict[tuple[int, ...], Any] = {}
 
 
 class Generation(_Model):
@@ -63,19 +56,15 @@ class Generation(_Model):
                 "`prompt` must have at least one token. Received: "
                 f"prompt.shape={tokens.shape}. Begin with the end-of-sentence token."
             )
-        # Raises for what a single draw would refuse.
-        sample_tokens(
-            tf.zeros((0, self.vocabulary_size)),
-            tf.zeros((0,)),
-            temperature=temperature,
-            top_k=top_k,
-        )
+        temperature, top_k = verify_sampling(temperature, top_k, self.vocabulary_size)
         if seed is None:
             seed = int(np.random.default_rng().integers(2**62))
         if not self.built:
             self.build(tokens.shape)
         rows = tokens.shape[:1]
-        new_tokens = self._continue(tuple(forbidden_tokens))(
+        new_tokens = self._traced_functions.get(
+            tuple(forbidden_tokens), lambda: self._continue(tuple(forbidden_tokens))
+        )(
             tokens,
             tf.fill(rows, tokens.shape[1]),
             max_new_tokens=tf.fill(rows, max_new_tokens),
@@ -86,35 +75,31 @@ class Generation(_Model):
         return tf.concat([tokens, new_tokens], axis=1).numpy()
 
     def _continue(self, forbidden_tokens):
-        """The traced `continue_tokens`, one for each set of forbidden tokens."""
-        cache = self._traced_functions.by_forbidden_tokens
-        traced = cache.get(forbidden_tokens)
-        if traced is None:
-            rows = tf.TensorSpec((None,), tf.int32)
+        """`continue_tokens`, traced once for all sizes."""
+        rows = tf.TensorSpec((None,), tf.int32)
 
-            @tf.function(
-                input_signature=[
-                    tf.TensorSpec((None, None), tf.int32),
-                    *[rows] * 2,
-                    tf.TensorSpec((None,), tf.float32),
-                    rows,
-                    tf.TensorSpec((None,), tf.int64),
-                ],
-                autograph=False,
+        @tf.function(
+            input_signature=[
+                tf.TensorSpec((None, None), tf.int32),
+                *[rows] * 2,
+                tf.TensorSpec((None,), tf.float32),
+                rows,
+                tf.TensorSpec((None,), tf.int64),
+            ],
+            autograph=False,
+        )
+        def traced(tokens, lengths, max_new_tokens, temperature, top_k, seeds):
+            return continue_tokens(
+                self,
+                tokens,
+                lengths,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                seeds=seeds,
+                forbidden_tokens=forbidden_tokens,
             )
-            def traced(tokens, lengths, max_new_tokens, temperature, top_k, seeds):
-                return continue_tokens(
-                    self,
-                    tokens,
-                    lengths,
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    seeds=seeds,
-                    forbidden_tokens=forbidden_tokens,
-                )
 
-            cache[forbidden_tokens] = traced
         return traced
 
     def routing(self, tokens) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -135,7 +120,4 @@ class Generation(_Model):
             self.build(tokens.shape)
         with recorded_routing(self.moe_layers) as records:
             self.hidden_with_state(tokens, self.initial_state(tokens.shape[0]))
-        return {
-            name: tuple(tensor.numpy() for tensor in routing_tensors(record))
-            for name, (record,) in records.items()
-        }
+        return routing_arrays(records)

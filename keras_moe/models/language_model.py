@@ -8,15 +8,19 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.recurrent import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
-from keras_moe.models.generation import Generation, TracedFunctions
+from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import (
-    as_layers,
-    state_sizes,
+    as_middle,
     verify_lstm_layers,
     verify_tokens,
+)
+from keras_moe.models.parts import (
+    TracedFunctions,
+    make_lstm,
+    softmax_dtype,
     verify_width,
+    zero_states,
 )
 from keras_moe.models.sampled_training import SampledTraining, with_softmax_inputs
 from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
@@ -127,12 +131,14 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self.lstm_layers = lstm_layers
         self.dropout = dropout
         self.stateful = bool(stateful)
-        self.middle = as_layers(middle)
+        self.middle = as_middle(middle)
         self.embedding = keras.layers.Embedding(
             vocabulary_size, units, name="embedding"
         )
-        self.first_lstm = self._make_lstm("first_lstm")
-        self.last_lstm = self._make_lstm("last_lstm") if lstm_layers == 2 else None
+        self.first_lstm = make_lstm(units, lstm_units, "first_lstm")
+        self.last_lstm = (
+            make_lstm(units, lstm_units, "last_lstm") if lstm_layers == 2 else None
+        )
         self.num_sampled = num_sampled
         self.softmax = self._make_softmax()
         self.dropouts = [
@@ -141,17 +147,8 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self._stream_state = StreamState()
         self._traced_functions = TracedFunctions()
 
-    def _make_lstm(self, name):
-        options = {"return_sequences": True, "return_state": True, "name": name}
-        if self.lstm_units is None:
-            return keras.layers.LSTM(self.units, **options)
-        return keras.layers.RNN(
-            ProjectedLSTMCell(self.lstm_units, projection_units=self.units), **options
-        )
-
     def _make_softmax(self):
-        # Logits and their softmax in float32 at least.
-        dtype = "float64" if self.compute_dtype == "float64" else "float32"
+        dtype = softmax_dtype(self.compute_dtype)
         options: dict[str, Any] = {"dtype": dtype, "name": "softmax"}
         if self.num_sampled is None:
             return keras.layers.Dense(self.vocabulary_size, **options)
@@ -177,7 +174,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
             if not layer.built:
                 layer.build(shape)
             if isinstance(layer, MoE):
-                verify_width(layer.compute_output_shape(shape)[-1], layer, self.units)
+                verify_width(layer, self.units)
         self.softmax.build(shape)
         self.built = True
 
@@ -218,14 +215,8 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         Returns:
             List of lists of `(batch_size, state units)` tensors.
         """
-        return [
-            [
-                tf.zeros((batch_size, size), self.compute_dtype)
-                for size in state_sizes(layer)
-            ]
-            for layer in self.stack
-            if isinstance(layer, keras.layers.RNN)
-        ]
+        recurrent = [x for x in self.stack if isinstance(x, keras.layers.RNN)]
+        return zero_states(recurrent, batch_size, self.compute_dtype)
 
     def hidden_with_state(
         self, tokens, state, training: bool = False, *, state_mask=None

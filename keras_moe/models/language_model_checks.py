@@ -1,21 +1,15 @@
 """Checks of the language model's parts and inputs."""
 
-from collections.abc import Sequence
-
 import keras
 import tensorflow as tf
 
+from keras_moe.models.parts import as_layers
 
-def as_layers(middle):
-    if middle is None:
-        return []
-    layers = list(middle) if isinstance(middle, Sequence) else [middle]
+
+def as_middle(middle):
+    """A list of layers, of which recurrent ones return what the model needs."""
+    layers = as_layers(middle, "middle")
     for layer in layers:
-        if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(
-                "`middle` must be a layer or a list of layers. "
-                f"Received: {layer!r} in middle={middle!r}."
-            )
         if isinstance(layer, keras.layers.RNN) and not (
             layer.return_sequences and layer.return_state
         ):
@@ -26,20 +20,6 @@ def as_layers(middle):
                 f"return_state={layer.return_state}."
             )
     return layers
-
-
-def state_sizes(layer):
-    sizes = layer.cell.state_size
-    return sizes if isinstance(sizes, (list, tuple)) else [sizes]
-
-
-def verify_width(width, layer, units):
-    if width != units:
-        raise ValueError(
-            f"Layer {layer.name!r} in `middle` must give `units` features, for the "
-            f"residual. Received: {width} features, units={units}. Leave out "
-            "`output_units` of its experts."
-        )
 
 
 def verify_tokens(tokens):

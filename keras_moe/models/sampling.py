@@ -41,15 +41,7 @@ def sample_tokens(
     """
     logits = tf.cast(logits, tf.float32)
     size = logits.shape[-1]
-    if not tf.is_tensor(temperature):
-        temperature = checks.verify_weight(temperature, "temperature")
-    if not tf.is_tensor(top_k) and top_k is not None:
-        top_k = checks.verify_positive_int(top_k, "top_k")
-        if top_k > size:
-            raise ValueError(
-                "`top_k` must be at most the size of the vocabulary. "
-                f"Received: top_k={top_k}, vocabulary size={size}."
-            )
+    temperature, top_k = verify_sampling(temperature, top_k, size)
     rows = tf.shape(logits)[:1]
     temperature = tf.broadcast_to(tf.cast(temperature, tf.float32), rows)
     top_k = tf.broadcast_to(tf.cast(0 if top_k is None else top_k, tf.int32), rows)
@@ -73,6 +65,25 @@ def sample_tokens(
     drawn_part = tf.cast(uniform, tf.float32)[:, tf.newaxis] * cumulative[:, -1:]
     drawn = tf.reduce_sum(tf.cast(cumulative <= drawn_part, tf.int32), axis=-1)
     return tf.where(is_greedy, greedy, tf.minimum(drawn, size - 1))
+
+
+def verify_sampling(temperature: Any, top_k: Any, size: int) -> tuple[Any, Any]:
+    """Temperature and `top_k` of `sample_tokens`; tensors pass as they are.
+
+    Raises:
+        ValueError: `temperature` is a negative number, or `top_k` is a number
+            below 1 or above `size`, that of the vocabulary.
+    """
+    if not tf.is_tensor(temperature):
+        temperature = checks.verify_weight(temperature, "temperature")
+    if not tf.is_tensor(top_k) and top_k is not None:
+        top_k = checks.verify_positive_int(top_k, "top_k")
+        if top_k > size:
+            raise ValueError(
+                "`top_k` must be at most the size of the vocabulary. "
+                f"Received: top_k={top_k}, vocabulary size={size}."
+            )
+    return temperature, top_k
 
 
 def _least_kept(logits, top_k):

@@ -11,16 +11,21 @@ from keras_moe import checks
 from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.recurrent import ProjectedLSTMCell
-from keras_moe.layers.routing import recorded_routing, routing_tensors
-from keras_moe.models.language_model_checks import state_sizes
+from keras_moe.layers.routing import recorded_routing, routing_arrays
+from keras_moe.models.parts import (
+    TracedFunctions,
+    make_cell,
+    make_lstm,
+    softmax_dtype,
+    verify_width,
+    zero_states,
+)
 from keras_moe.models.translation_checks import (
     as_middle,
     split_inputs,
     verify_distinct,
     verify_stack,
     verify_vocabulary,
-    verify_width,
 )
 from keras_moe.models.translation_decoding import PAD_ID, Decoding
 
@@ -151,10 +156,14 @@ class MoETranslator(Decoding, keras.Model):
         self.source_embedding = self._make_embedding("source_embedding")
         self.target_embedding = self._make_embedding("target_embedding")
         self.encoder = [
-            self._make_lstm(f"encoder_lstm_{i}") for i in range(encoder_lstms)
+            make_lstm(units, lstm_units, f"encoder_lstm_{i}")
+            for i in range(encoder_lstms)
         ]
-        first = AttentionLSTM(self._make_cell(), name="decoder_lstm_0")
-        others = [self._make_lstm(f"decoder_lstm_{i}") for i in range(1, decoder_lstms)]
+        first = AttentionLSTM(make_cell(units, lstm_units), name="decoder_lstm_0")
+        others = [
+            make_lstm(units, lstm_units, f"decoder_lstm_{i}")
+            for i in range(1, decoder_lstms)
+        ]
         self.decoder = [first, *others]
         self.encoder[middle_after[0] : middle_after[0]] = self.encoder_middle
         self.decoder[middle_after[1] : middle_after[1]] = self.decoder_middle
@@ -163,25 +172,13 @@ class MoETranslator(Decoding, keras.Model):
         self.softmax = keras.layers.Dense(
             vocabulary_size,
             bias_initializer=_BiasWithoutPadding(),
-            # Logits and their softmax in float32 at least.
-            dtype="float64" if self.compute_dtype == "float64" else "float32",
+            dtype=softmax_dtype(self.compute_dtype),
             name="softmax",
         )
-        self._searches: dict = {}
+        self._searches = TracedFunctions()
 
     def _make_embedding(self, name):
         return keras.layers.Embedding(self.vocabulary_size, self.units, name=name)
-
-    def _make_cell(self):
-        if self.lstm_units is None:
-            return keras.layers.LSTMCell(self.units)
-        return ProjectedLSTMCell(self.lstm_units, projection_units=self.units)
-
-    def _make_lstm(self, name):
-        options = {"return_sequences": True, "return_state": True, "name": name}
-        if self.lstm_units is None:
-            return keras.layers.LSTM(self.units, **options)
-        return keras.layers.RNN(self._make_cell(), **options)
 
     def _make_dropouts(self, layers):
         return [keras.layers.Dropout(self.dropout) for _ in range(len(layers) + 1)]
@@ -205,7 +202,7 @@ class MoETranslator(Decoding, keras.Model):
                 )
                 layer.build(*shapes)
             if isinstance(layer, MoE):
-                verify_width(layer.compute_output_shape(shape)[-1], layer, self.units)
+                verify_width(layer, self.units)
         self.softmax.build(shape)
         self.built = True
 
@@ -291,17 +288,9 @@ class MoETranslator(Decoding, keras.Model):
             For each LSTM of the decoder the list of its states,
             `(batch_size, state units)`.
         """
-        sizes = [
-            layer.cell.state_size
-            if isinstance(layer, AttentionLSTM)
-            else state_sizes(layer)
-            for layer in self.decoder
-            if isinstance(layer, (AttentionLSTM, keras.layers.RNN))
-        ]
-        return [
-            [tf.zeros((batch_size, n), self.compute_dtype) for n in pair]
-            for pair in sizes
-        ]
+        recurrent = (AttentionLSTM, keras.layers.RNN)
+        layers = [layer for layer in self.decoder if isinstance(layer, recurrent)]
+        return zero_states(layers, batch_size, self.compute_dtype)
 
     def attention(self, source, target_inputs) -> np.ndarray:
         """How much of each source position every step of the decoder took.
@@ -335,10 +324,7 @@ class MoETranslator(Decoding, keras.Model):
             memory, mask = self.encode(source, training=False)
             state = self.initial_state(target_inputs.shape[0])
             self.decode(target_inputs, memory, mask, state, training=False)
-        return {
-            name: tuple(tensor.numpy() for tensor in routing_tensors(record))
-            for name, (record,) in records.items()
-        }
+        return routing_arrays(records)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object

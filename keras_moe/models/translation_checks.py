@@ -6,19 +6,13 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.models.parts import as_layers
 
 
 def as_middle(middle, name):
     """A list of layers that are not recurrent."""
-    if middle is None:
-        return []
-    layers = list(middle) if isinstance(middle, Sequence) else [middle]
+    layers = as_layers(middle, name)
     for layer in layers:
-        if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(
-                f"`{name}` must be a layer or a list of layers. Received: {layer!r} "
-                f"in {name}={middle!r}. Pass keras_moe.layers.MoE(...), for example."
-            )
         if isinstance(layer, keras.layers.RNN):
             raise ValueError(
                 f"`{name}` must not be recurrent, since decoding carries the states of "
@@ -69,16 +63,6 @@ def verify_vocabulary(vocabulary, vocabulary_size):
             "`vocabulary_size` must be the size of `vocabulary`. Received: "
             f"vocabulary_size={vocabulary_size}, len(vocabulary)={len(vocabulary)}. "
             "Pass len(vocabulary)."
-        )
-
-
-def verify_width(width, layer, units):
-    """Raises unless a middle layer keeps the width."""
-    if width != units:
-        raise ValueError(
-            f"Layer {layer.name!r} between the LSTMs must give `units` features, for "
-            f"the residual. Received: {width} features, units={units}. Leave out "
-            "`output_units` of its experts."
         )
 
 

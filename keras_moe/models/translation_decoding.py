@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.data.translation import target_inputs
 from keras_moe.models.beam_search import beam_search
+from keras_moe.models.parts import TracedFunctions
 from keras_moe.models.translation_checks import as_texts, verify_decoding, verify_ids
 
 PAD_ID, EOS_ID = 0, 2
@@ -23,7 +24,7 @@ class Decoding:
     encode: Any
     decode: Any
     initial_state: Any
-    _searches: dict
+    _searches: TracedFunctions
 
     def search(
         self,
@@ -163,20 +164,23 @@ class Decoding:
         if not listed:
             return []
         key = tuple(sorted(options.items()))
-        if key not in self._searches:
+
+        def trace():
             verify_decoding(**options)
-            self._searches[key] = tf.function(
+            return tf.function(
                 lambda t, n: self.translate_tensors(t, n, **options)[0],
                 input_signature=[tf.TensorSpec([None], tf.string)] * 2,
                 autograph=False,
             )
+
+        search = self._searches.get(key, trace)
         # Sentences of about equal length together.
         order = np.argsort([len(text) for text in listed], kind="stable")
         found: np.ndarray = np.empty(len(listed), object)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [[column[i] for i in rows] for column in (listed, languages)]
-            found[rows] = self._searches[key](*map(tf.constant, batch)).numpy()
+            found[rows] = search(*map(tf.constant, batch)).numpy()
         decoded = [text.decode() for text in found]
         return decoded[0] if isinstance(texts, str) else decoded
 
