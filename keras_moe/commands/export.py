@@ -36,9 +36,10 @@ def run(options: ExportOptions) -> Path:
     model = keras.saving.load_model(folder / runs.MODEL)
     text = None
     if (folder / VOCABULARY).is_file() and not options.ids:
+        settings = json.loads((folder / runs.SETTINGS).read_text())
         text = text_codec(
             data.Vocabulary.load(folder / VOCABULARY),
-            json.loads((folder / runs.SETTINGS).read_text()),
+            settings["tokenizer"] or data.default_tokenizer(settings["data_dir"]),
         )
     path = serving.export(
         model,
@@ -52,14 +53,11 @@ def run(options: ExportOptions) -> Path:
     return path
 
 
-def text_codec(vocabulary: data.Vocabulary, settings: dict) -> serving.TextCodec | None:
+def text_codec(vocabulary: data.Vocabulary, tokenizer: str) -> serving.TextCodec | None:
     """Strings for the model of a run, or None where tensorflow-text is missing."""
     if importlib.util.find_spec("tensorflow_text") is None:
         print("Token ids only: for strings, `pip install keras-moe[text]`.")
         return None
-    tokenizer = settings["tokenizer"] or (
-        "whitespace" if settings["data_dir"] else "words"
-    )
     return serving.TextCodec(vocabulary, tokenizer)
 
 

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 
 import keras
+
+from keras_moe import telemetry
 
 SETTINGS, HISTORY, MODEL = "settings.json", "history.csv", "model.keras"
 WEIGHTS, BACKUP, FINISHED = "best.weights.h5", "checkpoint", "finished.json"
@@ -108,10 +111,72 @@ def read_history(folder):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
+def compile_model(model, learning_rate, clipnorm):
+    """Compiles a model of token logits, ready for checkpoints."""
+    model.compile(
+        keras.optimizers.Adam(learning_rate, global_clipnorm=clipnorm),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=[telemetry.Perplexity()],
+    )
+    # Now and not in the first step, so that a file saved before it is complete.
+    model.optimizer.build(model.trainable_variables)
+
+
+def train(model, folder, options, fit) -> float:
+    """Trains, or loads what an earlier run has trained to the end.
+
+    Args:
+        model: A compiled model.
+        folder: Path of what belongs to this model.
+        options: Those of the command.
+        fit: Called with `announce`, a function that prints what is coming, given
+            the steps of an epoch, and with the arguments of `Model.fit` that all
+            commands share.
+
+    Returns:
+        Seconds of training. The model has its best weights.
+    """
+    finished = folder / FINISHED
+    if finished.exists():
+        print(f"{folder} holds a trained model; --overwrite trains it again.")
+        model.load_weights(folder / WEIGHTS)
+        return json.loads(finished.read_text())["training_seconds"]
+    best = min(
+        (row["val_perplexity"] for row in read_history(folder)), default=math.inf
+    )
+
+    def announce(steps):
+        print(
+            f"{model.name}: {model.count_params():,} parameters; {steps:,} steps an "
+            f"epoch, at most {options.epochs} epochs.",
+            flush=True,
+        )
+
+    fit(
+        announce,
+        epochs=options.epochs,
+        shuffle=False,
+        verbose=options.verbose,
+        callbacks=callbacks(folder, best, options.patience),
+    )
+    seconds = sum(row["seconds"] for row in read_history(folder))
+    finished.write_text(json.dumps({"training_seconds": seconds}) + "\n")
+    shutil.rmtree(folder / BACKUP, ignore_errors=True)
+    model.load_weights(folder / WEIGHTS)
+    return seconds
+
+
+def print_files(rows):
+    """Lists files, each with what it is."""
+    print("\nFiles:")
+    for path, text in rows:
+        print(f"  {path!s:<44} {text}")
+
+
 def callbacks(folder, best, patience):
     """Those of every run: best weights, noise, history, resumption, early stop."""
     # A run that goes on measures itself against its best epoch before.
-    known = {} if best == float("inf") else {"baseline": best}
+    known = {} if math.isinf(best) else {"baseline": best}
     return [
         keras.callbacks.ModelCheckpoint(
             folder / WEIGHTS,

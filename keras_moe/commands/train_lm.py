@@ -1,13 +1,11 @@
 """Trains a language model, measures it, saves it, and shows what it does."""
 
 import json
-import math
-import shutil
 
 import keras
 import numpy as np
 
-from keras_moe import data, models, serving, telemetry
+from keras_moe import data, models, serving
 from keras_moe.commands import pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
@@ -61,7 +59,7 @@ def run(options: TrainLMOptions) -> dict:
     saved_model = serving.export(
         model,
         folder / "saved_model",
-        text=text_codec(corpus.vocabulary, options.settings()),
+        text=text_codec(corpus.vocabulary, corpus.tokenizer),
     )
     written = pictures.draw_history(runs.read_history(folder), folder / "loss.png")
     if "expert_counts" in report:
@@ -69,7 +67,16 @@ def run(options: TrainLMOptions) -> dict:
         written += pictures.draw_load(counts, folder / "expert_load.png")
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_report(report)
-    _print_files(folder, saved_model, written)
+    runs.print_files(
+        [
+            (folder / runs.MODEL, "the model, for keras.saving.load_model"),
+            (saved_model, "SavedModel, for TF Serving: score, generate, routing"),
+            (folder / VOCABULARY, "tokens in the order of their ids, with counts"),
+            (folder / runs.HISTORY, "the logs of every epoch"),
+            (folder / "report.json", "the figures above"),
+            *written,
+        ]
+    )
     _show_reloaded(folder / runs.MODEL, corpus, options)
     return report
 
@@ -95,61 +102,23 @@ def build_model(
         num_sampled=options.num_sampled,
     )
     model.build((options.batch_size, options.sequence_length))
-    model.compile(
-        keras.optimizers.Adam(
-            WarmupInverseSquareRoot(options.learning_rate, options.warmup_steps),
-            global_clipnorm=1.0,
-        ),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=[telemetry.Perplexity()],
-    )
-    # Now and not in the first step, so that a file saved before it is complete.
-    model.optimizer.build(model.trainable_variables)
+    schedule = WarmupInverseSquareRoot(options.learning_rate, options.warmup_steps)
+    runs.compile_model(model, schedule, clipnorm=1.0)
     return model
 
 
 def _train(options, corpus, folder, middle):
-    """Trains, or loads what an earlier run has trained to the end."""
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
     model = build_model(options, len(corpus.vocabulary), middle)
     train = corpus.dataset("train", options.batch_size, options.sequence_length)
-    finished = folder / runs.FINISHED
-    if finished.exists():
-        print(f"{folder} holds a trained model; --overwrite trains it again.")
-        model.load_weights(folder / runs.WEIGHTS)
-        return model, json.loads(finished.read_text())["training_seconds"]
-    history = runs.read_history(folder)
-    best = min((row["val_perplexity"] for row in history), default=math.inf)
-    seconds = sum(row["seconds"] for row in history)
-    print(
-        f"{model.name}: {model.count_params():,} parameters; "
-        f"{len(train):,} steps an epoch, at most {options.epochs} epochs."
-    )
-    _fit(
-        model,
-        train,
-        _evaluation_stream(corpus, "valid", options),
-        options,
-        folder,
-        best,
-    )
-    seconds = sum(row["seconds"] for row in runs.read_history(folder))
-    finished.write_text(json.dumps({"training_seconds": seconds}) + "\n")
-    shutil.rmtree(folder / runs.BACKUP, ignore_errors=True)
-    model.load_weights(folder / runs.WEIGHTS)
-    return model, seconds
 
+    def fit(announce, **arguments):
+        announce(len(train))
+        valid = _evaluation_stream(corpus, "valid", options)
+        model.fit(train, validation_data=valid, **arguments)
 
-def _fit(model, train, valid, options, folder, best):
-    model.fit(
-        train,
-        validation_data=valid,
-        epochs=options.epochs,
-        shuffle=False,
-        verbose=options.verbose,
-        callbacks=runs.callbacks(folder, best, options.patience),
-    )
+    return model, runs.train(model, folder, options, fit)
 
 
 def _evaluation_stream(corpus, split, options):
@@ -191,20 +160,6 @@ def _print_report(report):
             f"max/mean {report['max_over_mean_load']:.2f}, CV {report['load_cv']:.2f}."
         )
     print(f"Training took {report['training_seconds']:.0f} s.")
-
-
-def _print_files(folder, saved_model, written):
-    print("\nFiles:")
-    rows = [
-        (folder / runs.MODEL, "the model, for keras.saving.load_model"),
-        (saved_model, "SavedModel, for TF Serving: score, generate, routing"),
-        (folder / VOCABULARY, "tokens in the order of their ids, with counts"),
-        (folder / runs.HISTORY, "the logs of every epoch"),
-        (folder / "report.json", "the figures above"),
-        *((path, text) for path, text in written),
-    ]
-    for path, text in rows:
-        print(f"  {path!s:<44} {text}")
 
 
 def _show_reloaded(path, corpus, options):

@@ -1,8 +1,6 @@
 """Trains a translation model, scores it, saves it, and shows what it does."""
 
 import json
-import math
-import shutil
 import time
 from pathlib import Path
 
@@ -63,7 +61,16 @@ def run(options: TrainMTOptions) -> dict:
         json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     )
     _print_report(report)
-    _print_files(folder, saved_model, written)
+    runs.print_files(
+        [
+            (folder / runs.MODEL, "the model, for keras.saving.load_model"),
+            (saved_model, "SavedModel with the signature translate, for TF Serving"),
+            (folder / _VOCABULARY, "the subwords, a sentencepiece model"),
+            (folder / runs.HISTORY, "the logs of every epoch"),
+            (folder / "report.json", "the figures above, and the translations"),
+            *written,
+        ]
+    )
     return report
 
 
@@ -124,13 +131,7 @@ def build_model(
     schedule = WarmupInverseSquareRoot(
         options.learning_rate, options.warmup_steps, options.constant_steps
     )
-    model.compile(
-        keras.optimizers.Adam(schedule, global_clipnorm=5.0),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        weighted_metrics=[telemetry.Perplexity()],
-    )
-    # Now and not in the first step, so that a file saved before it is complete.
-    model.optimizer.build(model.trainable_variables)
+    runs.compile_model(model, schedule, clipnorm=5.0)
     return model
 
 
@@ -155,41 +156,24 @@ def _known(dataset, steps):
 
 
 def _train(options, corpus, vocabulary, folder, middle):
-    """Trains, or loads what an earlier run has trained to the end."""
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
     model = build_model(options, vocabulary, middle)
-    finished = folder / runs.FINISHED
-    if finished.exists():
-        print(f"{folder} holds a trained model; --overwrite trains it again.")
-        model.load_weights(folder / runs.WEIGHTS)
-        return model, json.loads(finished.read_text())["training_seconds"]
-    train, steps = _dataset(corpus, "train", vocabulary, options)
-    valid = _known(*_dataset(corpus, "valid", vocabulary, options))
-    history = runs.read_history(folder)
-    best = min((row["val_perplexity"] for row in history), default=math.inf)
-    print(
-        f"{model.name}: {model.count_params():,} parameters; {steps:,} steps an epoch, "
-        f"at most {options.epochs} epochs.",
-        flush=True,
-    )
-    model.fit(
-        train.repeat(),
-        steps_per_epoch=steps,
-        validation_data=valid,
-        epochs=options.epochs,
-        shuffle=False,
-        verbose=options.verbose,
-        callbacks=[
-            *runs.callbacks(folder, best, options.patience),
-            SampleTranslations(corpus, print if options.verbose else None),
-        ],
-    )
-    seconds = sum(row["seconds"] for row in runs.read_history(folder))
-    finished.write_text(json.dumps({"training_seconds": seconds}) + "\n")
-    shutil.rmtree(folder / runs.BACKUP, ignore_errors=True)
-    model.load_weights(folder / runs.WEIGHTS)
-    return model, seconds
+
+    def fit(announce, callbacks, **arguments):
+        train, steps = _dataset(corpus, "train", vocabulary, options)
+        valid = _known(*_dataset(corpus, "valid", vocabulary, options))
+        announce(steps)
+        samples = SampleTranslations(corpus, print if options.verbose else None)
+        model.fit(
+            train.repeat(),
+            steps_per_epoch=steps,
+            validation_data=valid,
+            callbacks=[*callbacks, samples],
+            **arguments,
+        )
+
+    return model, runs.train(model, folder, options, fit)
 
 
 class SampleTranslations(keras.callbacks.Callback):
@@ -329,17 +313,3 @@ def _print_report(report):
                 f"{value['shuffled_mean']:.4f} on average, {value['shuffled_max']:.4f} "
                 "at most."
             )
-
-
-def _print_files(folder, saved_model, written):
-    print("\nFiles:")
-    rows = [
-        (folder / runs.MODEL, "the model, for keras.saving.load_model"),
-        (saved_model, "SavedModel with the signature translate, for TF Serving"),
-        (folder / _VOCABULARY, "the subwords, a sentencepiece model"),
-        (folder / runs.HISTORY, "the logs of every epoch"),
-        (folder / "report.json", "the figures above, and the translations"),
-        *((path, text) for path, text in written),
-    ]
-    for path, text in rows:
-        print(f"  {path!s:<44} {text}")

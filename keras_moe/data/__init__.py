@@ -1,7 +1,7 @@
 """Text for language models and translation: vocabularies, corpora, batches."""
 
 from keras_moe.data.subwords import SubwordVocabulary
-from keras_moe.data.text import TextCorpus, load_text_corpus
+from keras_moe.data.text import TextCorpus, default_tokenizer, load_text_corpus
 from keras_moe.data.tfds_translation import load_tfds_translation
 from keras_moe.data.translation import TranslationCorpus, load_translation_corpus
 from keras_moe.data.vocabulary import (
@@ -29,6 +29,7 @@ __all__ = [
     "TextCorpus",
     "TranslationCorpus",
     "Vocabulary",
+    "default_tokenizer",
     "load_text_corpus",
     "load_tfds_translation",
     "load_translation_corpus",

@@ -239,7 +239,14 @@ def load_text_corpus(
 
 
 def default_tokenizer(data_dir: str | Path | None) -> str:
-    """The tokenizer of `load_text_corpus` where none is named."""
+    """The tokenizer of `load_text_corpus` where none is named.
+
+    Args:
+        data_dir: That of `load_text_corpus`.
+
+    Returns:
+        `"words"` for the embedded corpus, `"whitespace"` for a folder.
+    """
     return "words" if data_dir is None else "whitespace"
 
 
