@@ -200,7 +200,6 @@ def make_slot(
     name: str,
     initializer: Any = "zeros",
     shape: tuple | None = None,
-    dtype: Any = None,
 ) -> ExpertVariable:
     """Makes optimizer state for a sharded weight, sharded alike.
 
@@ -210,7 +209,6 @@ def make_slot(
         name: Name of the slot.
         initializer: Keras initializer. Defaults to `"zeros"`.
         shape: `(E, ...)`; None means that of the weight. Defaults to `None`.
-        dtype: None means that of the weight. Defaults to `None`.
 
     Returns:
         The slot, tracked by the optimizer.
@@ -221,7 +219,7 @@ def make_slot(
             tuple(variable.shape) if shape is None else tuple(shape),
             variable.strategy,
             variable.shards,
-            dtype=dtype or variable.dtype,
+            dtype=variable.dtype,
             trainable=False,
             name=name,
         )

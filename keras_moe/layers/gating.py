@@ -5,7 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional, placement
+from keras_moe import checks, functional
+from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
 
 
@@ -377,26 +378,3 @@ class NoisyTopKGating(TopKGating):
             seed = keras.saving.deserialize_keras_object(config["seed"])
             config = {**config, "seed": seed}
         return super().from_config(config)
-
-
-def draw_rows(num_rows, width, dtype, seed_generator):
-    """Standard normal rows, one for each token of this device.
-
-    On several devices they are those that one device would draw for the same
-    tokens of the global batch, whichever device they are on.
-
-    Args:
-        num_rows: Int or `()` int32.
-        width: Int. Features of a row.
-        dtype: Float type.
-        seed_generator: `keras.random.SeedGenerator`, in the same state everywhere.
-
-    Returns:
-        `(num_rows, width)`.
-    """
-    place = placement.for_call()
-    if place.num_replicas == 1:
-        return keras.random.normal((num_rows, width), dtype=dtype, seed=seed_generator)
-    return functional.normal_rows(
-        seed_generator.next(), place.num_before(num_rows), num_rows, width, dtype
-    )

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from keras_moe.layers.routing import recorded_routing, routing_tensors
+from keras_moe.layers.routing import recorded_routing
 from keras_moe.models.decoding import continue_tokens
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.serving.signature import routing_outputs, signature
 from keras_moe.serving.text import TextCodec
 
 # Id of `<eos>` in every vocabulary of `keras_moe.data`.
@@ -40,32 +41,24 @@ def language_model_signatures(
 
 
 def _logits(model):
-    @tf.function(input_signature=[_IDS], autograph=False)
-    def serving_default(inputs):
-        # The loader checks the type of what it is fed, but not the shape.
-        inputs = tf.ensure_shape(inputs, _IDS.shape)
-        state = model.initial_state(tf.shape(inputs)[0])
-        return {"outputs": model.call_with_state(inputs, state)[0]}
+    def call(ids):
+        state = model.initial_state(tf.shape(ids)[0])
+        return {"outputs": model.call_with_state(ids, state)[0]}
 
-    return serving_default
+    return signature([_IDS], call, "serving_default")
 
 
 def _read(text):
-    """The first argument of a signature, and what makes it ids `(batch, time)`."""
+    """The first input of a signature, and what makes it ids `(batch, time)`."""
     if text is None:
-        return _IDS, lambda ids: tf.ensure_shape(ids, _IDS.shape)
-
-    def encode(texts):
-        return text.encode(tf.ensure_shape(texts, _TEXTS.shape)).to_tensor()
-
-    return _TEXTS, encode
+        return _IDS, tf.identity
+    return _TEXTS, lambda texts: text.encode(texts).to_tensor()
 
 
 def _score(model, text):
     spec, encode = _read(text)
 
-    @tf.function(input_signature=[spec], autograph=False)
-    def score(given):
+    def call(given):
         ids = encode(given)
         before = tf.pad(ids[:, :-1], [[0, 0], [1, 0]], constant_values=_EOS)
         # Padding comes last; what follows it is never scored.
@@ -84,7 +77,7 @@ def _score(model, text):
         }
         return answer if text is None else {"tokens": text.tokens(ids), **answer}
 
-    return score
+    return signature([spec], call, "score")
 
 
 def _log_probs(model, hidden, ids):
@@ -110,10 +103,10 @@ def _log_probs(model, hidden, ids):
 
 def _generate(model, text):
     spec, encode = _read(text)
-    spec = tf.TensorSpec(spec.shape, spec.dtype, "inputs" if text is None else "prompt")
+    if text is not None:
+        spec = tf.TensorSpec(spec.shape, spec.dtype, "prompt")
 
-    @tf.function(input_signature=[spec, *_SETTINGS], autograph=False)
-    def generate(prompt, temperature, top_k, max_new_tokens, seed):
+    def call(prompt, temperature, top_k, max_new_tokens, seed):
         ids = encode(prompt)
         lengths = tf.reduce_sum(tf.cast(tf.not_equal(ids, 0), tf.int32), axis=1)
         checks = _checks(model, lengths, temperature, top_k, max_new_tokens, seed)
@@ -143,7 +136,7 @@ def _generate(model, text):
             "tokens": text.tokens(new),
         }
 
-    return generate
+    return signature([spec, *_SETTINGS], call, "generate")
 
 
 def _checks(model, lengths, temperature, top_k, max_new_tokens, seed):
@@ -178,14 +171,11 @@ def _checks(model, lengths, temperature, top_k, max_new_tokens, seed):
 def _routing(model, text):
     spec, encode = _read(text)
 
-    @tf.function(input_signature=[spec], autograph=False)
-    def routing(given):
+    def call(given):
         ids = encode(given)
         with recorded_routing(model.moe_layers) as records:
             model.hidden_with_state(ids, model.initial_state(tf.shape(ids)[0]))
-        answer = {} if text is None else {"tokens": text.tokens(ids)}
-        for name, (record,) in records.items():
-            answer[f"{name}_experts"], answer[f"{name}_gates"] = routing_tensors(record)
-        return answer
+        answer = routing_outputs(records)
+        return answer if text is None else {"tokens": text.tokens(ids), **answer}
 
-    return routing
+    return signature([spec], call, "routing")

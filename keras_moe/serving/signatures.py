@@ -6,10 +6,11 @@ import keras
 import tensorflow as tf
 
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.routing import recorded_routing, routing_tensors
+from keras_moe.layers.routing import recorded_routing
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.models.translation import MoETranslator
 from keras_moe.serving.language_model import language_model_signatures
+from keras_moe.serving.signature import routing_outputs, signature
 from keras_moe.serving.text import TextCodec
 from keras_moe.serving.translate import translation_signatures
 
@@ -62,23 +63,17 @@ def signatures_of(model: keras.Model, text: TextCodec | None) -> dict[str, Calla
 
 
 def _with_inputs_of(model, function, name):
-    """A function of the model's call arguments, with its input signature."""
+    """A signature that gives a function the call argument of the model."""
     specs = [
         tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
         for tensor in model.inputs
     ]
 
-    def checked(*given):
-        # The loader checks the type of what it is fed, but not the shape.
-        inputs = [
-            tf.ensure_shape(value, spec.shape)
-            for value, spec in zip(given, specs, strict=True)
-        ]
+    def call(*inputs):
         # A functional model takes its inputs as a flat list too.
-        return function(inputs[0] if len(inputs) == 1 else inputs)
+        return function(inputs[0] if len(inputs) == 1 else list(inputs))
 
-    checked.__name__ = name
-    return tf.function(checked, input_signature=specs, autograph=False)
+    return signature(specs, call, name)
 
 
 def _outputs(model):
@@ -93,23 +88,6 @@ def _routing(model, mixtures):
     def call(inputs):
         with recorded_routing(mixtures) as records:
             model(inputs, training=False)
-        answer = {}
-        for name, calls in records.items():
-            for i, record in enumerate(calls):
-                # A layer that is called again has another pair of outputs.
-                suffix = f"_{i}" if i else ""
-                _verify_in_reach(record, name)
-                experts, gates = routing_tensors(record)
-                answer[f"{name}_experts{suffix}"] = experts
-                answer[f"{name}_gates{suffix}"] = gates
-        return answer
+        return routing_outputs(records)
 
     return _with_inputs_of(model, call, "routing")
-
-
-def _verify_in_reach(record, name):
-    if record.leading_shape.graph is not tf.compat.v1.get_default_graph():
-        raise ValueError(
-            f"`routing` cannot look at {name!r}: it runs inside a loop or another "
-            "function of the model. Leave 'routing' out of `signatures`."
-        )

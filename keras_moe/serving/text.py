@@ -6,7 +6,6 @@ from keras_moe.data import (
     BLANK_PATTERN,
     DETOKENIZATION_RULES,
     EOS,
-    PAD,
     TOKENIZERS,
     WORD_PATTERN,
     Vocabulary,
@@ -57,7 +56,7 @@ class TextCodec:
         self._split = tensorflow_text.regex_split
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
-        tokens = [_bytes_of(token) for token in vocabulary.tokens]
+        tokens = [t.encode("utf-8", "surrogatepass") for t in vocabulary.tokens]
         ids = vocabulary.encode(vocabulary.tokens)  # a literal <pad> is unknown
         self._tokens = tokens
         self.table = tf.lookup.StaticHashTable(
@@ -95,8 +94,7 @@ class TextCodec:
 
     def tokens(self, ids: tf.Tensor) -> tf.Tensor:
         """The tokens of ids, of any shape, as strings; padding is empty."""
-        names = tf.constant([b"" if t == PAD.encode() else t for t in self._tokens])
-        return tf.gather(names, ids)
+        return tf.gather(tf.constant([b"", *self._tokens[1:]]), ids)
 
     def decode(self, ids: tf.RaggedTensor) -> tf.Tensor:
         """Readable text.
@@ -107,7 +105,6 @@ class TextCodec:
         Returns:
             `(batch,)` string; `<eos>` ends a line.
         """
-        ids = ids.with_values(ids.values)
         ids = tf.ragged.boolean_mask(ids, tf.not_equal(ids, 0))
         words = tf.where(
             tf.equal(ids.flat_values, self.end), b"\n", self.tokens(ids.flat_values)
@@ -127,7 +124,3 @@ class TextCodec:
             lines.with_flat_values(flat), axis=-1, separator="\n"
         )
         return tf.strings.regex_replace(texts, r"\A\n+|\n+\z", "")
-
-
-def _bytes_of(token):
-    return token.encode("utf-8", "surrogatepass")

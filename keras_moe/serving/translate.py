@@ -4,8 +4,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe.layers.routing import recorded_routing, routing_tensors
+from keras_moe.layers.routing import recorded_routing
 from keras_moe.models.translation import MoETranslator
+from keras_moe.serving.signature import routing_outputs, signature
 
 
 def translation_signatures(
@@ -41,48 +42,31 @@ def translation_signatures(
         for name in ("source", "target_inputs")
     ]
 
-    @tf.function(input_signature=ids, autograph=False)
-    def serving_default(source, target_inputs):
-        # The loader checks the type of what it is fed, but not the shape.
-        source = tf.ensure_shape(source, [None, None])
-        target_inputs = tf.ensure_shape(target_inputs, [None, None])
-        return {"outputs": model((source, target_inputs), training=False)}
+    def logits(source, targets):
+        return {"outputs": model((source, targets), training=False)}
 
-    @tf.function(input_signature=ids, autograph=False)
-    def routing(source, target_inputs):
-        source = tf.ensure_shape(source, [None, None])
-        target_inputs = tf.ensure_shape(target_inputs, [None, None])
+    def routing(source, targets):
         with recorded_routing(model.moe_layers) as records:
-            model((source, target_inputs), training=False)
-        answer = {}
-        for name, (record,) in records.items():
-            answer[f"{name}_experts"], answer[f"{name}_gates"] = routing_tensors(record)
-        return answer
+            model((source, targets), training=False)
+        return routing_outputs(records)
 
-    signatures = {"serving_default": serving_default}
-    if model.moe_layers:
-        signatures["routing"] = routing
-    if model.vocabulary is None:
-        return signatures
-
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None], tf.string, "texts"),
-            tf.TensorSpec([None], tf.string, "target_languages"),
-        ],
-        autograph=False,
-    )
     def translate(texts, target_languages):
-        texts = tf.ensure_shape(texts, [None])
-        target_languages = tf.ensure_shape(target_languages, [None])
-        languages = tf.broadcast_to(target_languages, tf.shape(texts))
         translations, scores = model.translate_tensors(
             texts,
-            languages,
+            tf.broadcast_to(target_languages, tf.shape(texts)),
             num_beams=num_beams,
             length_penalty=length_penalty,
             max_length=max_length,
         )
         return {"translations": translations, "scores": scores}
 
-    return {**signatures, "translate": translate}
+    signatures = {"serving_default": signature(ids, logits, "serving_default")}
+    if model.moe_layers:
+        signatures["routing"] = signature(ids, routing, "routing")
+    if model.vocabulary is not None:
+        strings = [
+            tf.TensorSpec([None], tf.string, name)
+            for name in ("texts", "target_languages")
+        ]
+        signatures["translate"] = signature(strings, translate, "translate")
+    return signatures
