@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -165,11 +165,8 @@ class FactoredAdam(keras.optimizers.Adam):
         Returns:
             A variable of zeros, placed where `variable` is.
         """
-        strategy = tf.distribute.get_strategy()
-        with strategy.extended.colocate_vars_with(variable.value):
-            return self.add_variable(
-                shape, dtype=variable.dtype, name=f"{variable.name}_{name}"
-            )
+        place = placement.of_weight(variable)
+        return place.add_slot(self, variable, shape, f"{variable.name}_{name}")
 
     def slots_of(self, variable) -> list:
         """The state of one variable, once built.

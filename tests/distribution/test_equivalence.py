@@ -25,5 +25,18 @@ def test_flat_mixture_trains_as_on_one_device(num_devices):
     assert_equal(num_devices, [SGD, {**ADAM, "num_experts": 7}])
 
 
+def test_factored_state_is_sharded_as_the_experts_are():
+    # All rank-2 weights factored too: their state is the same on every device.
+    everything = {"optimizer": "FactoredAdam", "options": {"factored": ["kernel"]}}
+    clipped = {"learning_rate": 0.01, "global_clipnorm": 0.05}
+    assert_equal(
+        2,
+        [
+            {"optimizer": "FactoredAdam", "options": clipped, "use_bias": True},
+            {**everything, "num_experts": 7, "steps": 15},
+        ],
+    )
+
+
 def test_more_devices_than_experts():
     assert_equal(3, [{**ADAM, "num_experts": 2}])

@@ -1,9 +1,12 @@
 """What does not yet run on several devices says so."""
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe import layers, placement
+from keras_moe import layers, optimizers, placement
+from keras_moe.distribution import replicated
 
 
 class Two(placement.Placement):
@@ -37,3 +40,12 @@ def test_capacity_is_refused_on_several_devices(monkeypatch):
     layer = layers.MoE(layers.FeedForwardExperts(4, 3), capacity_factor=2.0)
     with pytest.raises(ValueError, match=r"capacity_factor=2.0 on 2 replicas"):
         layer.build(tf.TensorShape((None, 3)))
+
+
+def test_a_factor_over_sharded_experts_is_refused():
+    variable = keras.Variable(np.zeros((4, 3)), name="bias")
+    place = replicated.ReplicatedPlacement(tf.distribute.get_strategy())
+    with pytest.raises(
+        ValueError, match=r"FactoredAdam .*\(3,\) for 'bias' .*\(4, 3\)"
+    ):
+        place.add_slot(optimizers.FactoredAdam(), variable, (3,), "column")
