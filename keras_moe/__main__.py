@@ -31,12 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     export = commands.add_parser(
         "export", help="export a trained model for TensorFlow Serving"
     )
+    plan = commands.add_parser(
+        "plan", help="plan a configuration of the paper on a cluster, by arithmetic"
+    )
     # Options are declared without TensorFlow, so that --help answers at once.
     from keras_moe.commands import options
 
     options.add_options(train_lm, options.TrainLMOptions)
     options.add_options(train_mt, options.TrainMTOptions)
     options.add_options(export, options.ExportOptions)
+    options.add_options(plan, options.PlanOptions)
     arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
     job: Callable[[], object]
@@ -48,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         from keras_moe.commands import export as export_command
 
         job = partial(export_command.run, options.ExportOptions(**arguments))
+    elif command == "plan":
+        from keras_moe.commands import plan as plan_command
+
+        job = partial(plan_command.run, options.PlanOptions(**arguments))
     else:
         from keras_moe.commands import train_mt as train_mt_command
 

@@ -168,6 +168,40 @@ class ExportOptions:
     )
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`."""
+
+    preset: str = _option(
+        "moe_131072_h",
+        "configuration of the paper, such as moe_4096_h, or all for a table of all",
+    )
+    cluster: str = _option(
+        "k40", "k40 (the paper's), h100, or a JSON file that describes a cluster"
+    )
+    num_devices: int | None = _option(
+        None, "number of devices; default: that of the cluster, or of the paper's run"
+    )
+    batch_tokens: int | None = _option(
+        None, "tokens of a batch over all devices; default: the paper's"
+    )
+    recompute: bool = _option(
+        False,
+        "compute hidden activations of experts twice, also where the paper did not",
+    )
+    expert_optimizer: str | None = _option(
+        None,
+        "optimizer of the experts; default: the paper's",
+        choices=("adam", "factored_adam"),
+    )
+    shard_vocabulary: bool = _option(
+        False, "share embedding and softmax among the devices"
+    )
+    output_dir: str | None = _option(
+        None, "folder for plan.json and plan.png; default: only print"
+    )
+
+
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     """Adds the fields of a class of options to a parser."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
