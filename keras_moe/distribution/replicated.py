@@ -6,7 +6,13 @@ from typing import Any
 import tensorflow as tf
 
 from keras_moe import placement
-from keras_moe.distribution import compatibility, exchange, optimization, training
+from keras_moe.distribution import (
+    compatibility,
+    exchange,
+    multi_worker,
+    optimization,
+    training,
+)
 from keras_moe.distribution.expert_variable import ExpertVariable
 from keras_moe.distribution.topology import Shards, make_shards
 
@@ -178,5 +184,7 @@ def placement_of(strategy: Any) -> placement.Placement:
         )
     optimization.install()
     training.install()
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        multi_worker.install()
     _placements[strategy] = ReplicatedPlacement(strategy)
     return _placements[strategy]

@@ -1,7 +1,7 @@
 """Trains one model on one device and on several, in a process of its own.
 
 `python -m tests.distribution.child SETTINGS`: SETTINGS is JSON with `devices` and a
-list of `cases`; see `Case`. Prints one line of JSON: for each case how far losses and
+list of `cases`; see `Case`. With `TF_CONFIG` the process is one of several. Prints one line of JSON: for each case how far losses and
 weights are apart.
 """
 
@@ -50,6 +50,8 @@ def start(num_devices: int) -> None:
 
 
 def strategy_of(num_devices: int):
+    if "TF_CONFIG" in os.environ:
+        return tf.distribute.MultiWorkerMirroredStrategy()
     devices = [f"CPU:{i}" for i in range(num_devices)]
     return tf.distribute.MirroredStrategy(devices)
 
