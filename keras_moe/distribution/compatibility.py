@@ -10,8 +10,8 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.common.name_scope import name_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope
-from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow import trainer as trainer_module
+from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as loss_module
 from keras.src.optimizers.base_optimizer import BaseOptimizer

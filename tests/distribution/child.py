@@ -1,8 +1,8 @@
 """Trains one model on one device and on several, in a process of its own.
 
 `python -m tests.distribution.child SETTINGS`: SETTINGS is JSON with `devices` and a
-list of `cases`; see `Case`. With `TF_CONFIG` the process is one of several. Prints one line of JSON: for each case how far losses and
-weights are apart.
+list of `cases`; see `Case`. With `TF_CONFIG` the process is one of several. Prints one
+line of JSON: for each case how far losses and weights are apart.
 """
 
 import contextlib
@@ -67,7 +67,11 @@ def mixture(case: Case):
     if case.layer == "hierarchical":
         primary = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=6)
         return layers.HierarchicalMoE(
-            experts, num_groups=4, k=(2, 1), primary_gating=primary, name="moe"
+            experts,
+            num_groups=4 if case.num_experts % 4 == 0 else case.num_experts,
+            k=(2, 1),
+            primary_gating=primary,
+            name="moe",
         )
     if case.layer == "balanced":
         gating = layers.BalancedGating(k=2)
