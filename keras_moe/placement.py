@@ -103,6 +103,19 @@ class Placement:
         """
         return function(tf.stop_gradient(values))
 
+    def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
+        """A variable of this device alone, which no file and no other device sees.
+
+        Args:
+            value: Gives the initial value.
+            shape: Static shape, with None where it may change.
+
+        Returns:
+            The `tf.Variable`, made outside of the function that is being traced.
+        """
+        with tf.init_scope():
+            return tf.Variable(value(), shape=shape, trainable=False)
+
     def sum(self, value: tf.Tensor) -> tf.Tensor:
         """Sum over the replicas of a tensor of one shape, with its gradient."""
         return value

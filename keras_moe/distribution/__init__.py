@@ -2,8 +2,9 @@
 
 from keras_moe import placement
 from keras_moe.distribution.description import Description, Share, describe
+from keras_moe.distribution.launcher import launch
 from keras_moe.distribution.replicated import placement_of
 
-__all__ = ["Description", "Share", "describe"]
+__all__ = ["Description", "Share", "describe", "launch"]
 
 placement.register(placement_of)

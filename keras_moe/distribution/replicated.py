@@ -9,8 +9,8 @@ from keras_moe import placement
 from keras_moe.distribution import (
     compatibility,
     exchange,
-    multi_worker,
     optimization,
+    repairs,
     training,
 )
 from keras_moe.distribution.expert_variable import ExpertVariable
@@ -124,6 +124,14 @@ class ReplicatedPlacement(placement.Placement):
 
         return run(blocks)
 
+    def local_variable(self, value, shape):
+        device = self.strategy.extended.worker_devices[
+            compatibility.local_replica(self.strategy)
+        ]
+        with tf.init_scope(), tf.device(device):
+            # Not by way of the strategy, which would make one for each replica.
+            return compatibility.ResourceVariable(value(), shape=shape, trainable=False)
+
     def sum(self, value):
         self._verify_graph()
 
@@ -184,7 +192,6 @@ def placement_of(strategy: Any) -> placement.Placement:
         )
     optimization.install()
     training.install()
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        multi_worker.install()
+    repairs.install()
     _placements[strategy] = ReplicatedPlacement(strategy)
     return _placements[strategy]

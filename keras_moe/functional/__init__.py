@@ -43,7 +43,7 @@ from keras_moe.functional.losses import (
     load_loss,
     max_over_mean,
 )
-from keras_moe.functional.random import normal_rows
+from keras_moe.functional.random import normal_rows, uniform_rows
 from keras_moe.functional.recurrent import (
     MoELSTMResult,
     lstm_step,
@@ -95,5 +95,6 @@ __all__ = [
     "tokens_per_expert",
     "top_k_gating",
     "unbiased_candidates",
+    "uniform_rows",
     "verify_recurrent_gating",
 ]
