@@ -6,15 +6,8 @@ from collections.abc import Callable
 from functools import partial
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs a command.
-
-    Args:
-        argv: Arguments, the command first. None takes those of the process.
-
-    Returns:
-        Exit status: 0 on success, 2 for bad arguments or input.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands and their options."""
     parser = argparse.ArgumentParser(
         prog="python -m keras_moe",
         description="Mixture-of-Experts layers for TensorFlow 2 and Keras 3.",
@@ -37,7 +30,21 @@ def main(argv: list[str] | None = None) -> int:
     options.add_options(train_lm, options.TrainLMOptions)
     options.add_options(train_mt, options.TrainMTOptions)
     options.add_options(export, options.ExportOptions)
-    arguments = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Arguments, the command first. None takes those of the process.
+
+    Returns:
+        Exit status: 0 on success, 2 for bad arguments or input.
+    """
+    arguments = vars(make_parser().parse_args(argv))
+    from keras_moe.commands import options
+
     command = arguments.pop("command")
     job: Callable[[], object]
     if command == "train-lm":
