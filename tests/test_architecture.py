@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import keras_moe
+
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "keras_moe"
+PACKAGE = Path(keras_moe.__file__).parent  # the installed one, where it is
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others.
