@@ -193,7 +193,9 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         name = "--" + item.name.replace("_", "-")
         text = item.metadata["help"]
         if item.type is bool or isinstance(item.default, bool):
-            parser.add_argument(name, action="store_true", help=text)
+            parser.add_argument(
+                name, action="store_true", default=argparse.SUPPRESS, help=text
+            )
             continue
         if item.default is None:
             # The text says what happens; "(default: None)" would not.

@@ -64,6 +64,7 @@ def run(options: TrainLMOptions) -> dict:
         for name in ("test_perplexity", "valid_perplexity"):
             report[f"baseline_{name}"] = figures[name]
         report["baseline_training_seconds"] = round(seconds, 1)
+    print("Saving and exporting ...", flush=True)
     model.save(folder / runs.MODEL)
     saved_model = serving.export(
         model,
@@ -140,6 +141,7 @@ def _evaluation_stream(corpus, split, options):
 
 def _evaluate(model, corpus, options):
     """Perplexities, and the experts' load as true counts over the test text."""
+    print("Evaluating ...", flush=True)
     report = {"unigram_test_perplexity": 0.0}
     for split in ("valid", "test"):
         logs = model.evaluate(

@@ -54,8 +54,10 @@ def run(options: TrainMTOptions) -> dict:
         dense, seconds = _train(options, corpus, vocabulary, dense_folder, "moe_1_wide")
         report["baseline"] = _evaluate(dense, corpus, options, dense_folder)
         report["baseline"]["training_seconds"] = round(seconds, 1)
+    print("Saving and exporting ...", flush=True)
     model.save(folder / runs.MODEL)
     saved_model = serving.export(model, folder / "saved_model")
+    print("Drawing attention and experts ...", flush=True)
     written = _draw(model, corpus, options, report, folder)
     (folder / "report.json").write_text(
         json.dumps(report, indent=2, ensure_ascii=False) + "\n"
@@ -161,6 +163,7 @@ def _train(options, corpus, vocabulary, folder, middle):
     model = build_model(options, vocabulary, middle)
 
     def fit(announce, callbacks, **arguments):
+        print("Encoding the pairs ...", flush=True)
         train, steps = _dataset(corpus, "train", vocabulary, options)
         valid = _known(*_dataset(corpus, "valid", vocabulary, options))
         announce(steps)
@@ -208,6 +211,7 @@ def _target(direction):
 def _evaluate(model, corpus, options, folder):
     """Perplexity, and BLEU and chrF of each direction of the test set."""
     report: dict = {"parameters": model.count_params(), "directions": {}}
+    print("Evaluating ...", flush=True)
     for split in ("valid", "test"):
         dataset = _known(*_dataset(corpus, split, model.vocabulary, options))
         logs = model.evaluate(dataset, verbose=0, return_dict=True)
@@ -221,6 +225,9 @@ def _evaluate(model, corpus, options, folder):
         sources = sources[: options.test_sentences]
         targets = targets[: options.test_sentences]
         language = _target(direction)
+        print(
+            f"Translating {len(sources):,} test sentences, {direction} ...", flush=True
+        )
         start = time.perf_counter()
         found = model.translate(
             sources,
