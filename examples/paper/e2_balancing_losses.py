@@ -31,10 +31,12 @@ def plan(seed, without):
         arms[title(row)] = Arm(
             importance_weight=weights[0], load_weight=weights[1], seed=seed
         )
-    arms["none, no noise"] = Arm(
-        importance_weight=0.0, load_weight=0.0, gate="plain", seed=seed
-    )
     return arms
+
+
+def more(seed):
+    none = {"importance_weight": 0.0, "load_weight": 0.0}
+    return {"importance 0, load 0, no noise": Arm(**none, gate="plain", seed=seed)}
 
 
 def check(found):
@@ -104,5 +106,6 @@ if __name__ == "__main__":
             "hard_max_over_mean": ".2f",
         },
         causes={"losses": "both weights are 0 in every row"},
+        more=more,
         draw=draw,
     )

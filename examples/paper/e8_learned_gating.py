@@ -3,11 +3,11 @@
     python examples/paper/e8_learned_gating.py
 
 The mixture of 64 experts against one whose gate keeps its random weights, without noise
-and losses; on the plain task, and with 32 features of pure noise in what the mixture is
-given, seen by gate and experts. A random gate then follows the noise.
+and losses. There are 32 features of pure noise in what the mixture is given, seen by gate
+and experts: a random gate follows the noise. With `--more`, both on the plain task, too.
 
-The random gate is easily mistaken for no learning: what the gate sees is learned, and so
-it can be led. The row "random, blocked" takes that away: no gradient goes through it.
+There a random gate is easily mistaken for no learning: what the gate sees is learned, and
+so it can be led. The row "random, blocked" takes that away: no gradient goes through it.
 
 Checks: with distractors, the trained gate has less than 0.7 times the perplexity of the
 random one, and 64 experts less than 0.8 times that of 4; the trained gate's choice tells
@@ -20,24 +20,25 @@ import experiment
 from arms import Arm
 
 DISTRACTORS = 32
+FROZEN = {"gate": "frozen", "importance_weight": 0.0, "load_weight": 0.0}
 
 
 def plan(seed, without):
-    frozen = {"gate": "frozen", "importance_weight": 0.0, "load_weight": 0.0}
-    trained = frozen if without == "learning" else {}
+    trained = FROZEN if without == "learning" else {}
     hard = {"distractors": DISTRACTORS, "seed": seed}
-    arms = {
+    return {
         "trained, 64, distractors": Arm(**trained, **hard),
-        "random, 64, distractors": Arm(**frozen, **hard),
+        "random, 64, distractors": Arm(**FROZEN, **hard),
         "trained, 4, distractors": Arm(num_experts=4, **hard),
     }
-    if without is None:
-        arms |= {
-            "trained, 64": Arm(seed=seed),
-            "random, 64": Arm(**frozen, seed=seed),
-            "random, blocked, 64": Arm(**{**frozen, "gate": "blocked"}, seed=seed),
-        }
-    return arms
+
+
+def more(seed):
+    return {
+        "trained, 64": Arm(seed=seed),
+        "random, 64": Arm(**FROZEN, seed=seed),
+        "random, blocked, 64": Arm(**{**FROZEN, "gate": "blocked"}, seed=seed),
+    }
 
 
 def check(found):
@@ -63,6 +64,7 @@ if __name__ == "__main__":
         __doc__,
         plan=plan,
         check=check,
+        more=more,
         columns={
             "perplexity": ".3f",
             "information": ".3f",

@@ -103,6 +103,9 @@ def parse(doc, causes):
         default=Path("runs/paper/records.jsonl"),
         help="file of results, read and added to; default: %(default)s",
     )
+    parser.add_argument(
+        "--more", action="store_true", help="also the arms that no check needs"
+    )
     parser.add_argument("--again", action="store_true", help="run what is recorded too")
     parser.add_argument("--picture", type=Path, help="PNG to draw, where there is one")
     parser.add_argument(
@@ -116,7 +119,7 @@ def parse(doc, causes):
     return parser.parse_args()
 
 
-def main(doc, *, plan, check, columns, causes, draw=None):
+def main(doc, *, plan, check, columns, causes, more=None, draw=None):
     """Runs an experiment from the command line.
 
     Args:
@@ -125,6 +128,7 @@ def main(doc, *, plan, check, columns, causes, draw=None):
         check: Function of one seed's results, by title: dict of statement to bool.
         columns: Dict of the key of a result to the format it is shown with.
         causes: Dict of name to what happens without it.
+        more: Function of a seed: dict of title to arm, with `--more`; or None.
         draw: Function of axes and all results, `{seed: {title: result}}`, or None.
 
     Raises:
@@ -144,7 +148,10 @@ def main(doc, *, plan, check, columns, causes, draw=None):
     everything, checks = {}, {}
     for seed in options.seeds:
         everything[seed] = {}
-        for title, arm in plan(seed, options.without).items():
+        arms = plan(seed, options.without)
+        if options.more and more:
+            arms |= more(seed)
+        for title, arm in arms.items():
             arm = arm.shortened() if options.quick else arm
             record = records.result(arm, options.again)
             everything[seed][title] = record["results"]

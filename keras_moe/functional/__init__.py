@@ -36,6 +36,7 @@ from keras_moe.functional.hierarchical import (
 from keras_moe.functional.losses import (
     cv_squared,
     expert_counts,
+    gate_entropy,
     importance,
     importance_loss,
     load,
@@ -66,6 +67,7 @@ __all__ = [
     "expert_capacity",
     "expert_counts",
     "feed_forward_experts",
+    "gate_entropy",
     "hierarchical_gates",
     "hierarchical_load",
     "importance",
