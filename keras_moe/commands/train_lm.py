@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 
-from keras_moe import data, models, serving
+from keras_moe import data, models, serving, telemetry
 from keras_moe.commands import pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
@@ -14,6 +14,10 @@ from keras_moe.optimizers import WarmupInverseSquareRoot
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
+# Of the text in which the experts' contexts are looked up.
+_CONTEXT_LENGTH = 128
+_CONTEXT_TOKENS = 50_000
+_FREQUENT_WORDS = 100
 
 
 def run(options: TrainLMOptions) -> dict:
@@ -65,6 +69,7 @@ def run(options: TrainLMOptions) -> dict:
     if "expert_counts" in report:
         counts = np.array(report["expert_counts"])
         written += pictures.draw_load(counts, folder / "expert_load.png")
+    written += _write_contexts(model, corpus, folder)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     _print_report(report)
     runs.print_files(
@@ -75,6 +80,7 @@ def run(options: TrainLMOptions) -> dict:
             (folder / runs.HISTORY, "the logs of every epoch"),
             (folder / "report.json", "the figures above"),
             *written,
+            *runs.usage_files(folder),
         ]
     )
     _show_reloaded(folder / runs.MODEL, corpus, options)
@@ -143,6 +149,32 @@ def _evaluate(model, corpus, options):
             report["load_cv"] = logs[f"{layer.name}_load_cv"]
             report["expert_counts"] = layer.balance.counts().numpy().tolist()
     return report
+
+
+def _write_contexts(model, corpus, folder):
+    """What each expert takes of the test text (table 9): HTML, text and CSV."""
+    vocabulary = corpus.vocabulary
+    if not any(layer.num_experts > 1 for layer in model.moe_layers):
+        return []
+    rows, time = _EVALUATION_BATCH_SIZE, _CONTEXT_LENGTH
+    stream = corpus.dataset("test", rows, time).take(_CONTEXT_TOKENS // (rows * time))
+    names = np.array(["", *vocabulary.tokens[1:]], dtype=object)
+    # The experts' choice is measured against the word itself, if it is frequent.
+    frequent = np.minimum(np.arange(len(names)), _FREQUENT_WORDS)
+    shown = telemetry.ExpertSpecialisation(
+        stream.map(lambda tokens, *_: tokens),
+        words=lambda tokens: names[tokens.numpy()],
+        labels=lambda tokens: frequent[tokens.numpy()],
+        label_name=f"word (the {_FREQUENT_WORDS - 1} most frequent, and all others)",
+    )
+    model.reset_state()
+    found = shown.analyze(model)
+    model.reset_state()
+    return [
+        (path, "what each expert takes, by its largest gates")
+        for path in shown.write(found, folder)
+        if path.suffix == ".html"
+    ]
 
 
 def _print_report(report):

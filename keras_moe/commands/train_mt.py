@@ -72,6 +72,7 @@ def run(options: TrainMTOptions) -> dict:
             (folder / runs.HISTORY, "the logs of every epoch"),
             (folder / "report.json", "the figures above, and the translations"),
             *written,
+            *runs.usage_files(folder),
         ]
     )
     return report

@@ -1,5 +1,6 @@
 """What the experts do: callbacks, metrics and scores."""
 
+from keras_moe.telemetry.expert_specialisation import ExpertSpecialisation
 from keras_moe.telemetry.expert_usage import ExpertUsage, UsageRecord
 from keras_moe.telemetry.information import (
     LabelInformation,
@@ -7,13 +8,17 @@ from keras_moe.telemetry.information import (
     mutual_information,
 )
 from keras_moe.telemetry.metrics import Perplexity
+from keras_moe.telemetry.specialization import Context, Specialization
 from keras_moe.telemetry.statistics import UsageTotals, usage_statistics
 from keras_moe.telemetry.translation import translation_scores
 
 __all__ = [
+    "Context",
+    "ExpertSpecialisation",
     "ExpertUsage",
     "LabelInformation",
     "Perplexity",
+    "Specialization",
     "UsageRecord",
     "UsageTotals",
     "label_information",

@@ -68,23 +68,59 @@ def label_information(
             f"`labels` must be from 0 to num_labels - 1. Received: {labels.min()} to "
             f"{labels.max()}, num_labels={num_labels}. Number them from 0."
         )
+    units, experts = np.nonzero(unit_counts)
+    return assignment_information(
+        experts,
+        labels[units],
+        (unit_counts.shape[1], num_labels),
+        weights=unit_counts[units, experts],
+        units=units,
+        shuffles=shuffles,
+        seed=seed,
+    )
+
+
+def assignment_information(
+    experts: np.ndarray,
+    labels: np.ndarray,
+    shape: tuple[int, int],
+    *,
+    units: np.ndarray,
+    weights: np.ndarray | None = None,
+    shuffles: int = 20,
+    seed: int = 0,
+) -> LabelInformation:
+    """`label_information` of single assignments, without a `(units, E)` matrix.
+
+    Args:
+        experts: `(M,)` int, the expert of each assignment.
+        labels: `(M,)` int, the label of the unit of each assignment.
+        shape: E and the number of labels.
+        units: `(M,)` int, the unit of each assignment, from 0.
+        weights: `(M,)`, how often each counts; None means once.
+        shuffles: Int. Size of the null sample. Defaults to `20`.
+        seed: Int. Seed of the shuffles. Defaults to `0`.
+
+    Returns:
+        A `LabelInformation`.
+    """
     generator = np.random.default_rng(seed)
-    counts = _by_label(unit_counts, labels, num_labels)
+    present, of_unit = np.unique(units, return_inverse=True)
+    label_of_unit = np.zeros(present.size, np.int64)
+    label_of_unit[of_unit] = labels
+
+    def shares(label_of_unit):
+        """`(E, labels)`, each label with the same sum."""
+        cells = experts * shape[1] + label_of_unit[of_unit]
+        counts = np.bincount(cells, weights, shape[0] * shape[1]).reshape(shape)
+        return counts / np.maximum(counts.sum(0, keepdims=True), 1e-300)
+
+    counts = shares(label_of_unit)
     shuffled = [
-        _by_label(unit_counts, generator.permutation(labels), num_labels)
+        mutual_information(shares(generator.permutation(label_of_unit)))
         for _ in range(shuffles)
     ]
-    return LabelInformation(
-        counts, mutual_information(counts), tuple(map(mutual_information, shuffled))
-    )
-
-
-def _by_label(unit_counts, labels, num_labels):
-    """`(units, E)` -> `(E, labels)`, each label with the same sum."""
-    counts = np.stack(
-        [unit_counts[labels == i].sum(0) for i in range(num_labels)], axis=1
-    )
-    return counts / np.maximum(counts.sum(0, keepdims=True), 1)
+    return LabelInformation(counts, mutual_information(counts), tuple(shuffled))
 
 
 def mutual_information(counts: np.ndarray) -> float:
