@@ -44,8 +44,7 @@ class Arm:
         load_weight: Weight of the load loss.
         gate: "noisy"; "plain", without noise; "frozen", plain with random weights
             that are not trained; "blocked", frozen, and its input is not trained
-            through it either. With "balanced": "noisy", or "fixed", whose thresholds
-            are not trained.
+            through it either.
         distractors: Features of pure noise that the mixture is given besides.
         optimizer: "adam"; "factored" (FactoredAdam), "experts_fixed" (Adam, and
             the experts stay as they were at the start).
@@ -141,9 +140,7 @@ def make_middle(arm):
         groups = round(arm.num_experts**0.5)
         return layers.HierarchicalMoE(experts, groups, k=(2, K // 2), **options)
     if arm.middle == "balanced":
-        weight = 0.0 if arm.gate == "fixed" else 1.0
-        gate = layers.BalancedGating(k=K, threshold_loss_weight=weight)
-        return layers.MoE(experts, gate, **options)
+        return layers.MoE(experts, layers.BalancedGating(k=K), **options)
     return layers.MoE(experts, make_gate(arm.gate), **options)
 
 

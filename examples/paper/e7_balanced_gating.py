@@ -21,7 +21,6 @@ def plan(seed, without):
         "balanced",
         importance_weight=0.0,
         load_weight=0.0,
-        gate="fixed" if without == "thresholds" else "noisy",
         seed=seed,
     )
     noisy = Arm(seed=seed)
@@ -65,8 +64,5 @@ if __name__ == "__main__":
             "halved_perplexity": ".3f",
             "halved_experts_per_token": ".3f",
         },
-        causes={
-            "balance": "the second arm has the noisy top-k gate, too",
-            "thresholds": "the thresholds stay where they start, at 1/64",
-        },
+        causes={"balance": "the second arm has the noisy top-k gate, too"},
     )

@@ -47,16 +47,18 @@ class Records:
                 record = json.loads(line)
                 self._known[_key(record["arm"])] = record
 
+    def known(self, arm):
+        """The record of an arm, None if there is none."""
+        return self._known.get(_key(_settings(arm)))
+
     def result(self, arm, again=False):
         """The record of an arm, which is run if there is none."""
-        settings = {"kind": type(arm).__name__, **dataclasses.asdict(arm)}
-        key = _key(settings)
-        if key in self._known and not again:
-            return self._known[key]
+        if not again and self.known(arm):
+            return self.known(arm)
         start, cpu = time.perf_counter(), time.process_time()
         results = arm.run()
         record = {
-            "arm": settings,
+            "arm": _settings(arm),
             "results": results,
             "seconds": round(time.perf_counter() - start, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
@@ -65,8 +67,12 @@ class Records:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        self._known[key] = record
+        self._known[_key(_settings(arm))] = record
         return record
+
+
+def _settings(arm):
+    return {"kind": type(arm).__name__, **dataclasses.asdict(arm)}
 
 
 def _key(settings):

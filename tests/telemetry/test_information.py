@@ -36,9 +36,9 @@ def test_labels_of_unequal_size_count_the_same():
 
 
 def test_the_null_shuffles_whole_units():
-    # Two units of 500 tokens: a shuffle either keeps or swaps both labels, so each
-    # gives log 2 again. Tokens shuffled one by one would give about 0.
-    units = np.array([[500, 0], [0, 500]])
+    # Two units of two experts each: a shuffle either keeps or swaps both labels, so
+    # each gives log 2 again. Shuffled one by one, assignments or tokens would give less.
+    units = np.array([[250, 250, 0, 0], [0, 0, 250, 250]])
     found = telemetry.label_information(units, np.array([0, 1]), 2)
     np.testing.assert_allclose(found.shuffled, np.log(2))
 
