@@ -165,7 +165,7 @@ def _write_contexts(model, corpus, folder):
         stream.map(lambda tokens, *_: tokens),
         words=lambda tokens: names[tokens.numpy()],
         labels=lambda tokens: frequent[tokens.numpy()],
-        label_name=f"word (the {_FREQUENT_WORDS - 1} most frequent, and all others)",
+        label_name="word (rare ones taken together)",
     )
     model.reset_state()
     found = shown.analyze(model)

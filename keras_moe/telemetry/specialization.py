@@ -117,10 +117,11 @@ def specialization(
     found = Specialization(name, np.diff(ends), tuple(contexts), tuple(words))
     if labels is None:
         return found
-    names, numbers = np.unique(labels, return_inverse=True)
+    # Only labels of tokens that some expert took: padding has none.
+    names, numbers = np.unique(labels[token], return_inverse=True)
     units = np.arange(len(labels)) if units is None else units
     information = assignment_information(
-        experts, numbers[token], (num_experts, len(names)), units=units[token]
+        experts, numbers, (num_experts, len(names)), units=units[token]
     )
     return found._replace(
         information=information, labels=tuple(map(str, names)), label_name=label_name

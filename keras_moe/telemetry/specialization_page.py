@@ -38,10 +38,10 @@ def information_text(found: Specialization) -> str:
     information, shuffled = found.information.information, found.information.shuffled
     largest = np.log(max(2, min(len(found.labels), len(found.counts))))
     return (
-        f"Mutual information of expert and {found.label_name} ({len(found.labels)} of "
-        f"them, each with the same weight): {information:.3f} nats, at most "
-        f"{largest:.3f}. Shuffled {len(shuffled)} times: mean {np.mean(shuffled):.3f}, "
-        f"largest {max(shuffled):.3f}."
+        f"Mutual information of expert and {found.label_name}, over {len(found.labels)} "
+        f"labels of equal weight: {information:.3f} nats, at most {largest:.3f}. With "
+        f"labels shuffled {len(shuffled)} times: mean {np.mean(shuffled):.3f}, largest "
+        f"{max(shuffled):.3f}."
     )
 
 

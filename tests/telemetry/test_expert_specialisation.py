@@ -90,8 +90,9 @@ def test_the_words_of_an_expert_are_counted(rng):
 def test_padding_is_in_no_context_of_its_own():
     model = make_model(mask=True)
     batch = np.array([[1, 2, 0, 0, 0, 0], [3, 4, 5, 6, 7, 8]])
-    found = shown([batch]).analyze(model)["moe"]
+    found = shown([batch], labels=lambda b: b).analyze(model)["moe"]
     assert found.counts.sum() == 2 * 8
+    assert "0" not in found.labels
     assert all(c.word for contexts in found.contexts for c in contexts)
 
 
@@ -136,7 +137,7 @@ def test_files_are_written_when_training_ends(rng, tmp_path):
     assert "<b>&" not in page
     assert "&lt;b&gt;&amp;" in page
     assert page.count("<section") == 4
-    assert "Mutual information of expert and half (2 of them" in page
+    assert "Mutual information of expert and half, over 2 labels" in page
     text = (tmp_path / "new" / "moe_experts.txt").read_text()
     best = found.contexts[0][0]
     assert f"{best.gate:.2f}  {best.before} [{best.word}] {best.after}" in text

@@ -36,11 +36,13 @@ def test_labels_of_unequal_size_count_the_same():
 
 
 def test_the_null_shuffles_whole_units():
-    # Two units of two experts each: a shuffle either keeps or swaps both labels, so
-    # each gives log 2 again. Shuffled one by one, assignments or tokens would give less.
-    units = np.array([[250, 250, 0, 0], [0, 0, 250, 250]])
+    # Two units that share expert 0: a shuffle keeps or swaps both labels, and either
+    # way half of the tokens tell theirs. Were single assignments shuffled, both of
+    # expert 0 would at times have one label, and all tokens tell theirs.
+    units = np.array([[250, 250, 0], [250, 0, 250]])
     found = telemetry.label_information(units, np.array([0, 1]), 2)
-    np.testing.assert_allclose(found.shuffled, np.log(2))
+    assert found.information == pytest.approx(0.5 * np.log(2))
+    np.testing.assert_allclose(found.shuffled, 0.5 * np.log(2))
 
 
 def test_units_that_know_their_label_stand_above_the_null(rng):
