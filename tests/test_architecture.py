@@ -26,7 +26,8 @@ ALLOWED = {
     "planning": CORE | {"models"},
     "serving": CORE | {"functional", "layers", "models", "data"},
     "commands": CORE
-    | {"functional", "layers", "models", "data", "optimizers", "serving", "telemetry"},
+    | {"functional", "layers", "models", "data", "optimizers", "serving", "telemetry"}
+    | {"distribution"},
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 

@@ -17,9 +17,14 @@ TENSORBOARD, USAGE_PICTURE = "tensorboard", "expert_usage.png"
 WEIGHTS, BACKUP, FINISHED = "best.weights.h5", "checkpoint", "finished.json"
 
 
-def prepare_folder(options) -> Path:
-    """Makes the output folder, or finds an earlier run of the same settings."""
-    folder = Path(options.output_dir)
+def prepare_folder(options, folder: Path | None = None) -> Path:
+    """Makes the output folder, or finds an earlier run of the same settings.
+
+    Args:
+        options: Those of the command.
+        folder: Where this process writes; None means `options.output_dir`.
+    """
+    folder = Path(options.output_dir) if folder is None else folder
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"`output_dir` must be a folder. Received: {str(folder)!r}, a file."

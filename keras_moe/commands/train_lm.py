@@ -1,17 +1,19 @@
 """Trains a language model, measures it, saves it, and shows what it does."""
 
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
 
-from keras_moe import data, models, serving, telemetry
-from keras_moe.commands import pictures, runs
+from keras_moe import data, distribution, models, serving, telemetry
+from keras_moe.commands import devices, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.optimizers import WarmupInverseSquareRoot
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
+REPORT = "report.json"
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
 # Of the text in which the experts' contexts are looked up.
@@ -35,6 +37,9 @@ def run(options: TrainLMOptions) -> dict:
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
     runs.verify_numbers(options, _COUNTS)
+    if devices.launch_workers(options):
+        return json.loads((Path(options.output_dir) / REPORT).read_text())
+    strategy = devices.make_strategy(options)
     print("Reading the text ...", flush=True)
     corpus = data.load_text_corpus(
         options.data_dir,
@@ -47,14 +52,18 @@ def run(options: TrainLMOptions) -> dict:
         f"validation and {corpus.test.size:,} test tokens, vocabulary of "
         f"{len(corpus.vocabulary):,}."
     )
-    folder = runs.prepare_folder(options)
+    folder = runs.prepare_folder(
+        options, devices.own_folder(Path(options.output_dir), strategy)
+    )
     corpus.vocabulary.save(folder / VOCABULARY)
-    model, seconds = _train(options, corpus, folder, options.middle)
+    model, seconds = _train(options, corpus, folder, options.middle, strategy)
     report = _evaluate(model, corpus, options)
     report["training_seconds"] = round(seconds, 1)
     if options.baseline and options.middle == "moe":
         print("\nThe dense baseline of equal operations (one wide expert):")
-        dense, seconds = _train(options, corpus, folder / "baseline", "moe_1_wide")
+        dense, seconds = _train(
+            options, corpus, folder / "baseline", "moe_1_wide", strategy
+        )
         figures = _evaluate(dense, corpus, options)
         for name in ("test_perplexity", "valid_perplexity"):
             report[f"baseline_{name}"] = figures[name]
@@ -69,8 +78,10 @@ def run(options: TrainLMOptions) -> dict:
     if "expert_counts" in report:
         counts = np.array(report["expert_counts"])
         written += pictures.draw_load(counts, folder / "expert_load.png")
-    written += _write_contexts(model, corpus, folder)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    # On one device from here on, whatever it was trained on.
+    reloaded = keras.saving.load_model(folder / runs.MODEL)
+    written += _write_contexts(reloaded, corpus, folder)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     _print_report(report)
     runs.print_files(
         [
@@ -78,12 +89,12 @@ def run(options: TrainLMOptions) -> dict:
             (saved_model, "SavedModel, for TF Serving: score, generate, routing"),
             (folder / VOCABULARY, "tokens in the order of their ids, with counts"),
             (folder / runs.HISTORY, "the logs of every epoch"),
-            (folder / "report.json", "the figures above"),
+            (folder / REPORT, "the figures above"),
             *written,
             *runs.usage_files(folder),
         ]
     )
-    _show_reloaded(folder / runs.MODEL, corpus, options)
+    _show_reloaded(reloaded, corpus, options)
     return report
 
 
@@ -113,10 +124,14 @@ def build_model(
     return model
 
 
-def _train(options, corpus, folder, middle):
+def _train(options, corpus, folder, middle, strategy):
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
-    model = build_model(options, len(corpus.vocabulary), middle)
+    with devices.scope_of(strategy):
+        model = build_model(options, len(corpus.vocabulary), middle)
+    if strategy is not None:
+        tokens = options.batch_size * options.sequence_length
+        print(distribution.describe(model, tokens))
     train = corpus.dataset("train", options.batch_size, options.sequence_length)
 
     def fit(announce, **arguments):
@@ -194,9 +209,8 @@ def _print_report(report):
     print(f"Training took {report['training_seconds']:.0f} s.")
 
 
-def _show_reloaded(path, corpus, options):
+def _show_reloaded(model, corpus, options):
     """Samples from the model as it was saved, and shows its experts at work."""
-    model = keras.saving.load_model(path)
     vocabulary = corpus.vocabulary
     prompt = vocabulary.encode(["<eos>"])[np.newaxis]
     print("\nSampled from the reloaded model:")

@@ -10,8 +10,10 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.common.name_scope import name_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.tensorflow import trainer as trainer_module
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.losses import loss as loss_module
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from tensorflow.python.distribute import distribute_lib, values_util
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
@@ -34,9 +36,11 @@ __all__ = [
     "in_stateless_scope",
     "layer_name_scope",
     "local_replica",
+    "loss_module",
     "replica_here",
     "replica_or_none",
     "track_weight",
+    "trainer_module",
 ]
 
 
