@@ -36,6 +36,11 @@ def make_parser() -> argparse.ArgumentParser:
             "export a trained model for TensorFlow Serving",
             options.ExportOptions,
         ),
+        (
+            "plan",
+            "plan a configuration of the paper on a cluster, by arithmetic",
+            options.PlanOptions,
+        ),
     ):
         command = commands.add_parser(name, help=text, description=f"{text}.")
         options.add_options(command, declared)
@@ -64,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         from keras_moe.commands import export as export_command
 
         job = partial(export_command.run, options.ExportOptions(**arguments))
+    elif command == "plan":
+        from keras_moe.commands import plan as plan_command
+
+        job = partial(plan_command.run, options.PlanOptions(**arguments))
     else:
         from keras_moe.commands import train_mt as train_mt_command
 

@@ -35,6 +35,23 @@ class Placement:
         """
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
 
+    def add_slot(self, optimizer: Any, variable: Any, shape: tuple, name: str) -> Any:
+        """Adds optimizer state that has another shape than its weight.
+
+        Args:
+            optimizer: The Keras optimizer that owns it.
+            variable: The weight it belongs to.
+            shape: Shape of the state of the whole weight. Where experts are
+                sharded, the first axis is that of the experts.
+            name: Name of the state.
+
+        Returns:
+            A Keras variable of zeros, placed where the weight is.
+        """
+        strategy = tf.distribute.get_strategy()
+        with strategy.extended.colocate_vars_with(variable.value):
+            return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
+
     def at_home(
         self,
         owner: Any,
@@ -154,6 +171,12 @@ def for_weights() -> Placement:
     if _engine is None or not tf.distribute.has_strategy():
         return ONE_DEVICE
     return _engine(tf.distribute.get_strategy())
+
+
+def of_weight(variable: Any) -> Placement:
+    """The placement of a weight that `add_expert_weight` has made, in any scope."""
+    strategy = getattr(variable, "strategy", None)
+    return ONE_DEVICE if strategy is None or _engine is None else _engine(strategy)
 
 
 def for_call() -> Placement:

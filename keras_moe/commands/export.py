@@ -40,7 +40,9 @@ def run(options: ExportOptions) -> Path:
         settings = json.loads((folder / runs.SETTINGS).read_text())
         text = text_codec(
             data.Vocabulary.load(folder / VOCABULARY),
-            settings["tokenizer"] or data.default_tokenizer(settings["data_dir"]),
+            "whitespace"
+            if settings.get("tfds")
+            else settings["tokenizer"] or data.default_tokenizer(settings["data_dir"]),
         )
     path = serving.export(
         model,

@@ -137,7 +137,7 @@ def build_model(
     schedule = WarmupInverseSquareRoot(
         options.learning_rate, options.warmup_steps, options.constant_steps
     )
-    runs.compile_model(model, schedule, clipnorm=5.0)
+    runs.compile_model(model, keras.optimizers.Adam(schedule, global_clipnorm=5.0))
     return model
 
 
