@@ -112,6 +112,13 @@ def test_more_devices_than_experts_or_groups():
     )
 
 
+def test_translation_models():
+    # Rows of different lengths: replicas have different numbers of tokens.
+    assert_equal_on_devices(
+        2, [{**ADAM, **HIERARCHICAL, "model": "translation", "steps": 10}]
+    )
+
+
 def test_several_processes():
     cases = [
         {**ADAM, **SEVEN},
