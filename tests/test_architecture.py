@@ -20,7 +20,7 @@ ALLOWED = {
     "_version": set(),
     "functional": CORE,
     "optimizers": CORE,
-    "telemetry": CORE | {"functional"},
+    "telemetry": CORE | {"functional", "layers"},
     "data": CORE,
     "layers": CORE | {"functional"},
     "models": CORE | {"functional", "layers", "data"},

@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_moe import data, distribution, models, serving
+from keras_moe import data, distribution, models, serving, telemetry
 from keras_moe.commands import devices, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
@@ -16,6 +16,10 @@ _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps"
 REPORT = "report.json"
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
+# Of the text in which the experts' contexts are looked up.
+_CONTEXT_LENGTH = 128
+_CONTEXT_TOKENS = 50_000
+_FREQUENT_WORDS = 100
 
 
 def run(options: TrainLMOptions) -> dict:
@@ -75,6 +79,9 @@ def run(options: TrainLMOptions) -> dict:
     if "expert_counts" in report:
         counts = np.array(report["expert_counts"])
         written += pictures.draw_load(counts, folder / "expert_load.png")
+    # On one device from here on, whatever it was trained on.
+    reloaded = keras.saving.load_model(folder / runs.MODEL)
+    written += _write_contexts(reloaded, corpus, folder)
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     _print_report(report)
     runs.print_files(
@@ -85,9 +92,10 @@ def run(options: TrainLMOptions) -> dict:
             (folder / runs.HISTORY, "the logs of every epoch"),
             (folder / REPORT, "the figures above"),
             *written,
+            *runs.usage_files(folder),
         ]
     )
-    _show_reloaded(folder / runs.MODEL, corpus, options)
+    _show_reloaded(reloaded, corpus, options)
     return report
 
 
@@ -160,6 +168,32 @@ def _evaluate(model, corpus, options):
     return report
 
 
+def _write_contexts(model, corpus, folder):
+    """What each expert takes of the test text (table 9): HTML, text and CSV."""
+    vocabulary = corpus.vocabulary
+    if not any(layer.num_experts > 1 for layer in model.moe_layers):
+        return []
+    rows, time = _EVALUATION_BATCH_SIZE, _CONTEXT_LENGTH
+    stream = corpus.dataset("test", rows, time).take(_CONTEXT_TOKENS // (rows * time))
+    names = np.array(["", *vocabulary.tokens[1:]], dtype=object)
+    # The experts' choice is measured against the word itself, if it is frequent.
+    frequent = np.minimum(np.arange(len(names)), _FREQUENT_WORDS)
+    shown = telemetry.ExpertSpecialisation(
+        stream.map(lambda tokens, *_: tokens),
+        words=lambda tokens: names[tokens.numpy()],
+        labels=lambda tokens: frequent[tokens.numpy()],
+        label_name="word (rare ones taken together)",
+    )
+    model.reset_state()
+    found = shown.analyze(model)
+    model.reset_state()
+    return [
+        (path, "what each expert takes, by its largest gates")
+        for path in shown.write(found, folder)
+        if path.suffix == ".html"
+    ]
+
+
 def _print_report(report):
     print("\nPerplexity over all tokens, end of sentence included:")
     rows = [("validation", "valid_perplexity"), ("test", "test_perplexity")]
@@ -177,9 +211,8 @@ def _print_report(report):
     print(f"Training took {report['training_seconds']:.0f} s.")
 
 
-def _show_reloaded(path, corpus, options):
+def _show_reloaded(model, corpus, options):
     """Samples from the model as it was saved, and shows its experts at work."""
-    model = keras.saving.load_model(path)
     vocabulary = corpus.vocabulary
     prompt = vocabulary.encode(["<eos>"])[np.newaxis]
     print("\nSampled from the reloaded model:")

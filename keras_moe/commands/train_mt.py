@@ -9,7 +9,10 @@ import tensorflow as tf
 
 from keras_moe import data, models, serving, telemetry
 from keras_moe.commands import pictures, runs
-from keras_moe.commands.language_experts import experts_by_language
+from keras_moe.commands.language_experts import (
+    experts_by_language,
+    information_report,
+)
 from keras_moe.commands.options import TrainMTOptions
 from keras_moe.data.translation import split_direction, target_inputs
 from keras_moe.optimizers import WarmupInverseSquareRoot
@@ -71,6 +74,7 @@ def run(options: TrainMTOptions) -> dict:
             (folder / runs.HISTORY, "the logs of every epoch"),
             (folder / "report.json", "the figures above, and the translations"),
             *written,
+            *runs.usage_files(folder),
         ]
     )
     return report
@@ -261,7 +265,7 @@ def _draw(model, corpus, options, report, folder: Path):
     languages = corpus.target_languages
     tables = experts_by_language(model, corpus, options)
     for name, table in tables.items():
-        report[f"{name}_experts_and_languages"] = table.report()
+        report[f"{name}_experts_and_languages"] = information_report(table)
         written += pictures.draw_experts_by_language(
             table.counts, languages, name, folder / f"{name}_by_language.png"
         )

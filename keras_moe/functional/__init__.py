@@ -37,6 +37,7 @@ from keras_moe.functional.hierarchical import (
 from keras_moe.functional.losses import (
     cv_squared,
     expert_counts,
+    gate_entropy,
     importance,
     importance_loss,
     load,
@@ -67,6 +68,7 @@ __all__ = [
     "expert_capacity",
     "expert_counts",
     "feed_forward_experts",
+    "gate_entropy",
     "gates_of_rows",
     "hierarchical_gates",
     "hierarchical_load",

@@ -214,7 +214,8 @@ class MoE(keras.layers.Layer):
         outputs = functional.combine(
             expert_outputs, gates, plan, num_tokens=tf.shape(tokens)[0]
         )
-        add_balance(self, statistics, plan.overflow)
+        entropy = functional.gate_entropy(gates, tf.shape(tokens)[0], mask)
+        add_balance(self, statistics, plan.overflow, entropy)
         for loss in auxiliary_losses:
             self.add_loss(loss)
         return outputs, result

@@ -56,6 +56,10 @@ def strategy_of(num_devices: int):
     return tf.distribute.MirroredStrategy(devices)
 
 
+def scope_of(strategy):
+    return strategy.scope() if strategy else contextlib.nullcontext()
+
+
 def mixture(case: Case):
     layers = keras_moe.layers
     experts = layers.FeedForwardExperts(
@@ -92,7 +96,7 @@ def build(case: Case, strategy=None) -> keras.Model:
     """The compiled model; always the same weights at the start."""
     keras.utils.clear_session()  # not within a scope, which it would break
     keras.utils.set_random_seed(0)
-    with strategy.scope() if strategy else contextlib.nullcontext():
+    with scope_of(strategy):
         return _build(case)
 
 

@@ -73,7 +73,7 @@ def test_clipping_and_accumulation_act_on_the_global_gradient():
 
 def test_synchronized_normalization_before_and_after():
     assert_equal_on_devices(
-        2, [{**ADAM, "normalized": True}, {**SGD, **HIERARCHICAL, "normalized": True}]
+        2, [{**ADAM, "normalized": True}, {**ADAM, **HIERARCHICAL, "normalized": True}]
     )
 
 
