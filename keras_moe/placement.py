@@ -17,6 +17,8 @@ class Placement:
 
     num_replicas = 1
     replica = 0
+    # Whether only operations of static shapes are at hand; then `mix` is used.
+    static_shapes = False
 
     def add_expert_weight(
         self, layer: Any, shape: tuple, initializer: Any, name: str, together: int = 1
@@ -49,6 +51,44 @@ class Placement:
             Outputs in the order of the inputs.
         """
         return experts(expert_inputs, counts=counts)
+
+    def mix(
+        self, experts: Any, tokens: tf.Tensor, result: Any, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Dispatches tokens to experts, runs them and combines; static shapes only.
+
+        Args:
+            experts: The layer of experts.
+            tokens: `(N, D)`.
+            result: The `GatingResult`.
+            mask: `(N,)` bool or None. False gives a token no expert.
+
+        Returns:
+            `(N, output_units)`.
+        """
+        raise NotImplementedError
+
+    def top_k(self, values: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """As `tf.math.top_k`."""
+        return tf.math.top_k(values, k=k)
+
+    def pick(self, values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+        """Of each row of `(N, E)` the values at `(N, K)` indices."""
+        return tf.gather(values, indices, batch_dims=1)
+
+    def sum_by_expert(
+        self, values: tf.Tensor, indices: tf.Tensor, num_experts: int
+    ) -> tf.Tensor:
+        """Sum of the values of each expert, `(E,)`; index -1 is left out."""
+        # One small matrix product would need a dense (N, E) array; a segment sum
+        # touches the K chosen gates only. Negative ids are dropped by the op.
+        return tf.math.unsorted_segment_sum(
+            tf.reshape(values, [-1]), tf.reshape(indices, [-1]), num_experts
+        )
+
+    def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+        """Hands rows of noise, one a token, to the tokens that are real."""
+        return noise
 
     def sum(self, value: tf.Tensor) -> tf.Tensor:
         """Sum over the replicas of a tensor of one shape, with its gradient."""
@@ -119,8 +159,9 @@ def verify_one_device(layer: Any) -> None:
     Raises:
         ValueError: The scope is that of a strategy of several replicas.
     """
-    num_replicas = for_weights().num_replicas
-    if num_replicas > 1:
+    place = for_weights()
+    num_replicas = place.num_replicas
+    if num_replicas > 1 or place.static_shapes:
         kind = type(layer).__name__
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "

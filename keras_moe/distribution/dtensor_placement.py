@@ -1,0 +1,165 @@
+"""What layers ask of a mesh: weights with layouts, mixtures, static shapes."""
+
+
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from keras_moe import functional, placement
+from keras_moe.distribution import compatibility, dtensor_exchange
+from keras_moe.distribution.dtensor_variables import (
+    LaidOutExperts,
+    in_step,
+    sharded_layout,
+)
+
+
+class DTensorPlacement(placement.Placement):
+    """Experts shared among the devices of a mesh; one logical replica.
+
+    Args:
+        mesh: A mesh of one axis.
+    """
+
+    static_shapes = True
+
+    def __init__(self, mesh: dtensor.Mesh):
+        self.mesh = mesh
+
+    def add_expert_weight(self, layer, shape, initializer, name, together=1):
+        if in_step():
+            raise ValueError(
+                "A layer with experts must be built before `strategy.run`, in the "
+                f"scope of the strategy. Received: {layer.name!r} built within a "
+                "step. Use `keras.Input`, or call `build` in `strategy.scope()`."
+            )
+        with compatibility.layer_name_scope(layer):
+            variable = LaidOutExperts(
+                initializer, shape, self.mesh, dtype=layer.variable_dtype, name=name
+            )
+        return compatibility.track_weight(layer, variable)
+
+    # Within a step.
+
+    def mix(self, experts, tokens, result, mask=None):
+        weights = self._weights_of(experts)
+        plan, gates = result.plan, result.gates
+        size, (num_tokens, k) = self.mesh.size, plan.expert_indices.shape
+        chosen = plan.expert_indices
+        real = tf.ones_like(chosen, tf.bool)
+        if mask is not None:
+            real = real & mask[:, tf.newaxis]
+        dtype = tf.as_dtype(experts.compute_dtype)
+        missing = -num_tokens % size
+        grouped = [
+            self._grouped(each, missing)
+            for each in (tf.cast(tokens, dtype), tf.cast(gates, dtype), chosen, real)
+        ]
+        tokens, gates, chosen, real = grouped
+        choice = dtensor_exchange.make_choice(chosen, real, weights[0].shape[0])
+        slots = dtensor_exchange.slot_numbers(tokens.shape[1], experts.num_experts, k)
+        gates = tf.where(real, gates, tf.zeros_like(gates))
+        num_kernels = len(experts.kernels)
+
+        def network(rows, *weights):
+            return functional.feed_forward_experts(
+                rows,
+                weights[:num_kernels],
+                weights[num_kernels:] or None,
+                activation=experts.activation,
+            )
+
+        outputs = dtensor_exchange.mix(
+            tokens, gates, choice, network, weights, self.mesh, slots
+        )
+        outputs = tf.reshape(outputs, [-1, outputs.shape[-1]])
+        if not missing:
+            return outputs
+        outputs = dtensor.relayout(outputs, dtensor.Layout.replicated(self.mesh, 2))
+        return outputs[:num_tokens]
+
+    def _weights_of(self, experts):
+        variables = [*getattr(experts, "kernels", ()), *getattr(experts, "biases", ())]
+        if not variables:
+            raise ValueError(
+                "`experts` must be FeedForwardExperts on a mesh, where all experts are "
+                f"computed as one batched product. Received: {experts!r}. Use "
+                "`tf.distribute.MirroredStrategy` or one device."
+            )
+        for variable in variables:
+            if getattr(variable, "mesh", None) != self.mesh:
+                raise ValueError(
+                    "A layer must run under the strategy in whose scope it was built. "
+                    f"Received: weight {variable.path!r} of another strategy or of "
+                    "none, in a step on a mesh. Build the model in the scope of the "
+                    "strategy and load its weights there."
+                )
+        dtype = tf.as_dtype(experts.compute_dtype)
+        return [tf.cast(tf.convert_to_tensor(v.value), dtype) for v in variables]
+
+    def _grouped(self, value, missing):
+        """`(N, ...)` -> `(R, n, ...)`, a group on every device."""
+        if missing:
+            value = dtensor.relayout(
+                value, dtensor.Layout.replicated(self.mesh, value.shape.rank)
+            )
+            value = tf.pad(value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1))
+        size = self.mesh.size
+        shape = [size, value.shape[0] // size, *value.shape[1:]]
+        value = tf.reshape(value, shape)
+        return dtensor.relayout(value, sharded_layout(self.mesh, len(shape)))
+
+    def top_k(self, values, k):
+        # The stock gradient scatters, which DTensor does on every device as a whole.
+        width = values.shape[-1]
+
+        @tf.custom_gradient
+        def run(values):
+            best, indices = tf.math.top_k(values, k)
+
+            def grad(d_best, _):
+                return _spread(d_best, indices, width)
+
+            return (best, indices), grad
+
+        best, indices = run(values)
+        return best, tf.stop_gradient(indices)
+
+    def pick(self, values, indices):
+        width = values.shape[-1]
+
+        @tf.custom_gradient
+        def run(values):
+            def grad(dy):
+                return _spread(dy, indices, width)
+
+            return tf.gather(values, indices, batch_dims=1), grad
+
+        return run(values)
+
+    def sum_by_expert(self, values, indices, num_experts):
+        total = tf.zeros((num_experts,), values.dtype)
+        if values.shape.rank == 1:
+            values, indices = values[:, tf.newaxis], indices[:, tf.newaxis]
+        for k in range(values.shape[-1]):
+            own = tf.one_hot(indices[..., k], num_experts, dtype=values.dtype)
+            total += tf.reduce_sum(own * values[..., k, tf.newaxis], axis=0)
+        return total
+
+    def noise_of(self, noise, mask):
+        # Told to be sharded, every device would draw numbers of its own.
+        noise = dtensor.relayout(noise, dtensor.Layout.replicated(self.mesh, 2))
+        if mask is None:
+            return noise
+        whole = dtensor.relayout(mask, dtensor.Layout.replicated(self.mesh, 1))
+        before = tf.cumsum(tf.cast(whole, tf.int32), exclusive=True)
+        return tf.gather(noise, before)
+
+
+def _spread(values, indices, width):
+    """`(N, K)` values at `(N, K)` indices -> `(N, width)`, zeros elsewhere."""
+    parts = [
+        values[..., k, tf.newaxis]
+        * tf.one_hot(indices[..., k], width, dtype=values.dtype)
+        for k in range(values.shape[-1])
+    ]
+    return tf.add_n(parts)
