@@ -37,6 +37,29 @@ class Placement:
         """
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
 
+    def at_home(
+        self,
+        owner: Any,
+        rows: tf.Tensor,
+        counts: tf.Tensor,
+        function: Callable[[tf.Tensor, tf.Tensor, Any], tf.Tensor],
+    ) -> tf.Tensor:
+        """Runs a function on rows where the weights for them live.
+
+        Args:
+            owner: The layer whose stacked weights the function needs.
+            rows: `(M, D)` sorted by the first axis of these weights, of length S,
+                or `(S, C, D)` on one device.
+            counts: `(S,)` int32, rows for each entry of that axis.
+            function: Takes the rows that arrive, their counts for the entries
+                that live here, and the number of rows that come before them in
+                the sorted rows of all replicas; returns a row for each row.
+
+        Returns:
+            What the function returns, in the order of `rows`.
+        """
+        return function(rows, counts, 0)
+
     def run_experts(
         self, experts: Any, expert_inputs: tf.Tensor, counts: tf.Tensor
     ) -> tf.Tensor:
@@ -50,7 +73,37 @@ class Placement:
         Returns:
             Outputs in the order of the inputs.
         """
-        return experts(expert_inputs, counts=counts)
+        return self.at_home(
+            experts,
+            expert_inputs,
+            counts,
+            lambda rows, own_counts, _: experts(rows, counts=own_counts),
+        )
+
+    def own_entries(self, num_entries: int) -> range:
+        """Which entries of a stacked weight live here, of so many in all."""
+        return range(num_entries)
+
+    def over_columns(
+        self,
+        values: tf.Tensor,
+        function: Callable[[tf.Tensor], tf.Tensor],
+        filling: float,
+    ) -> tf.Tensor:
+        """Masks of columns that run over the rows of every replica.
+
+        Args:
+            values: `(N, E)` float, the rows of this replica.
+            function: Maps whole columns, `(rows of all replicas, any number)`,
+                to bool of that shape. The rows of a replica keep their order and
+                follow those of the replicas before; rows of `filling` may stand
+                between them.
+            filling: Value of such rows.
+
+        Returns:
+            `(N, E)` bool, the rows of this replica. No gradient.
+        """
+        return function(tf.stop_gradient(values))
 
     def mix(
         self, experts: Any, tokens: tf.Tensor, result: Any, mask: tf.Tensor | None
@@ -165,6 +218,6 @@ def verify_one_device(layer: Any) -> None:
         kind = type(layer).__name__
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
-            f"{num_replicas} replicas. Use `MoE` with `FeedForwardExperts` and "
-            f"`NoisyTopKGating` there, or build {kind} outside of the scope."
+            f"{num_replicas} replicas. Use `MoE` or `HierarchicalMoE` with "
+            f"`FeedForwardExperts` there, or build {kind} outside of the scope."
         )

@@ -3,11 +3,12 @@
 from typing import Any
 
 from keras_moe import placement
+from keras_moe.distribution.description import Description, Share, describe
 from keras_moe.distribution.dtensor import DTensorStrategy
 from keras_moe.distribution.dtensor_mesh import create_mesh
 from keras_moe.distribution.replicated import placement_of
 
-__all__ = ["DTensorStrategy", "create_mesh"]
+__all__ = ["DTensorStrategy", "Description", "Share", "create_mesh", "describe"]
 
 
 def _placement_of(strategy: Any) -> placement.Placement:

@@ -11,8 +11,10 @@ import tensorflow as tf
 from keras.src.backend.common.name_scope import name_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.tensorflow import random as keras_random
+from keras.src.backend.tensorflow import trainer as trainer_module
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+from keras.src.losses import loss as loss_module
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from tensorflow.dtensor.python import accelerator_util
 from tensorflow.dtensor.python import api as dtensor_api
@@ -42,10 +44,12 @@ __all__ = [
     "keras_random",
     "layer_name_scope",
     "local_replica",
+    "loss_module",
     "replica_here",
     "replica_or_none",
     "start_dtensor_device",
     "track_weight",
+    "trainer_module",
 ]
 
 

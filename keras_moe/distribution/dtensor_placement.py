@@ -1,6 +1,5 @@
 """What layers ask of a mesh: weights with layouts, mixtures, static shapes."""
 
-
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 

@@ -129,7 +129,10 @@ def masked_gating(logits: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
 
 def threshold_loss(
-    gates: tf.Tensor, thresholds: tf.Tensor, m: tf.Tensor | int
+    gates: tf.Tensor,
+    thresholds: tf.Tensor,
+    m: tf.Tensor | int,
+    selected: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Trains the thresholds to select what the batchwise mask selects.
 
@@ -148,9 +151,13 @@ def threshold_loss(
         gates: `(N, E)` float, the softmax gates of all tokens.
         thresholds: `(E,)` float.
         m: Tokens of each expert, an int or a scalar int32 tensor.
+        selected: `(N, E)` bool, the batchwise mask, where it is known already or
+            belongs to a larger batch of which `gates` is a part. None takes
+            `batchwise_mask(gates, m)`. Defaults to `None`.
 
     Returns:
-        `()` float32 or float64, the sum over tokens and experts, at least 0.
+        `()` float32 or float64, the sum over tokens and experts, at least 0 if
+        `selected` is the mask of `gates`.
 
     Raises:
         ValueError: `gates` is not of rank 2, or `thresholds` does not fit.
@@ -160,8 +167,10 @@ def threshold_loss(
     """
     gates = tf.stop_gradient(_verify_gates(gates))
     thresholds = _verify_thresholds(thresholds, gates)
+    if selected is None:
+        selected = batchwise_mask(gates, m)
     excess = tf.cast(threshold_mask(gates, thresholds), gates.dtype) - tf.cast(
-        batchwise_mask(gates, m), gates.dtype
+        selected, gates.dtype
     )
     return tf.reduce_sum(excess * (gates - thresholds))
 

@@ -126,11 +126,22 @@ def add_balance(
         statistics: `GateStatistics` of the call.
         overflow: `()` int32, assignments dropped.
     """
-    importance, load = statistics.importance, statistics.load
+    importance, load, counts = statistics
     place = placement.for_call()
     if place.num_replicas > 1 and layer.num_experts > 1:
         # Over the global batch: the squared variation is not linear.
-        importance, load = tf.unstack(place.sum(tf.stack([importance, load])))
+        counts = tf.cast(counts, importance.dtype)
+        importance, load, counts = tf.unstack(
+            place.sum(tf.stack([importance, load, counts]))
+        )
+        # Each replica notes its share: its own figures are then those of all, and
+        # so is the sum over the replicas, which Python reads.
+        statistics = GateStatistics(
+            *(
+                tf.cast(x, tf.float64) / place.num_replicas
+                for x in (importance, load, counts)
+            )
+        )
     if layer.importance_loss_weight:
         layer.add_loss(
             functional.importance_loss(importance, layer.importance_loss_weight)

@@ -119,7 +119,6 @@ class BalancedGating(_Gating):
         checks.verify_k(self.k, self.num_experts)
 
     def build(self, input_shape):
-        placement.verify_one_device(self)
         super().build(input_shape)
         self.thresholds = self.add_weight(
             name="thresholds",
@@ -154,13 +153,18 @@ class BalancedGating(_Gating):
         thresholds = tf.convert_to_tensor(self.thresholds)
         if not training:
             return functional.threshold_mask(softmax_gates, thresholds), ()
-        num_tokens = tf.shape(softmax_gates)[0]
+        # The batch is that of all devices.
+        place = placement.for_call()
+        num_tokens = tf.reduce_sum(place.gather(tf.shape(softmax_gates)[0]))
         m = functional.tokens_per_expert(num_tokens, self.num_experts, self.k)
-        selected = functional.batchwise_mask(softmax_gates, m)
+        # Gates are not negative: what pads the columns of several devices loses.
+        selected = place.over_columns(
+            softmax_gates, lambda gates: functional.batchwise_mask(gates, m), -1.0
+        )
         if not self.threshold_loss_weight:
             return selected, ()
-        loss = functional.threshold_loss(softmax_gates, thresholds, m)
-        mean = loss / tf.cast(tf.maximum(num_tokens, 1), loss.dtype)
+        loss = functional.threshold_loss(softmax_gates, thresholds, m, selected)
+        mean = place.sum(loss) / tf.cast(tf.maximum(num_tokens, 1), loss.dtype)
         return selected, (self.threshold_loss_weight * mean,)
 
     def get_config(self):

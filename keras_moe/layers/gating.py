@@ -339,7 +339,11 @@ class NoisyTopKGating(TopKGating):
             `(num_tokens, num_experts)` float32 or float64, new at every call.
         """
         return draw_rows(
-            num_tokens, self.num_experts, self.compute_dtype, self.seed_generator, mask
+            num_tokens,
+            self.num_experts,
+            self.compute_dtype,
+            self.seed_generator,
+            mask=mask,
         )
 
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
