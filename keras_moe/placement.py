@@ -37,6 +37,12 @@ class Placement:
         """
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
 
+    def add_group_weight(
+        self, layer: Any, shape: tuple, initializer: Any, name: str
+    ) -> Any:
+        """Adds a gate's weight stacked over groups, which lives where they do."""
+        return self.add_expert_weight(layer, shape, initializer, name)
+
     def at_home(
         self,
         owner: Any,
@@ -106,14 +112,14 @@ class Placement:
         return function(tf.stop_gradient(values))
 
     def mix(
-        self, experts: Any, tokens: tf.Tensor, result: Any, mask: tf.Tensor | None
+        self, layer: Any, tokens: tf.Tensor, result: Any, mask: tf.Tensor | None
     ) -> tf.Tensor:
         """Dispatches tokens to experts, runs them and combines; static shapes only.
 
         Args:
-            experts: The layer of experts.
+            layer: The mixture, which has `experts` and `gating`.
             tokens: `(N, D)`.
-            result: The `GatingResult`.
+            result: The `GatingResult`. Expert -1 in it is none.
             mask: `(N,)` bool or None. False gives a token no expert.
 
         Returns:
@@ -138,6 +144,10 @@ class Placement:
         return tf.math.unsorted_segment_sum(
             tf.reshape(values, [-1]), tf.reshape(indices, [-1]), num_experts
         )
+
+    def replicated(self, value: tf.Tensor) -> tf.Tensor:
+        """The same tensor, laid out whole on every device."""
+        return value
 
     def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
         """Hands rows of noise, one a token, to the tokens that are real."""

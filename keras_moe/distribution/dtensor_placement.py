@@ -37,14 +37,20 @@ class DTensorPlacement(placement.Placement):
             )
         return compatibility.track_weight(layer, variable)
 
+    def add_group_weight(self, layer, shape, initializer, name):
+        # Gates are data-parallel here: every device has the gates of all groups.
+        return layer.add_weight(name=name, shape=shape, initializer=initializer)
+
     # Within a step.
 
-    def mix(self, experts, tokens, result, mask=None):
+    def mix(self, layer, tokens, result, mask=None):
+        experts = layer.experts
         weights = self._weights_of(experts)
-        plan, gates = result.plan, result.gates
-        size, (num_tokens, k) = self.mesh.size, plan.expert_indices.shape
-        chosen = plan.expert_indices
-        real = tf.ones_like(chosen, tf.bool)
+        gates, chosen = result.gates, result.plan.expert_indices
+        size, (num_tokens, k) = self.mesh.size, chosen.shape
+        if isinstance(getattr(layer.gating, "k", None), int):
+            k = layer.gating.k  # on average, where each token has other numbers
+        real = chosen >= 0
         if mask is not None:
             real = real & mask[:, tf.newaxis]
         dtype = tf.as_dtype(experts.compute_dtype)
@@ -144,13 +150,32 @@ class DTensorPlacement(placement.Placement):
             total += tf.reduce_sum(own * values[..., k, tf.newaxis], axis=0)
         return total
 
+    def replicated(self, value):
+        rank = value.shape.rank
+        return dtensor.relayout(value, dtensor.Layout.replicated(self.mesh, rank))
+
+    def over_columns(self, values, function, filling):
+        # To the devices of the columns and back, where the stock way would sort
+        # all columns on every device.
+        values = tf.stop_gradient(values)
+        num_tokens, num_experts = values.shape
+        if num_tokens % self.mesh.size:
+            return function(self.replicated(values))
+        missing = -num_experts % self.mesh.size
+        padded = tf.pad(values, [[0, 0], [0, missing]], constant_values=filling)
+        padded = dtensor.relayout(padded, sharded_layout(self.mesh, 2))
+        columns = dtensor.relayout(padded, sharded_layout(self.mesh, 2, axis=1))
+        mask = tf.cast(function(columns), tf.int32)
+        mask = dtensor.relayout(mask, sharded_layout(self.mesh, 2, axis=1))
+        mask = dtensor.relayout(mask, sharded_layout(self.mesh, 2))
+        return mask[:, :num_experts] > 0
+
     def noise_of(self, noise, mask):
         # Told to be sharded, every device would draw numbers of its own.
-        noise = dtensor.relayout(noise, dtensor.Layout.replicated(self.mesh, 2))
+        noise = self.replicated(noise)
         if mask is None:
             return noise
-        whole = dtensor.relayout(mask, dtensor.Layout.replicated(self.mesh, 1))
-        before = tf.cumsum(tf.cast(whole, tf.int32), exclusive=True)
+        before = tf.cumsum(tf.cast(self.replicated(mask), tf.int32), exclusive=True)
         return tf.gather(noise, before)
 
 

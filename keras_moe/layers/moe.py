@@ -212,7 +212,7 @@ class MoE(keras.layers.Layer):
         gates, plan, statistics, auxiliary_losses = result
         place = placement.for_call()
         if place.static_shapes:
-            outputs = place.mix(self.experts, tokens, result, mask)
+            outputs = place.mix(self, tokens, result, mask)
         else:
             rows = functional.dispatch(tokens, plan)
             rows = place.run_experts(self.experts, rows, plan.counts)
