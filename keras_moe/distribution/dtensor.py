@@ -3,6 +3,7 @@
 import contextlib
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
@@ -67,6 +68,26 @@ class DTensorStrategy(tf.distribute.Strategy):
         self.placement = DTensorPlacement(mesh)
         super().__init__(_Extended(self, mesh))
         dtensor_training.install()
+
+
+    def lay_out(self, batch: Any) -> Any:
+        """Lays out the arrays of a batch on the mesh; what is laid out stays so.
+
+        Args:
+            batch: Any structure of tensors and arrays.
+
+        Returns:
+            The same structure of DTensors.
+        """
+
+        def each(value):
+            if tf.is_tensor(value) and dtensor.is_dtensor(value):
+                return value
+            if isinstance(value, (tf.Tensor, np.ndarray)):
+                return lay_out_batch(tf.convert_to_tensor(value), self.mesh)
+            return value
+
+        return tf.nest.map_structure(each, batch)
 
 
 class _Context(compatibility.ReplicaContext):

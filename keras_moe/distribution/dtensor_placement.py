@@ -126,8 +126,16 @@ class DTensorPlacement(placement.Placement):
 
             return (best, indices), grad
 
-        best, indices = run(values)
-        return best, tf.stop_gradient(indices)
+        # DTensor expands `TopKV2` wrongly if operand and result have different
+        # layouts, which those of what comes before and after may ask for.
+        best, indices = run(self._by_rows(values))
+        return self._by_rows(best), self._by_rows(tf.stop_gradient(indices))
+
+    def _by_rows(self, value):
+        """With the rows sharded if the mesh divides their number, else replicated."""
+        if value.shape[0] % self.mesh.size:
+            return self.replicated(value)
+        return dtensor.relayout(value, sharded_layout(self.mesh, value.shape.rank))
 
     def pick(self, values, indices):
         width = values.shape[-1]

@@ -65,7 +65,7 @@ def _install_functions():
         def function(iterator):
             outputs = None
             for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
-                outputs = run(data)
+                outputs = run(strategy.lay_out(data))
             if outputs is None:
                 raise StopIteration
             return outputs
@@ -85,7 +85,7 @@ def _install_functions():
         run = one_step if self.run_eagerly else _traced_by_shape(one_step)
 
         def function(batches):
-            outputs = [run(batch) for batch in batches]
+            outputs = [run(strategy.lay_out(batch)) for batch in batches]
             return tf.nest.map_structure(_joined, *outputs)
 
         self.predict_function = function
@@ -189,12 +189,15 @@ def _install_slices():
             return NotImplemented
         if dtype is not None and not dtype.is_compatible_with(value.dtype):
             return NotImplemented
-        num_rows = tf.get_static_value(value.dense_shape)[0]
+        shape = tf.get_static_value(value.dense_shape)
+        if shape is None:
+            return NotImplemented
+        num_rows = int(shape[0])
         indices = tf.reshape(value.indices, [-1])
         local = indices.shape[0] / current_mesh().size
         if num_rows * local > _MOST_ONE_HOT or value.values.shape.rank != 2:
             return NotImplemented
-        own = tf.one_hot(indices, int(num_rows), dtype=value.dtype)
+        own = tf.one_hot(indices, num_rows, dtype=value.dtype)
         return tf.matmul(own, value.values, transpose_a=True)
 
     tf.register_tensor_conversion_function(tf.IndexedSlices, dense, priority=50)

@@ -194,10 +194,17 @@ class LaidOutVariable(dtensor.DVariable):
 
     # DTensor has no scatter into a variable. Optimizers add slices of gradients.
     def scatter_add(self, sparse_delta, use_locking=False, name=None):
-        return self.assign_add(tf.convert_to_tensor(sparse_delta), use_locking, name)
+        return self.assign_add(self._dense(sparse_delta), use_locking, name)
 
     def scatter_sub(self, sparse_delta, use_locking=False, name=None):
-        return self.assign_sub(tf.convert_to_tensor(sparse_delta), use_locking, name)
+        return self.assign_sub(self._dense(sparse_delta), use_locking, name)
+
+    def _dense(self, slices):
+        # With the shape as a constant: it is not always known from the slices.
+        shape = tf.constant(self.shape.as_list(), tf.int64)
+        return tf.convert_to_tensor(
+            tf.IndexedSlices(slices.values, slices.indices, shape)
+        )
 
     def _written(self, write, value, use_locking, name, read_value):
         value = self._laid_out(value)

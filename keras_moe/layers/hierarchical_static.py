@@ -102,9 +102,7 @@ def _noise(layer, groups, members, size, mask):
     totals = tf.reduce_sum(chosen, axis=0)
     places = tf.cumsum(chosen, axis=0, exclusive=True)
     places += tf.cumsum(totals, exclusive=True)
-    own = [
-        tf.reduce_sum(places * tf.cast(each, tf.int32), axis=1) for each in members
-    ]
+    own = [tf.reduce_sum(places * tf.cast(each, tf.int32), axis=1) for each in members]
     return tf.gather(place.replicated(drawn), tf.stack(own, axis=1))
 
 
