@@ -43,6 +43,23 @@ class Placement:
         """Adds a gate's weight stacked over groups, which lives where they do."""
         return self.add_expert_weight(layer, shape, initializer, name)
 
+    def add_slot(self, optimizer: Any, variable: Any, shape: tuple, name: str) -> Any:
+        """Adds optimizer state that has another shape than its weight.
+
+        Args:
+            optimizer: The Keras optimizer that owns it.
+            variable: The weight it belongs to.
+            shape: Shape of the state of the whole weight. Where experts are
+                sharded, the first axis is that of the experts.
+            name: Name of the state.
+
+        Returns:
+            A Keras variable of zeros, placed where the weight is.
+        """
+        strategy = tf.distribute.get_strategy()
+        with strategy.extended.colocate_vars_with(variable.value):
+            return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
+
     def at_home(
         self,
         owner: Any,
@@ -153,6 +170,19 @@ class Placement:
         """Hands rows of noise, one a token, to the tokens that are real."""
         return noise
 
+    def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
+        """A variable of this device alone, which no file and no other device sees.
+
+        Args:
+            value: Gives the initial value.
+            shape: Static shape, with None where it may change.
+
+        Returns:
+            The `tf.Variable`, made outside of the function that is being traced.
+        """
+        with tf.init_scope():
+            return tf.Variable(value(), shape=shape, trainable=False)
+
     def sum(self, value: tf.Tensor) -> tf.Tensor:
         """Sum over the replicas of a tensor of one shape, with its gradient."""
         return value
@@ -191,6 +221,12 @@ def for_weights() -> Placement:
     if _engine is None or not tf.distribute.has_strategy():
         return ONE_DEVICE
     return _engine(tf.distribute.get_strategy())
+
+
+def of_weight(variable: Any) -> Placement:
+    """The placement of a weight that `add_expert_weight` has made, in any scope."""
+    strategy = getattr(variable, "strategy", None)
+    return ONE_DEVICE if strategy is None or _engine is None else _engine(strategy)
 
 
 def for_call() -> Placement:

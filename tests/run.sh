@@ -12,5 +12,5 @@ export TF_CPP_MIN_LOG_LEVEL=2
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
-"$venv/bin/python" -m pytest -q -n 2 -m "not slow"
-"$venv/bin/python" -m pytest -q -n 2 -m "slow" --timeout 600
+"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "not slow"
+"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "slow" --timeout 900

@@ -45,12 +45,16 @@ def make_step(num_sampled, a):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocabulary-size", type=int, default=100_000)
-    parser.add_argument("--units", type=int, default=128)
-    parser.add_argument("--num-sampled", type=int, default=8192)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--time", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument(
+        "--vocabulary-size", type=int, default=100_000, help="number of words"
+    )
+    parser.add_argument("--units", type=int, default=128, help="width of the model")
+    parser.add_argument(
+        "--num-sampled", type=int, default=8192, help="candidates of the softmax"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="rows of a batch")
+    parser.add_argument("--time", type=int, default=32, help="time steps of a batch")
+    parser.add_argument("--steps", type=int, default=5, help="steps to measure")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.common.name_scope import name_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.tensorflow import numpy as keras_numpy
 from keras.src.backend.tensorflow import random as keras_random
 from keras.src.backend.tensorflow import trainer as trainer_module
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
@@ -41,6 +42,7 @@ __all__ = [
     "component_devices",
     "dtensor_is_initialized",
     "in_stateless_scope",
+    "keras_numpy",
     "keras_random",
     "layer_name_scope",
     "local_replica",

@@ -69,7 +69,6 @@ class DTensorStrategy(tf.distribute.Strategy):
         super().__init__(_Extended(self, mesh))
         dtensor_training.install()
 
-
     def lay_out(self, batch: Any) -> Any:
         """Lays out the arrays of a batch on the mesh; what is laid out stays so.
 
@@ -111,6 +110,12 @@ class _Extended(tf.distribute.StrategyExtended):
     # Variables.
 
     def _create_variable(self, next_creator, **kwargs):
+        if not tf.TensorShape(kwargs.get("shape")).is_fully_defined() and (
+            kwargs.get("shape") is not None
+        ):
+            # No layout has an open shape. Steps do not use such variables.
+            with on_host():
+                return next_creator(**kwargs)
         initial_value, dtype = kwargs.pop("initial_value"), kwargs.get("dtype")
         # On the host: many initializers use operations that DTensor cannot expand.
         with on_host():

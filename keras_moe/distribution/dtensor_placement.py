@@ -7,7 +7,9 @@ from keras_moe import functional, placement
 from keras_moe.distribution import compatibility, dtensor_exchange
 from keras_moe.distribution.dtensor_variables import (
     LaidOutExperts,
+    LaidOutVariable,
     in_step,
+    on_host,
     sharded_layout,
 )
 
@@ -36,6 +38,18 @@ class DTensorPlacement(placement.Placement):
                 initializer, shape, self.mesh, dtype=layer.variable_dtype, name=name
             )
         return compatibility.track_weight(layer, variable)
+
+    def local_variable(self, value, shape):
+        with tf.init_scope(), on_host():
+            initial = tf.convert_to_tensor(value())
+            rank = initial.shape.rank
+            sharded = rank and initial.shape[0] % self.mesh.size == 0
+            layout = (
+                sharded_layout(self.mesh, rank)
+                if sharded
+                else dtensor.Layout.replicated(self.mesh, rank)
+            )
+            return LaidOutVariable(initial, layout=layout, trainable=False)
 
     def add_group_weight(self, layer, shape, initializer, name):
         # Gates are data-parallel here: every device has the gates of all groups.

@@ -104,6 +104,14 @@ def _joined(*parts):
 
 
 def _verify_compiled(model):
+    steps = getattr(model.optimizer, "gradient_accumulation_steps", None)
+    if steps:
+        raise ValueError(
+            "`gradient_accumulation_steps` of the optimizer does not work on a mesh, "
+            "where DTensor reads stale sums in a condition. Received: "
+            f"gradient_accumulation_steps={steps} for {model.name!r}. Leave it out, "
+            "or use `tf.distribute.MirroredStrategy`."
+        )
     if model.jit_compile is True:
         raise ValueError(
             "`jit_compile` of `compile` does not work on a mesh. Received: "
@@ -201,6 +209,17 @@ def _install_slices():
         return tf.matmul(own, value.values, transpose_a=True)
 
     tf.register_tensor_conversion_function(tf.IndexedSlices, dense, priority=50)
+    module = compatibility.keras_numpy
+    stock_divide = module.divide
+
+    def divide(x1, x2):
+        # Keras looks for zeros in the divisor, by operations of open shapes. The
+        # quotient is linear in the slices, so their sum can be divided instead.
+        if in_step() and isinstance(x1, tf.IndexedSlices) and len(x2.shape):
+            x1 = tf.convert_to_tensor(x1)
+        return stock_divide(x1, x2)
+
+    module.divide = divide
 
 
 def make_slot(

@@ -9,8 +9,8 @@ from keras_moe import placement
 from keras_moe.distribution import (
     compatibility,
     exchange,
-    multi_worker,
     optimization,
+    repairs,
     training,
 )
 from keras_moe.distribution.expert_variable import ExpertVariable
@@ -59,6 +59,17 @@ class ReplicatedPlacement(placement.Placement):
                 name=name,
             )
         return compatibility.track_weight(layer, variable)
+
+    def add_slot(self, optimizer, variable, shape, name):
+        if len(variable.shape) < 3:
+            raise ValueError(
+                "A sharded weight must have an axis besides that of the experts for "
+                "each axis that is averaged. Received: "
+                f"{type(optimizer).__name__} with state of shape {tuple(shape)} for "
+                f"{variable.path!r} of shape {tuple(variable.shape)}. Factor the "
+                "kernels of the experts only."
+            )
+        return optimization.make_slot(optimizer, variable, name, shape=shape)
 
     def at_home(self, owner, rows, counts, function):
         shards = self._shards_of(owner)
@@ -124,6 +135,14 @@ class ReplicatedPlacement(placement.Placement):
 
         return run(blocks)
 
+    def local_variable(self, value, shape):
+        device = self.strategy.extended.worker_devices[
+            compatibility.local_replica(self.strategy)
+        ]
+        with tf.init_scope(), tf.device(device):
+            # Not by way of the strategy, which would make one for each replica.
+            return compatibility.ResourceVariable(value(), shape=shape, trainable=False)
+
     def sum(self, value):
         self._verify_graph()
 
@@ -184,7 +203,6 @@ def placement_of(strategy: Any) -> placement.Placement:
         )
     optimization.install()
     training.install()
-    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        multi_worker.install()
+    repairs.install()
     _placements[strategy] = ReplicatedPlacement(strategy)
     return _placements[strategy]

@@ -151,3 +151,35 @@ def max_over_mean(values: tf.Tensor) -> tf.Tensor:
     """
     values = tf.cast(values, tf.float32)
     return tf.math.divide_no_nan(tf.reduce_max(values), tf.reduce_mean(values))
+
+
+def gate_entropy(
+    gates: tf.Tensor, num_tokens: tf.Tensor | int, mask: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """How undecided a gate is: the entropy of each token's gates, summed.
+
+    $\\sum_{x \\in X} -\\sum_i G(x)_i \\log G(x)_i$
+
+    0 where one expert has the whole weight, `log(k)` where k share it equally.
+
+    Args:
+        gates: Float, `(N, K)`, or `(M,)` where tokens have different numbers of
+            experts. A gate of 0 counts nothing.
+        num_tokens: N.
+        mask: `(N,)` bool or None. False marks padding, which is left out. For
+            `gates` of shape `(M,)`, whose padding has no assignments, it is only
+            counted.
+
+    Returns:
+        entropy: `()`, dtype of `gates`, in nats.
+        tokens: `()` int32, how many tokens that is the sum of.
+
+    Reference:
+        Shannon 1948, "A mathematical theory of communication".
+    """
+    terms = -tf.math.xlogy(gates, gates)
+    if mask is None:
+        return tf.reduce_sum(terms), tf.cast(num_tokens, tf.int32)
+    if gates.shape.rank == 2:
+        terms = tf.where(mask[:, tf.newaxis], terms, tf.zeros_like(terms))
+    return tf.reduce_sum(terms), tf.reduce_sum(tf.cast(mask, tf.int32))

@@ -218,7 +218,8 @@ class MoE(keras.layers.Layer):
             rows = place.run_experts(self.experts, rows, plan.counts)
             num_tokens = tf.shape(tokens)[0]
             outputs = functional.combine(rows, gates, plan, num_tokens=num_tokens)
-        add_balance(self, statistics, plan.overflow)
+        entropy = functional.gate_entropy(gates, tf.shape(tokens)[0], mask)
+        add_balance(self, statistics, plan.overflow, entropy)
         for loss in auxiliary_losses:
             self.add_loss(loss)
         return outputs, result

@@ -1,6 +1,7 @@
 """Noise that does not depend on the number of devices."""
 
 import keras
+import tensorflow as tf
 
 from keras_moe import functional, placement
 
@@ -34,3 +35,27 @@ def draw_rows(num_rows, width, dtype, seed_generator, first_row=None, mask=None)
     return functional.normal_rows(
         seed_generator.next(), first_row, num_rows, width, dtype
     )
+
+
+class Dropout(keras.layers.Dropout):
+    """`keras.layers.Dropout` whose mask does not depend on the number of devices.
+
+    On several devices that of Keras drops the same elements of the rows of each.
+    """
+
+    def call(self, inputs, training=False):
+        place = placement.for_call()
+        if place.num_replicas == 1 or not training or self.rate == 0:
+            return super().call(inputs, training=training)
+        num_rows = tf.shape(inputs)[0]
+        width = tf.reduce_prod(tf.shape(inputs, tf.int64)[1:])
+        uniform = functional.uniform_rows(
+            self.seed_generator.next(),
+            place.num_before(num_rows),
+            num_rows,
+            width,
+            inputs.dtype,
+        )
+        kept = tf.reshape(uniform, tf.shape(inputs)) >= self.rate
+        scale = tf.cast(1 / (1 - self.rate), inputs.dtype)
+        return tf.where(kept, inputs * scale, tf.zeros_like(inputs))

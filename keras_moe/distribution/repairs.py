@@ -1,13 +1,17 @@
-"""Repairs that `fit` needs under MultiWorkerMirroredStrategy.
+"""Repairs that `fit` needs under the mirrored strategies.
 
-Of Keras 3.15.1. `tests/distribution/test_multi_worker.py` runs a plain model without
-them and fails when one is no longer needed.
+Of Keras 3.15.1. `tests/distribution/test_repairs.py` runs plain models without them
+and fails when one is no longer needed.
 """
 
 import tensorflow as tf
 
 from keras_moe.distribution import compatibility
 
+_MIRRORED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
 _installed = False
 
 
@@ -28,14 +32,15 @@ def install_symbolic_build() -> None:
     """Builds a model from a batch of one replica.
 
     Keras takes the mean of the batches of all replicas, only for its shape and type.
-    With several processes it passes values on that still belong to replicas.
+    That turns token ids into floats and fails for batches of different sizes; with
+    several processes it passes values on that still belong to replicas.
     """
     kind = compatibility.TensorFlowTrainer
     stock = kind._maybe_symbolic_build
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         strategy = self._distribute_strategy
-        if not _in_many_processes(strategy):
+        if not isinstance(strategy, _MIRRORED):
             return stock(self, iterator, data_batch)
         if iterator is not None:
             for _, _, batches in iterator:
