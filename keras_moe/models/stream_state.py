@@ -62,17 +62,11 @@ class StreamState:
                 )
                 for each in zeros
             ]
-        others = (
-            []
-            if 1
-            else [
-                tf.debugging.Assert(
-                    tf.logical_not(started.read_value()), [_ONE_SIZE, rows]
-                )
-                for other, started in self._started.items()
-                if other != rows
-            ]
-        )
+        others = [
+            tf.debugging.Assert(tf.logical_not(started.read_value()), [_ONE_SIZE, rows])
+            for other, started in self._started.items()
+            if other != rows
+        ]
         with tf.control_dependencies([check for check in others if check is not None]):
             started = tf.identity(self._started[rows].read_value())
         return [
