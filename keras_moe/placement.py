@@ -17,6 +17,8 @@ class Placement:
 
     num_replicas = 1
     replica = 0
+    # Whether only operations of static shapes are at hand; then `mix` is used.
+    static_shapes = False
 
     def add_expert_weight(
         self, layer: Any, shape: tuple, initializer: Any, name: str, together: int = 1
@@ -35,6 +37,12 @@ class Placement:
         """
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
 
+    def add_group_weight(
+        self, layer: Any, shape: tuple, initializer: Any, name: str
+    ) -> Any:
+        """Adds a gate's weight stacked over groups, which lives where they do."""
+        return self.add_expert_weight(layer, shape, initializer, name)
+
     def add_slot(self, optimizer: Any, variable: Any, shape: tuple, name: str) -> Any:
         """Adds optimizer state that has another shape than its weight.
 
@@ -52,6 +60,29 @@ class Placement:
         with strategy.extended.colocate_vars_with(variable.value):
             return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
 
+    def at_home(
+        self,
+        owner: Any,
+        rows: tf.Tensor,
+        counts: tf.Tensor,
+        function: Callable[[tf.Tensor, tf.Tensor, Any], tf.Tensor],
+    ) -> tf.Tensor:
+        """Runs a function on rows where the weights for them live.
+
+        Args:
+            owner: The layer whose stacked weights the function needs.
+            rows: `(M, D)` sorted by the first axis of these weights, of length S,
+                or `(S, C, D)` on one device.
+            counts: `(S,)` int32, rows for each entry of that axis.
+            function: Takes the rows that arrive, their counts for the entries
+                that live here, and the number of rows that come before them in
+                the sorted rows of all replicas; returns a row for each row.
+
+        Returns:
+            What the function returns, in the order of `rows`.
+        """
+        return function(rows, counts, 0)
+
     def run_experts(
         self, experts: Any, expert_inputs: tf.Tensor, counts: tf.Tensor
     ) -> tf.Tensor:
@@ -65,7 +96,92 @@ class Placement:
         Returns:
             Outputs in the order of the inputs.
         """
-        return experts(expert_inputs, counts=counts)
+        return self.at_home(
+            experts,
+            expert_inputs,
+            counts,
+            lambda rows, own_counts, _: experts(rows, counts=own_counts),
+        )
+
+    def own_entries(self, num_entries: int) -> range:
+        """Which entries of a stacked weight live here, of so many in all."""
+        return range(num_entries)
+
+    def over_columns(
+        self,
+        values: tf.Tensor,
+        function: Callable[[tf.Tensor], tf.Tensor],
+        filling: float,
+    ) -> tf.Tensor:
+        """Masks of columns that run over the rows of every replica.
+
+        Args:
+            values: `(N, E)` float, the rows of this replica.
+            function: Maps whole columns, `(rows of all replicas, any number)`,
+                to bool of that shape. The rows of a replica keep their order and
+                follow those of the replicas before; rows of `filling` may stand
+                between them.
+            filling: Value of such rows.
+
+        Returns:
+            `(N, E)` bool, the rows of this replica. No gradient.
+        """
+        return function(tf.stop_gradient(values))
+
+    def mix(
+        self, layer: Any, tokens: tf.Tensor, result: Any, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Dispatches tokens to experts, runs them and combines; static shapes only.
+
+        Args:
+            layer: The mixture, which has `experts` and `gating`.
+            tokens: `(N, D)`.
+            result: The `GatingResult`. Expert -1 in it is none.
+            mask: `(N,)` bool or None. False gives a token no expert.
+
+        Returns:
+            `(N, output_units)`.
+        """
+        raise NotImplementedError
+
+    def top_k(self, values: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """As `tf.math.top_k`."""
+        return tf.math.top_k(values, k=k)
+
+    def pick(self, values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+        """Of each row of `(N, E)` the values at `(N, K)` indices."""
+        return tf.gather(values, indices, batch_dims=1)
+
+    def sum_by_expert(
+        self, values: tf.Tensor, indices: tf.Tensor, num_experts: int
+    ) -> tf.Tensor:
+        """Sum of the values of each expert, `(E,)`; index -1 is left out."""
+        # One small matrix product would need a dense (N, E) array; a segment sum
+        # touches the K chosen gates only. Negative ids are dropped by the op.
+        return tf.math.unsorted_segment_sum(
+            tf.reshape(values, [-1]), tf.reshape(indices, [-1]), num_experts
+        )
+
+    def replicated(self, value: tf.Tensor) -> tf.Tensor:
+        """The same tensor, laid out whole on every device."""
+        return value
+
+    def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+        """Hands rows of noise, one a token, to the tokens that are real."""
+        return noise
+
+    def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
+        """A variable of this device alone, which no file and no other device sees.
+
+        Args:
+            value: Gives the initial value.
+            shape: Static shape, with None where it may change.
+
+        Returns:
+            The `tf.Variable`, made outside of the function that is being traced.
+        """
+        with tf.init_scope():
+            return tf.Variable(value(), shape=shape, trainable=False)
 
     def sum(self, value: tf.Tensor) -> tf.Tensor:
         """Sum over the replicas of a tensor of one shape, with its gradient."""
@@ -142,11 +258,12 @@ def verify_one_device(layer: Any) -> None:
     Raises:
         ValueError: The scope is that of a strategy of several replicas.
     """
-    num_replicas = for_weights().num_replicas
-    if num_replicas > 1:
+    place = for_weights()
+    num_replicas = place.num_replicas
+    if num_replicas > 1 or place.static_shapes:
         kind = type(layer).__name__
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
-            f"{num_replicas} replicas. Use `MoE` with `FeedForwardExperts` and "
-            f"`NoisyTopKGating` there, or build {kind} outside of the scope."
+            f"{num_replicas} replicas. Use `MoE` or `HierarchicalMoE` with "
+            f"`FeedForwardExperts` there, or build {kind} outside of the scope."
         )

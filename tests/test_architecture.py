@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+import keras_moe
+
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "keras_moe"
+PACKAGE = Path(keras_moe.__file__).parent  # the installed one, where it is
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others.
@@ -18,7 +20,7 @@ ALLOWED = {
     "_version": set(),
     "functional": CORE,
     "optimizers": CORE,
-    "telemetry": CORE | {"functional"},
+    "telemetry": CORE | {"functional", "layers"},
     "data": CORE,
     "layers": CORE | {"functional"},
     "models": CORE | {"functional", "layers", "data"},
@@ -27,8 +29,8 @@ ALLOWED = {
     "planning": CORE | {"models", "distribution"},
     "serving": CORE | {"functional", "layers", "models", "data"},
     "commands": CORE
-    | {"functional", "layers", "models", "data", "optimizers", "planning"}
-    | {"serving", "telemetry"},
+    | {"data", "distribution", "functional", "layers", "models", "optimizers"}
+    | {"planning", "serving", "telemetry"},
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 
@@ -97,4 +99,4 @@ def test_oracles_import_neither_the_package_nor_tensorflow():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 450
+    assert len(path.read_text().splitlines()) <= 400

@@ -13,6 +13,7 @@ softmax.
     report = train(model, task, steps=1500, seed=0)
 """
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -46,6 +47,10 @@ class Task:
     tables: np.ndarray
     floor_perplexity: float
 
+    @functools.cached_property
+    def _cumulative(self):
+        return np.cumsum(self.tables, axis=2)
+
     def dataset(self, steps: int, seed: int) -> tf.data.Dataset:
         """`steps` fresh batches of `((topics, tokens), next tokens)`.
 
@@ -70,8 +75,10 @@ class Task:
         tokens = np.empty((BATCH_SIZE, TIME + 1), "int64")
         tokens[:, 0] = rng.integers(TOKENS, size=BATCH_SIZE)
         for t in range(TIME):
-            cumulative = np.cumsum(self.tables[topics, tokens[:, t]], axis=1)
-            drawn = rng.uniform(size=(BATCH_SIZE, 1)) > cumulative
+            drawn = (
+                rng.uniform(size=(BATCH_SIZE, 1))
+                > self._cumulative[topics, tokens[:, t]]
+            )
             tokens[:, t + 1] = np.minimum(drawn.sum(axis=1), TOKENS - 1)
         return topics.astype("int32"), tokens.astype("int32")
 
@@ -91,11 +98,30 @@ def make_task(seed: int = 0) -> Task:
     return Task(tables, float(np.exp(mean_entropy)))
 
 
-def build_model(middle: keras.layers.Layer | None) -> keras.Model:
+@keras.saving.register_keras_serializable(package="keras_moe_examples")
+class Distractors(keras.layers.Layer):
+    """Appends features of pure noise, of standard deviation 3, new at every call."""
+
+    def __init__(self, features, **kwargs):
+        super().__init__(**kwargs)
+        self.features = features
+        self.seed_generator = keras.random.SeedGenerator()
+
+    def call(self, inputs):
+        shape = tf.concat([tf.shape(inputs)[:-1], [self.features]], axis=0)
+        noise = keras.random.normal(shape, stddev=3.0, seed=self.seed_generator)
+        noise.set_shape([*inputs.shape[:-1], self.features])
+        return tf.concat([inputs, noise], axis=-1)
+
+    def get_config(self):
+        return {**super().get_config(), "features": self.features}
+
+
+def build_model(middle: keras.layers.Layer | None, distractors: int = 0) -> keras.Model:
     """Logits of the next token, with `middle` between the two LSTMs.
 
-    `middle` maps `(batch, time, UNITS)` to the same shape; its input is added to its
-    output. None leaves it out.
+    `middle` maps `(batch, time, UNITS + distractors)` to `(batch, time, UNITS)`; what
+    it is given, without the distractors, is added to its output. None leaves it out.
     """
     topics = keras.Input((), dtype="int32", name="topics")
     tokens = keras.Input((TIME,), dtype="int32", name="tokens")
@@ -105,7 +131,8 @@ def build_model(middle: keras.layers.Layer | None) -> keras.Model:
     first = keras.layers.LSTM(UNITS, return_sequences=True, name="first_lstm")
     hidden = hidden + first(hidden)
     if middle is not None:
-        hidden = hidden + middle(hidden)
+        given = Distractors(distractors)(hidden) if distractors else hidden
+        hidden = hidden + middle(given)
     last = keras.layers.LSTM(UNITS, return_sequences=True, name="last_lstm")
     hidden = hidden + last(hidden)
     logits = keras.layers.Dense(TOKENS, name="softmax")(hidden)
@@ -135,8 +162,11 @@ def train(
     evaluation_steps: int = 50,
     verbose: int = 0,
     optimizer: type[keras.optimizers.Optimizer] = keras.optimizers.Adam,
+    batches: int | None = None,
 ) -> dict[str, float]:
     """Trains with Adam, or a relative, on fresh data; evaluates on other fresh data.
+
+    With `batches` there are so many different batches of training, over and over.
 
     Returns:
         `perplexity` in inference mode and, for a mixture named "moe",
@@ -150,8 +180,10 @@ def train(
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[keras_moe.telemetry.Perplexity()],
     )
-    data = task.dataset(steps, seed=1000 + seed)
-    model.fit(data, shuffle=False, verbose=verbose)
+    data = task.dataset(batches or steps, seed=1000 + seed)
+    if batches:
+        data = data.cache().shuffle(batches, seed=seed).repeat()
+    model.fit(data, steps_per_epoch=steps, shuffle=False, verbose=verbose)
     return evaluate(model, task, steps=evaluation_steps)
 
 

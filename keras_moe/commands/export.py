@@ -33,6 +33,7 @@ def run(options: ExportOptions) -> Path:
             "`run_dir` must be the folder of a finished train-lm or train-mt. "
             f"Received: {options.run_dir!r}, without {runs.MODEL}. Train first."
         )
+    print(f"Exporting {folder / runs.MODEL} ...", flush=True)
     model = keras.saving.load_model(folder / runs.MODEL)
     text = None
     if (folder / VOCABULARY).is_file() and not options.ids:

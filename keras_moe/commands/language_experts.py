@@ -1,37 +1,18 @@
 """Which experts serve which target language."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from keras_moe import telemetry
 from keras_moe.data.translation import split_direction, target_inputs
 
-_SHUFFLES = 20
 
-
-@dataclass(frozen=True, eq=False)
-class ExpertsByLanguage:
-    """Experts and target languages of one mixture, counted over test sentences.
-
-    Attributes:
-        counts: `(experts, languages)` float64: tokens of each language that each
-            expert took, the languages made equally large.
-        information: Float. Mutual information of expert and language, in nats.
-        shuffled: The same with the languages shuffled among the sentences.
-    """
-
-    counts: np.ndarray
-    information: float
-    shuffled: tuple[float, ...]
-
-    def report(self) -> dict:
-        """Figures for the report."""
-        return {
-            "mutual_information": self.information,
-            "shuffled_mean": float(np.mean(self.shuffled)),
-            "shuffled_max": max(self.shuffled),
-        }
+def information_report(found: telemetry.LabelInformation) -> dict:
+    """Figures of one mixture for the report."""
+    return {
+        "mutual_information": found.information,
+        "shuffled_mean": float(np.mean(found.shuffled)),
+        "shuffled_max": max(found.shuffled),
+    }
 
 
 def experts_by_language(model, corpus, options, sentences: int = 200) -> dict:
@@ -47,7 +28,8 @@ def experts_by_language(model, corpus, options, sentences: int = 200) -> dict:
         sentences: Int. Test pairs of each direction, at most. Defaults to `200`.
 
     Returns:
-        Dict of mixture name to `ExpertsByLanguage`.
+        Dict of mixture name to `telemetry.LabelInformation`; its counts are
+        `(experts, languages)`.
     """
     languages = corpus.target_languages
     mixtures = [layer for layer in model.moe_layers if layer.num_experts > 1]
@@ -60,21 +42,12 @@ def experts_by_language(model, corpus, options, sentences: int = 200) -> dict:
         sources, targets = (side[:sentences] for side in pairs)
         _count(model, mixtures, sources, targets, language, rows)
         labels += [languages.index(language)] * len(sources)
-    generator = np.random.default_rng(options.seed)
-    found = {}
-    for name, counted in rows.items():
-        table, label = np.stack(counted), np.array(labels)
-        counts = _by_label(table, label, len(languages))
-        shuffled = [
-            _by_label(table, generator.permutation(label), len(languages))
-            for _ in range(_SHUFFLES)
-        ]
-        found[name] = ExpertsByLanguage(
-            counts,
-            telemetry.mutual_information(counts),
-            tuple(map(telemetry.mutual_information, shuffled)),
+    return {
+        name: telemetry.label_information(
+            np.stack(counted), np.array(labels), len(languages), seed=options.seed
         )
-    return found
+        for name, counted in rows.items()
+    }
 
 
 def _count(model, mixtures, sources, targets, language, rows):
@@ -94,9 +67,3 @@ def _count(model, mixtures, sources, targets, language, rows):
                 rows[layer.name].append(
                     np.bincount(sentence[chosen], minlength=layer.num_experts)
                 )
-
-
-def _by_label(table, label, num_labels):
-    """`(sentences, E)` -> `(E, languages)`, each language with the same sum."""
-    counts = np.stack([table[label == i].sum(0) for i in range(num_labels)], axis=1)
-    return counts / np.maximum(counts.sum(0, keepdims=True), 1)

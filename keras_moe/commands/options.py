@@ -64,6 +64,16 @@ class TrainLMOptions:
     epochs: int = _option(3, "passes over the training text, at most")
     patience: int = _option(2, "epochs without a better validation before stopping")
     seed: int = _option(1, "random seed")
+    devices: int | None = _option(
+        None,
+        "devices of this machine to train on, each with its share of the experts: "
+        "GPUs if there are so many, else parts of the CPU; default: one",
+    )
+    workers: int | None = _option(
+        None,
+        "processes on this machine to train in, each with its share of the experts; "
+        "default: one",
+    )
     baseline: bool = _option(
         False, "also train a dense model of equal operations and compare"
     )
@@ -71,7 +81,15 @@ class TrainLMOptions:
     verbose: int = _option(1, "0 silent, 1 progress bar, 2 a line an epoch")
 
     # Options that may differ when an interrupted run goes on.
-    _FREE = ("output_dir", "overwrite", "verbose", "epochs", "baseline")
+    _FREE = (
+        "output_dir",
+        "overwrite",
+        "verbose",
+        "epochs",
+        "baseline",
+        "devices",
+        "workers",
+    )
 
     def settings(self) -> dict:
         """The options that make a run what it is; kept with its checkpoints."""
@@ -222,7 +240,9 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         name = "--" + item.name.replace("_", "-")
         text = item.metadata["help"]
         if item.type is bool or isinstance(item.default, bool):
-            parser.add_argument(name, action="store_true", help=text)
+            parser.add_argument(
+                name, action="store_true", default=argparse.SUPPRESS, help=text
+            )
             continue
         if item.default is None:
             # The text says what happens; "(default: None)" would not.

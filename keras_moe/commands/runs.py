@@ -1,6 +1,7 @@
 """The folder of a training run: its settings, its history, its checkpoints."""
 
 import csv
+import importlib.util
 import json
 import math
 import shutil
@@ -12,12 +13,18 @@ import keras
 from keras_moe import telemetry
 
 SETTINGS, HISTORY, MODEL = "settings.json", "history.csv", "model.keras"
+TENSORBOARD, USAGE_PICTURE = "tensorboard", "expert_usage.png"
 WEIGHTS, BACKUP, FINISHED = "best.weights.h5", "checkpoint", "finished.json"
 
 
-def prepare_folder(options) -> Path:
-    """Makes the output folder, or finds an earlier run of the same settings."""
-    folder = Path(options.output_dir)
+def prepare_folder(options, folder: Path | None = None) -> Path:
+    """Makes the output folder, or finds an earlier run of the same settings.
+
+    Args:
+        options: Those of the command.
+        folder: Where this process writes; None means `options.output_dir`.
+    """
+    folder = Path(options.output_dir) if folder is None else folder
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"`output_dir` must be a folder. Received: {str(folder)!r}, a file."
@@ -157,7 +164,10 @@ def train(model, folder, options, fit) -> float:
         epochs=options.epochs,
         shuffle=False,
         verbose=options.verbose,
-        callbacks=callbacks(folder, best, options.patience),
+        callbacks=[
+            *usage_callbacks(model, folder),
+            *callbacks(folder, best, options.patience),
+        ],
     )
     seconds = sum(row["seconds"] for row in read_history(folder))
     finished.write_text(json.dumps({"training_seconds": seconds}) + "\n")
@@ -171,6 +181,27 @@ def print_files(rows):
     print("\nFiles:")
     for path, text in rows:
         print(f"  {path!s:<44} {text}")
+
+
+def usage_callbacks(model, folder):
+    """What watches the experts, first, so that the history has its figures too."""
+    if not any(layer.num_experts > 1 for layer in model.moe_layers):
+        return []
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    return [
+        telemetry.ExpertUsage(
+            folder / TENSORBOARD, picture=folder / USAGE_PICTURE if drawn else None
+        )
+    ]
+
+
+def usage_files(folder):
+    """Those that `usage_callbacks` wrote, each with what it is."""
+    described = (
+        (folder / USAGE_PICTURE, "picture of the experts' load over the steps"),
+        (folder / TENSORBOARD, "balance and histograms: tensorboard --logdir"),
+    )
+    return [(path, text) for path, text in described if path.exists()]
 
 
 def callbacks(folder, best, patience):

@@ -2,20 +2,26 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_moe import data, models, serving
-from keras_moe.commands import pictures, runs
+from keras_moe import data, distribution, models, serving, telemetry
+from keras_moe.commands import devices, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.optimizers import FactoredAdam, WarmupInverseSquareRoot
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
+REPORT = "report.json"
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
+# Of the text in which the experts' contexts are looked up.
+_CONTEXT_LENGTH = 128
+_CONTEXT_TOKENS = 50_000
+_FREQUENT_WORDS = 100
 
 
 def run(options: TrainLMOptions) -> dict:
@@ -33,6 +39,9 @@ def run(options: TrainLMOptions) -> dict:
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
     runs.verify_numbers(options, _COUNTS)
+    if devices.launch_workers(options):
+        return json.loads((Path(options.output_dir) / REPORT).read_text())
+    strategy = devices.make_strategy(options)
     print("Reading the text ...", flush=True)
     corpus = _corpus(options)
     print(
@@ -40,18 +49,23 @@ def run(options: TrainLMOptions) -> dict:
         f"{corpus.valid.size:,} validation and {corpus.test.size:,} test tokens, vocabulary of "
         f"{len(corpus.vocabulary):,}."
     )
-    folder = runs.prepare_folder(options)
+    folder = runs.prepare_folder(
+        options, devices.own_folder(Path(options.output_dir), strategy)
+    )
     corpus.vocabulary.save(folder / VOCABULARY)
-    model, seconds = _train(options, corpus, folder, options.middle)
+    model, seconds = _train(options, corpus, folder, options.middle, strategy)
     report = _evaluate(model, corpus, options)
     report["training_seconds"] = round(seconds, 1)
     if options.baseline and options.middle == "moe":
         print("\nThe dense baseline of equal operations (one wide expert):")
-        dense, seconds = _train(options, corpus, folder / "baseline", "moe_1_wide")
+        dense, seconds = _train(
+            options, corpus, folder / "baseline", "moe_1_wide", strategy
+        )
         figures = _evaluate(dense, corpus, options)
         for name in ("test_perplexity", "valid_perplexity"):
             report[f"baseline_{name}"] = figures[name]
         report["baseline_training_seconds"] = round(seconds, 1)
+    print("Saving and exporting ...", flush=True)
     model.save(folder / runs.MODEL)
     saved_model = serving.export(
         model,
@@ -62,7 +76,10 @@ def run(options: TrainLMOptions) -> dict:
     if "expert_counts" in report:
         counts = np.array(report["expert_counts"])
         written += pictures.draw_load(counts, folder / "expert_load.png")
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    # On one device from here on, whatever it was trained on.
+    reloaded = keras.saving.load_model(folder / runs.MODEL)
+    written += _write_contexts(reloaded, corpus, folder)
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     _print_report(report)
     runs.print_files(
         [
@@ -70,11 +87,12 @@ def run(options: TrainLMOptions) -> dict:
             (saved_model, "SavedModel, for TF Serving: score, generate, routing"),
             (folder / VOCABULARY, "tokens in the order of their ids, with counts"),
             (folder / runs.HISTORY, "the logs of every epoch"),
-            (folder / "report.json", "the figures above"),
+            (folder / REPORT, "the figures above"),
             *written,
+            *runs.usage_files(folder),
         ]
     )
-    _show_reloaded(folder / runs.MODEL, corpus, options)
+    _show_reloaded(reloaded, corpus, options)
     return report
 
 
@@ -154,10 +172,14 @@ def _scaled(options, vocabulary_size):
     )
 
 
-def _train(options, corpus, folder, middle):
+def _train(options, corpus, folder, middle, strategy):
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
-    model = build_model(options, len(corpus.vocabulary), middle)
+    with devices.scope_of(strategy):
+        model = build_model(options, len(corpus.vocabulary), middle)
+    if strategy is not None:
+        tokens = options.batch_size * options.sequence_length
+        print(distribution.describe(model, tokens))
     train = corpus.dataset("train", options.batch_size, options.sequence_length)
 
     def fit(announce, **arguments):
@@ -181,6 +203,7 @@ def _evaluation_stream(corpus, split, options):
 
 def _evaluate(model, corpus, options):
     """Perplexities, and the experts' load as true counts over the test text."""
+    print("Evaluating ...", flush=True)
     report = {"unigram_test_perplexity": 0.0}
     for split in ("valid", "test"):
         logs = model.evaluate(
@@ -197,6 +220,32 @@ def _evaluate(model, corpus, options):
             report["load_cv"] = logs[f"{layer.name}_load_cv"]
             report["expert_counts"] = layer.balance.counts().numpy().tolist()
     return report
+
+
+def _write_contexts(model, corpus, folder):
+    """What each expert takes of the test text (table 9): HTML, text and CSV."""
+    vocabulary = corpus.vocabulary
+    if not any(layer.num_experts > 1 for layer in model.moe_layers):
+        return []
+    rows, time = _EVALUATION_BATCH_SIZE, _CONTEXT_LENGTH
+    stream = corpus.dataset("test", rows, time).take(_CONTEXT_TOKENS // (rows * time))
+    names = np.array(["", *vocabulary.tokens[1:]], dtype=object)
+    # The experts' choice is measured against the word itself, if it is frequent.
+    frequent = np.minimum(np.arange(len(names)), _FREQUENT_WORDS)
+    shown = telemetry.ExpertSpecialisation(
+        stream.map(lambda tokens, *_: tokens),
+        words=lambda tokens: names[tokens.numpy()],
+        labels=lambda tokens: frequent[tokens.numpy()],
+        label_name="word (rare ones taken together)",
+    )
+    model.reset_state()
+    found = shown.analyze(model)
+    model.reset_state()
+    return [
+        (path, "what each expert takes, by its largest gates")
+        for path in shown.write(found, folder)
+        if path.suffix == ".html"
+    ]
 
 
 def _print_report(report):
@@ -216,9 +265,8 @@ def _print_report(report):
     print(f"Training took {report['training_seconds']:.0f} s.")
 
 
-def _show_reloaded(path, corpus, options):
+def _show_reloaded(model, corpus, options):
     """Samples from the model as it was saved, and shows its experts at work."""
-    model = keras.saving.load_model(path)
     vocabulary = corpus.vocabulary
     prompt = vocabulary.encode(["<eos>"])[np.newaxis]
     print("\nSampled from the reloaded model:")

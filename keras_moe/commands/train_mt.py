@@ -9,7 +9,10 @@ import tensorflow as tf
 
 from keras_moe import data, models, serving, telemetry
 from keras_moe.commands import pictures, runs
-from keras_moe.commands.language_experts import experts_by_language
+from keras_moe.commands.language_experts import (
+    experts_by_language,
+    information_report,
+)
 from keras_moe.commands.options import TrainMTOptions
 from keras_moe.data.translation import split_direction, target_inputs
 from keras_moe.optimizers import WarmupInverseSquareRoot
@@ -54,8 +57,10 @@ def run(options: TrainMTOptions) -> dict:
         dense, seconds = _train(options, corpus, vocabulary, dense_folder, "moe_1_wide")
         report["baseline"] = _evaluate(dense, corpus, options, dense_folder)
         report["baseline"]["training_seconds"] = round(seconds, 1)
+    print("Saving and exporting ...", flush=True)
     model.save(folder / runs.MODEL)
     saved_model = serving.export(model, folder / "saved_model")
+    print("Drawing attention and experts ...", flush=True)
     written = _draw(model, corpus, options, report, folder)
     (folder / "report.json").write_text(
         json.dumps(report, indent=2, ensure_ascii=False) + "\n"
@@ -69,6 +74,7 @@ def run(options: TrainMTOptions) -> dict:
             (folder / runs.HISTORY, "the logs of every epoch"),
             (folder / "report.json", "the figures above, and the translations"),
             *written,
+            *runs.usage_files(folder),
         ]
     )
     return report
@@ -161,6 +167,7 @@ def _train(options, corpus, vocabulary, folder, middle):
     model = build_model(options, vocabulary, middle)
 
     def fit(announce, callbacks, **arguments):
+        print("Encoding the pairs ...", flush=True)
         train, steps = _dataset(corpus, "train", vocabulary, options)
         valid = _known(*_dataset(corpus, "valid", vocabulary, options))
         announce(steps)
@@ -208,6 +215,7 @@ def _target(direction):
 def _evaluate(model, corpus, options, folder):
     """Perplexity, and BLEU and chrF of each direction of the test set."""
     report: dict = {"parameters": model.count_params(), "directions": {}}
+    print("Evaluating ...", flush=True)
     for split in ("valid", "test"):
         dataset = _known(*_dataset(corpus, split, model.vocabulary, options))
         logs = model.evaluate(dataset, verbose=0, return_dict=True)
@@ -221,6 +229,9 @@ def _evaluate(model, corpus, options, folder):
         sources = sources[: options.test_sentences]
         targets = targets[: options.test_sentences]
         language = _target(direction)
+        print(
+            f"Translating {len(sources):,} test sentences, {direction} ...", flush=True
+        )
         start = time.perf_counter()
         found = model.translate(
             sources,
@@ -254,7 +265,7 @@ def _draw(model, corpus, options, report, folder: Path):
     languages = corpus.target_languages
     tables = experts_by_language(model, corpus, options)
     for name, table in tables.items():
-        report[f"{name}_experts_and_languages"] = table.report()
+        report[f"{name}_experts_and_languages"] = information_report(table)
         written += pictures.draw_experts_by_language(
             table.counts, languages, name, folder / f"{name}_by_language.png"
         )

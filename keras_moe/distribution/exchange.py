@@ -124,6 +124,49 @@ def from_experts(
     return _moved(all_to_all(blocks), route.positions, route.slots)
 
 
+def over_columns(
+    values: tf.Tensor,
+    num_rows: tf.Tensor,
+    num_replicas: int,
+    function: Callable[[tf.Tensor], tf.Tensor],
+    filling: float,
+    all_to_all: Callable[[tf.Tensor], tf.Tensor],
+) -> tf.Tensor:
+    """Applies a function to columns that run over the rows of all replicas.
+
+    Every replica takes a share of the columns, whole, and sends back what the
+    function says of them: 1 / R of what gathering all values would move.
+
+    Args:
+        values: `(N, E)` float, the rows of this replica.
+        num_rows: `(R,)` int32, N of every replica.
+        num_replicas: R.
+        function: `(rows, columns)` -> bool of that shape.
+        filling: Value of rows and columns that pad the blocks.
+        all_to_all: `(R, L, C)` -> `(R, L, C)`.
+
+    Returns:
+        `(N, E)` bool. No gradient.
+    """
+    num_columns = values.shape[1]
+    share = -(-num_columns // num_replicas)
+    length = tf.maximum(tf.reduce_max(num_rows), 1)
+    num_own = tf.shape(values)[0]
+    blocks = tf.pad(
+        tf.stop_gradient(values),
+        [[0, length - num_own], [0, num_replicas * share - num_columns]],
+        constant_values=filling,
+    )  # (L, R * C)
+    blocks = tf.transpose(tf.reshape(blocks, [-1, num_replicas, share]), [1, 0, 2])
+    received = tf.ensure_shape(all_to_all(blocks), (num_replicas, None, share))
+    answers = function(tf.reshape(received, [-1, share]))
+    # Collectives move numbers, not truth values.
+    answers = tf.reshape(tf.cast(answers, values.dtype), [num_replicas, -1, share])
+    answers = tf.transpose(all_to_all(answers), [1, 0, 2])  # (L, R, C)
+    answers = tf.reshape(answers, [-1, num_replicas * share])
+    return answers[:num_own, :num_columns] > 0.5
+
+
 def _moved(x, index, inverse):
     """Rows of `x` at `index`; the gradient gathers too, at `inverse`.
 

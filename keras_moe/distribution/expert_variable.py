@@ -33,6 +33,7 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
     def __init__(self, strategy: Any, values: list, shards: Shards):
         super().__init__(strategy, values, tf.VariableAggregation.NONE)
         self.shards = shards
+        self._gather: Any = None
 
     @property
     def shape(self) -> tf.TensorShape:
@@ -73,7 +74,9 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
         per_replica = strategy.experimental_distribute_values_from_function(
             lambda context: next(values).read_value()
         )
-        return strategy.gather(per_replica, axis=0)
+        if self._gather is None:  # traced once, not at every read
+            self._gather = tf.function(lambda value: strategy.gather(value, axis=0))
+        return self._gather(per_replica)
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         raise ValueError(

@@ -223,6 +223,7 @@ def make_slot(
             trainable=False,
             name=name,
         )
+    slot.slot_of = variable
     return compatibility.track_weight(optimizer, slot)
 
 

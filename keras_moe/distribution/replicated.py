@@ -6,7 +6,13 @@ from typing import Any
 import tensorflow as tf
 
 from keras_moe import placement
-from keras_moe.distribution import compatibility, exchange, optimization, training
+from keras_moe.distribution import (
+    compatibility,
+    exchange,
+    optimization,
+    repairs,
+    training,
+)
 from keras_moe.distribution.expert_variable import ExpertVariable
 from keras_moe.distribution.topology import Shards, make_shards
 
@@ -26,6 +32,9 @@ class ReplicatedPlacement(placement.Placement):
     def __init__(self, strategy: Any):
         self._strategy = weakref.ref(strategy)
         self.num_replicas = strategy.num_replicas_in_sync
+        # Set when the first experts are sharded: losses are then those of the
+        # global batch.
+        self.has_experts = False
 
     @property
     def strategy(self) -> Any:
@@ -39,6 +48,7 @@ class ReplicatedPlacement(placement.Placement):
 
     def add_expert_weight(self, layer, shape, initializer, name, together=1):
         shards = make_shards(shape[0], self.num_replicas, together)
+        self.has_experts = True
         with compatibility.layer_name_scope(layer):
             variable = ExpertVariable(
                 initializer,
@@ -61,16 +71,32 @@ class ReplicatedPlacement(placement.Placement):
             )
         return optimization.make_slot(optimizer, variable, name, shape=shape)
 
-    def run_experts(self, experts, expert_inputs, counts):
-        shards = self._shards_of(experts)
-        if shards is None:  # every replica has all experts
-            return experts(expert_inputs, counts=counts)
+    def at_home(self, owner, rows, counts, function):
+        shards = self._shards_of(owner)
+        if shards is None:  # every replica has all of them
+            return function(rows, counts, self.num_before(tf.shape(rows)[0]))
         self._verify_graph()
         all_counts = self.gather(counts)
+        own = shards.experts_of(self.replica)
+        before = tf.reduce_sum(all_counts[:, : own.start])
         route = exchange.make_route(all_counts, shards, self.replica)
-        rows = exchange.to_experts(expert_inputs, route, self._all_to_all)
-        outputs = experts(rows, counts=route.counts)
-        return exchange.from_experts(outputs, route, self._all_to_all)
+        arrived = exchange.to_experts(rows, route, self._all_to_all)
+        answers = function(arrived, route.counts, before)
+        return exchange.from_experts(answers, route, self._all_to_all)
+
+    def own_entries(self, num_entries):
+        return make_shards(num_entries, self.num_replicas).experts_of(self.replica)
+
+    def over_columns(self, values, function, filling):
+        self._verify_graph()
+        return exchange.over_columns(
+            values,
+            self.gather(tf.shape(values)[0]),
+            self.num_replicas,
+            function,
+            filling,
+            lambda blocks: compatibility.all_to_all(self.strategy, blocks),
+        )
 
     def _shards_of(self, experts) -> Shards | None:
         for variable in experts.weights:
@@ -108,6 +134,14 @@ class ReplicatedPlacement(placement.Placement):
             return tf.ensure_shape(received, blocks.shape), self._all_to_all
 
         return run(blocks)
+
+    def local_variable(self, value, shape):
+        device = self.strategy.extended.worker_devices[
+            compatibility.local_replica(self.strategy)
+        ]
+        with tf.init_scope(), tf.device(device):
+            # Not by way of the strategy, which would make one for each replica.
+            return compatibility.ResourceVariable(value(), shape=shape, trainable=False)
 
     def sum(self, value):
         self._verify_graph()
@@ -169,5 +203,6 @@ def placement_of(strategy: Any) -> placement.Placement:
         )
     optimization.install()
     training.install()
+    repairs.install()
     _placements[strategy] = ReplicatedPlacement(strategy)
     return _placements[strategy]

@@ -93,7 +93,7 @@ def shard_bytes(shards: Shards, shape: tuple, itemsize: int) -> np.ndarray:
 
 
 def exchange_bytes(
-    num_tokens: int, k: float, features: int, itemsize: int, num_replicas: int
+    num_tokens: int, k: float, features: float, itemsize: int, num_replicas: int
 ) -> int:
     """Bytes that leave a replica in one training step of one mixture.
 

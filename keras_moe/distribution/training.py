@@ -17,6 +17,7 @@ def install() -> None:
     global _installed
     if not _installed:
         _install_losses()
+        _install_means()
         _install_refusals()
     _installed = True
 
@@ -65,6 +66,66 @@ def _install_losses():
 
     kind.add_loss, kind._get_own_losses = add_loss, _get_own_losses
     kind._clear_losses = _clear_losses
+
+
+def _install_means():
+    """Makes a mean over the batch that over the global batch.
+
+    Keras takes the mean on every replica and then that of the replicas. Where
+    they have different numbers of examples, or of tokens that are not masked, this
+    is not the mean of all.
+    """
+    module = compatibility.loss_module
+    stock = module.reduce_weighted_values
+
+    def reduce_weighted_values(
+        values,
+        sample_weight=None,
+        mask=None,
+        reduction="sum_over_batch_size",
+        dtype=None,
+    ):
+        place = placement.for_call()
+        reduction = module.standardize_reduction(reduction)
+        if (
+            not getattr(place, "has_experts", False)
+            or tf.executing_eagerly()
+            or reduction in (None, "none")
+            or values.shape.rank == 0
+        ):
+            return stock(values, sample_weight, mask, reduction, dtype)
+
+        def total(of):
+            return tf.cast(stock(of, sample_weight, mask, "sum", dtype), tf.float32)
+
+        divisor = tf.constant(1.0)
+        if reduction == "mean_with_sample_weight":
+            divisor = total(tf.ones_like(values))
+        elif reduction != "sum":
+            divisor = _num_counted(values, mask)
+        own = total(values)
+        whole, divisor = tf.unstack(
+            place.sum(tf.stack([tf.stop_gradient(own), divisor]))
+        )
+        if reduction == "sum":
+            divisor = tf.constant(1.0)
+        # The value is that of the global batch on every replica, so that what Keras
+        # reports is; the gradient is that of the examples here.
+        own = tf.math.divide_no_nan(own, divisor)
+        share = tf.math.divide_no_nan(whole, divisor) / place.num_replicas
+        return tf.cast(own + tf.stop_gradient(share - own), values.dtype)
+
+    module.reduce_weighted_values = reduce_weighted_values
+
+
+def _num_counted(values, mask):
+    """How many values the mean is over: all, or those that are not masked."""
+    count = tf.cast(tf.size(values), tf.float32)
+    if mask is None:
+        return count
+    mask = tf.cast(mask, tf.float32)
+    size = tf.cast(tf.size(mask), tf.float32)
+    return tf.math.divide_no_nan(count, size) * tf.reduce_sum(mask)
 
 
 def _install_refusals():

@@ -16,6 +16,7 @@ from keras_moe.functional.dispatch import (
     combine,
     dispatch,
     expert_capacity,
+    gates_of_rows,
     make_capacity_plan,
     make_dispatch_plan,
     make_gating_result,
@@ -36,13 +37,14 @@ from keras_moe.functional.hierarchical import (
 from keras_moe.functional.losses import (
     cv_squared,
     expert_counts,
+    gate_entropy,
     importance,
     importance_loss,
     load,
     load_loss,
     max_over_mean,
 )
-from keras_moe.functional.random import normal_rows
+from keras_moe.functional.random import normal_rows, uniform_rows
 from keras_moe.functional.recurrent import (
     MoELSTMResult,
     lstm_step,
@@ -66,6 +68,8 @@ __all__ = [
     "expert_capacity",
     "expert_counts",
     "feed_forward_experts",
+    "gate_entropy",
+    "gates_of_rows",
     "hierarchical_gates",
     "hierarchical_load",
     "importance",
@@ -93,5 +97,6 @@ __all__ = [
     "tokens_per_expert",
     "top_k_gating",
     "unbiased_candidates",
+    "uniform_rows",
     "verify_recurrent_gating",
 ]

@@ -7,7 +7,7 @@ learned. Both are constants to the gradient.
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 from keras_moe.functional.gating import as_gate_logits
 
 
@@ -65,6 +65,10 @@ def batchwise_mask(gates: tf.Tensor, m: tf.Tensor | int) -> tf.Tensor:
     """
     gates = _verify_gates(gates)
     columns_EN = tf.transpose(gates)
+    if placement.for_call().static_shapes:
+        order = tf.argsort(columns_EN, axis=-1, direction="DESCENDING", stable=True)
+        ranks = tf.argsort(order, axis=-1)  # the inverse permutation
+        return tf.transpose(ranks < tf.cast(m, tf.int32))
     num_experts, num_tokens = tf.unstack(tf.shape(columns_EN))
     m = tf.minimum(tf.cast(m, tf.int32), num_tokens)
     _, tokens_Em = tf.math.top_k(columns_EN, k=m)
@@ -129,7 +133,10 @@ def masked_gating(logits: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
 
 def threshold_loss(
-    gates: tf.Tensor, thresholds: tf.Tensor, m: tf.Tensor | int
+    gates: tf.Tensor,
+    thresholds: tf.Tensor,
+    m: tf.Tensor | int,
+    selected: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Trains the thresholds to select what the batchwise mask selects.
 
@@ -148,9 +155,13 @@ def threshold_loss(
         gates: `(N, E)` float, the softmax gates of all tokens.
         thresholds: `(E,)` float.
         m: Tokens of each expert, an int or a scalar int32 tensor.
+        selected: `(N, E)` bool, the batchwise mask, where it is known already or
+            belongs to a larger batch of which `gates` is a part. None takes
+            `batchwise_mask(gates, m)`. Defaults to `None`.
 
     Returns:
-        `()` float32 or float64, the sum over tokens and experts, at least 0.
+        `()` float32 or float64, the sum over tokens and experts, at least 0 if
+        `selected` is the mask of `gates`.
 
     Raises:
         ValueError: `gates` is not of rank 2, or `thresholds` does not fit.
@@ -160,8 +171,10 @@ def threshold_loss(
     """
     gates = tf.stop_gradient(_verify_gates(gates))
     thresholds = _verify_thresholds(thresholds, gates)
+    if selected is None:
+        selected = batchwise_mask(gates, m)
     excess = tf.cast(threshold_mask(gates, thresholds), gates.dtype) - tf.cast(
-        batchwise_mask(gates, m), gates.dtype
+        selected, gates.dtype
     )
     return tf.reduce_sum(excess * (gates - thresholds))
 

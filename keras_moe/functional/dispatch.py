@@ -5,9 +5,11 @@
 counted. `dispatch` and `combine` take either.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 from keras_moe.functional import losses
 from keras_moe.types import DispatchPlan, GateStatistics, GatingResult
 
@@ -90,6 +92,11 @@ def make_dispatch_plan(
             f"it. Received: expert_indices.shape={expert_indices.shape}, "
             f"token_indices={'None' if token_indices is None else 'given'}."
         )
+    if placement.for_call().static_shapes:
+        # The placement lays out the rows itself, from the chosen experts.
+        counts = losses.expert_counts(expert_indices, num_experts)
+        nothing: Any = None
+        return DispatchPlan(nothing, counts, nothing, expert_indices, tf.constant(0))
     flat_experts = tf.reshape(expert_indices, [-1])
     order = tf.argsort(flat_experts, stable=True)
     if token_indices is None:
@@ -221,6 +228,28 @@ def dispatch(inputs: tf.Tensor, plan: DispatchPlan) -> tf.Tensor:
     return _gather_or_zero(inputs, plan.token_indices)
 
 
+def gates_of_rows(gates: tf.Tensor, plan: DispatchPlan) -> tf.Tensor:
+    """The gate of every row, in the order of the rows.
+
+    Args:
+        gates: Float, shape of `plan.positions`.
+        plan: A dropless plan.
+
+    Returns:
+        `(M,)`, the gate of the assignment in each row of `dispatch(inputs, plan)`.
+
+    Raises:
+        ValueError: The plan has a capacity: rows may be empty.
+    """
+    if plan.token_indices.shape.rank != 1:
+        raise ValueError(
+            "`plan` must be dropless. Received: a plan with a capacity, "
+            f"token_indices.shape={plan.token_indices.shape}."
+        )
+    inverse = _inverse_permutation(tf.reshape(plan.positions, [-1]))
+    return tf.gather(tf.reshape(gates, [-1]), inverse)
+
+
 def combine(
     expert_outputs: tf.Tensor, gates: tf.Tensor, plan: DispatchPlan, num_tokens=None
 ) -> tf.Tensor:
@@ -290,8 +319,7 @@ def _combine_fixed_k(expert_outputs, gates, plan):
         def grad(dy):
             # Each row of the experts has exactly one reader, so the gradient
             # is a gather: no scatter, no atomics.
-            inverse = _inverse_permutation(tf.reshape(plan.positions, [-1]))
-            gates_M = tf.gather(tf.reshape(gates_NK, [-1]), inverse)
+            gates_M = gates_of_rows(gates_NK, plan)
             dy_MD = tf.gather(dy, plan.token_indices)
             d_gates_M = tf.reduce_sum(dy_MD * rows_MD, axis=1)
             d_gates = tf.gather(d_gates_M, plan.positions)

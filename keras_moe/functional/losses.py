@@ -7,7 +7,7 @@ batch, over every replica, before they are squared.
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 
 _EPSILON = 1e-10
 
@@ -32,11 +32,7 @@ def importance(
     Reference:
         Shazeer et al. 2017, equation 6.
     """
-    # One small matrix product would need a dense (N, E) array; a segment sum
-    # touches the K chosen gates only. Negative ids are dropped by the op.
-    return tf.math.unsorted_segment_sum(
-        tf.reshape(gates, [-1]), tf.reshape(expert_indices, [-1]), num_experts
-    )
+    return placement.for_call().sum_by_expert(gates, expert_indices, num_experts)
 
 
 def load(prob_in_top_k: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
@@ -71,8 +67,8 @@ def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
     Returns:
         `(E,)` int32. No gradient.
     """
-    flat = tf.reshape(expert_indices, [-1])
-    return tf.math.unsorted_segment_sum(tf.ones_like(flat), flat, num_experts)
+    ones = tf.ones_like(expert_indices)
+    return placement.for_call().sum_by_expert(ones, expert_indices, num_experts)
 
 
 def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
@@ -155,3 +151,35 @@ def max_over_mean(values: tf.Tensor) -> tf.Tensor:
     """
     values = tf.cast(values, tf.float32)
     return tf.math.divide_no_nan(tf.reduce_max(values), tf.reduce_mean(values))
+
+
+def gate_entropy(
+    gates: tf.Tensor, num_tokens: tf.Tensor | int, mask: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """How undecided a gate is: the entropy of each token's gates, summed.
+
+    $\\sum_{x \\in X} -\\sum_i G(x)_i \\log G(x)_i$
+
+    0 where one expert has the whole weight, `log(k)` where k share it equally.
+
+    Args:
+        gates: Float, `(N, K)`, or `(M,)` where tokens have different numbers of
+            experts. A gate of 0 counts nothing.
+        num_tokens: N.
+        mask: `(N,)` bool or None. False marks padding, which is left out. For
+            `gates` of shape `(M,)`, whose padding has no assignments, it is only
+            counted.
+
+    Returns:
+        entropy: `()`, dtype of `gates`, in nats.
+        tokens: `()` int32, how many tokens that is the sum of.
+
+    Reference:
+        Shannon 1948, "A mathematical theory of communication".
+    """
+    terms = -tf.math.xlogy(gates, gates)
+    if mask is None:
+        return tf.reduce_sum(terms), tf.cast(num_tokens, tf.int32)
+    if gates.shape.rank == 2:
+        terms = tf.where(mask[:, tf.newaxis], terms, tf.zeros_like(terms))
+    return tf.reduce_sum(terms), tf.reduce_sum(tf.cast(mask, tf.int32))

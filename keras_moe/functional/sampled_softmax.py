@@ -43,9 +43,10 @@ def unbiased_candidates(drawn, expected_counts, vocabulary_size):
 def sampled_cross_entropy(inputs, kernel, bias, targets, candidates, expected_counts):
     """Cross-entropy with the normalizer estimated from candidates.
 
-    $L_n = \\log\\Big(e^{s_{n,t_n}} + \\sum_{c \\in C, c \\ne t_n} e^{s_{n,c}} / q_c\\Big)
-    - s_{n,t_n}$ with scores $s = x W^T + b$, targets t, candidates C, and the
-    expected number of times $q_c$ that c is drawn. The sum in the logarithm is an
+    $L_n = \\log\\left(e^{s_{n,t_n}} +
+    \\sum_{c \\in C, c \\ne t_n} e^{s_{n,c}} / q_c\\right) - s_{n,t_n}$ with
+    scores $s = x W^T + b$, targets t, candidates C, and the expected number of times
+    $q_c$ that c is drawn. The sum in the logarithm is an
     unbiased estimate of the full normalizer. With every word among the candidates
     and $q = 1$ this is the full cross-entropy.
 

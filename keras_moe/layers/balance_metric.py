@@ -7,11 +7,15 @@ test step, in the same graph, and there the statistics are added up. Prediction
 and export never ask, so they contain no trace of it.
 """
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
 from keras_moe import functional, placement
 from keras_moe.types import GateStatistics
+
+_TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
 
 
 class BalanceMetric(keras.metrics.Metric):
@@ -38,15 +42,32 @@ class BalanceMetric(keras.metrics.Metric):
         self._importance = self.add_variable((num_experts,), "zeros", "float64")
         self._counts = self.add_variable((num_experts,), "zeros", "float64")
         self._overflow = self.add_variable((), "zeros", "float64")
+        self._entropy = self.add_variable((), "zeros", "float64")
+        self._tokens = self.add_variable((), "zeros", "float64")
         # By replica: replicas are threads that share this object.
         self._pending = {}
 
-    def record(self, statistics: GateStatistics, overflow: tf.Tensor) -> None:
-        """Takes note of one call of the layer, without writing a variable."""
+    def record(
+        self,
+        statistics: GateStatistics,
+        overflow: tf.Tensor,
+        entropy: tuple[tf.Tensor, tf.Tensor] | None = None,
+    ) -> None:
+        """Takes note of one call of the layer, without writing a variable.
+
+        Args:
+            statistics: `GateStatistics` of the call.
+            overflow: `()` int32, assignments dropped.
+            entropy: Those of `functional.gate_entropy`, or None where the gates of
+                single tokens are not known.
+        """
+        entropy_sum, num_tokens = (0.0, 0) if entropy is None else entropy
         new = [
             tf.cast(tf.stop_gradient(statistics.importance), tf.float64),
             tf.cast(statistics.counts, tf.float64),
             tf.cast(overflow, tf.float64),
+            tf.cast(tf.stop_gradient(entropy_sum), tf.float64),
+            tf.cast(num_tokens, tf.float64),
         ]
         pending = self._take_pending()
         if pending is not None:  # the layer is called more than once in a step
@@ -82,6 +103,31 @@ class BalanceMetric(keras.metrics.Metric):
         self._fold()
         return tf.convert_to_tensor(self._counts)
 
+    def totals(self) -> dict[str, Any]:
+        """What was added up since the last reset, over all replicas.
+
+        Outside of a step only. On several workers all must ask together.
+
+        Returns:
+            Dict of `importance` and `counts`, `(num_experts,)` float64; `overflow`,
+            assignments dropped; `entropy`, the sum of the entropies of `tokens`
+            tokens' gates, both 0 where they are not known.
+        """
+        self._fold()
+        return {
+            name: tf.convert_to_tensor(variable).numpy()
+            for name, variable in zip(_TOTALS, self._sums(), strict=True)
+        }
+
+    def _sums(self):
+        return (
+            self._importance,
+            self._counts,
+            self._overflow,
+            self._entropy,
+            self._tokens,
+        )
+
     def reset_state(self):
         self._pending.clear()
         super().reset_state()
@@ -89,9 +135,7 @@ class BalanceMetric(keras.metrics.Metric):
     def _fold(self):
         pending = self._take_pending()
         if pending is not None:
-            for variable, value in zip(
-                (self._importance, self._counts, self._overflow), pending, strict=True
-            ):
+            for variable, value in zip(self._sums(), pending, strict=True):
                 variable.assign(variable + value)
 
     def _take_pending(self):
@@ -116,7 +160,10 @@ def _current_graph():
 
 
 def add_balance(
-    layer: keras.layers.Layer, statistics: GateStatistics, overflow: tf.Tensor
+    layer: keras.layers.Layer,
+    statistics: GateStatistics,
+    overflow: tf.Tensor,
+    entropy: tuple[tf.Tensor, tf.Tensor] | None = None,
 ) -> None:
     """Adds the balancing losses of one call, and hands its statistics on.
 
@@ -125,12 +172,24 @@ def add_balance(
             and, with several experts, the `BalanceMetric` `balance`.
         statistics: `GateStatistics` of the call.
         overflow: `()` int32, assignments dropped.
+        entropy: Those of `functional.gate_entropy`, if known.
     """
-    importance, load = statistics.importance, statistics.load
+    importance, load, counts = statistics
     place = placement.for_call()
     if place.num_replicas > 1 and layer.num_experts > 1:
         # Over the global batch: the squared variation is not linear.
-        importance, load = tf.unstack(place.sum(tf.stack([importance, load])))
+        counts = tf.cast(counts, importance.dtype)
+        importance, load, counts = tf.unstack(
+            place.sum(tf.stack([importance, load, counts]))
+        )
+        # Each replica notes its share: its own figures are then those of all, and
+        # so is the sum over the replicas, which Python reads.
+        statistics = GateStatistics(
+            *(
+                tf.cast(x, tf.float64) / place.num_replicas
+                for x in (importance, load, counts)
+            )
+        )
     if layer.importance_loss_weight:
         layer.add_loss(
             functional.importance_loss(importance, layer.importance_loss_weight)
@@ -138,4 +197,4 @@ def add_balance(
     if layer.load_loss_weight:
         layer.add_loss(functional.load_loss(load, layer.load_loss_weight))
     if layer.num_experts > 1:  # a single expert has nothing to balance
-        layer.balance.record(statistics, overflow)
+        layer.balance.record(statistics, overflow, entropy)

@@ -6,207 +6,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional, placement
-from keras_moe.layers.gating import NoisyTopKGating, _Gating
-from keras_moe.layers.initializers import PerExpertInitializer
+from keras_moe import checks, placement
+from keras_moe.layers.balance_metric import add_balance
+from keras_moe.layers.experts import FeedForwardExperts
+from keras_moe.layers.group_exchange import mix_at_groups
+from keras_moe.layers.hierarchical_gating import (
+    HierarchicalGating,
+    verify_groups,
+    verify_two_ks,
+    with_primary_gating,
+)
 from keras_moe.layers.moe import MoE
-from keras_moe.types import GatingResult
-
-
-@keras.saving.register_keras_serializable(package="keras_moe")
-class HierarchicalGating(_Gating):
-    """A gate (router) of two levels: k1 groups, then k2 experts in each.
-
-    $G(x)_{i,j} = G_{primary}(x)_i \\cdot G_i(x)_j$ (equation 12). A token meets
-    the primary gate over the groups and the secondary gates of its own groups
-    only, so the cost grows with `num_groups + k1 * group size` and not with the
-    number of experts.
-
-    The secondary gates are noisy top-k gates, one for each group, with their
-    weights stacked. Used inside `HierarchicalMoE`.
-
-    Args:
-        num_groups: Int. Groups, which share the experts equally.
-        k: Two ints: groups for each token, and experts in each group. Defaults
-            to `(2, 2)`.
-        num_experts: Int or None. Number of experts of all groups; None takes it
-            from the experts of the surrounding layer. Defaults to `None`.
-        primary_gating: The gate over the groups, a layer that returns a
-            `GatingResult`; its own `k` then counts. None means
-            `NoisyTopKGating(k[0])`. Defaults to `None`.
-        noise_epsilon: Float. Least standard deviation of the secondary noise.
-            Defaults to `1e-2`.
-        gate_initializer: Initial value of the secondary `gate_kernel`. Defaults
-            to `"zeros"`.
-        noise_initializer: Initial value of the secondary `noise_kernel`.
-            Defaults to `"zeros"`.
-        seed: Int or None. Seed of the secondary noise. Defaults to `None`.
-
-    Call arguments:
-        inputs: Float tensor `(tokens, features)`.
-        mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
-            statistics.
-        training: Bool. True adds the noise, on both levels.
-
-    Input shape:
-        `(tokens, features)`.
-
-    Output shape:
-        A `GatingResult`: gates `(tokens, k1 * k2)` float32, the dispatch plan,
-        the statistics over all experts.
-
-    Losses and state:
-        Weights of the primary gate; `gate_kernel` and `noise_kernel`, each
-        `(num_groups, features, group size)`. No losses. The load is that of
-        equation 14 in training, a hard count otherwise.
-
-    Raises:
-        ValueError: `num_experts` is not a multiple of `num_groups`; `k` is not
-            two ints within the number of groups and their size; the primary
-            gate has another number of experts than `num_groups`.
-
-    Example:
-
-    >>> gating = keras_moe.layers.HierarchicalGating(4, k=(2, 1), num_experts=12)
-    >>> gates, plan, *_ = gating(np.ones((3, 8), "float32"))
-    >>> gates.shape.as_list()
-    [3, 2]
-
-    Reference:
-        Shazeer et al. 2017, appendix B.
-    """
-
-    def __init__(
-        self,
-        num_groups: int,
-        k: Sequence[int] = (2, 2),
-        num_experts: int | None = None,
-        *,
-        primary_gating: keras.layers.Layer | None = None,
-        noise_epsilon: float = 1e-2,
-        gate_initializer: Any = "zeros",
-        noise_initializer: Any = "zeros",
-        seed: int | None = None,
-        **kwargs: Any,
-    ):
-        num_groups = checks.verify_positive_int(num_groups, "num_groups")
-        noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
-        k = _verify_two_ks(k)
-        super().__init__(num_experts, gate_initializer=gate_initializer, **kwargs)
-        if primary_gating is None:
-            primary_gating = NoisyTopKGating(k[0], dtype=self.dtype_policy)
-        self.num_groups = num_groups
-        self.k = k
-        self.primary_gating = primary_gating
-        self.noise_epsilon = noise_epsilon
-        self.noise_initializer = keras.initializers.get(noise_initializer)
-        self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
-        # The secondary gates see as many rows as the primary gate sends them.
-        self.supports_jit = False
-        _share_num_groups(primary_gating, num_groups)
-
-    def _verify_against_num_experts(self):
-        _verify_groups(self.num_experts, self.num_groups, self.k)
-
-    def _add_kernel(self, name, features, initializer):
-        return self.add_weight(
-            name=name,
-            shape=(self.num_groups, features, self.num_experts // self.num_groups),
-            initializer=PerExpertInitializer(initializer),
-        )
-
-    def build(self, input_shape):
-        placement.verify_one_device(self)
-        super().build(input_shape)
-        self.noise_kernel = self._add_kernel(
-            "noise_kernel", input_shape[-1], self.noise_initializer
-        )
-        if not self.primary_gating.built:
-            self.primary_gating.build(input_shape)
-
-    def call(self, inputs, mask=None, training=None) -> GatingResult:
-        primary = self.primary_gating(inputs, mask=mask, training=training)
-        plan = primary.plan
-        rows = functional.dispatch(inputs, plan)  # (M, D), sorted by group
-        row_mask = None if mask is None else tf.gather(mask, plan.token_indices)
-        groups = tf.repeat(tf.range(self.num_groups), plan.counts)
-        gates, indices, load = self._secondary(
-            rows, groups, plan.counts, row_mask, training
-        )
-        # From rows sorted by group to pairs in the order of the tokens.
-        pairs = tf.reshape(plan.positions, [-1])
-        gates, expert_indices = functional.hierarchical_gates(
-            tf.reshape(primary.gates, [-1]),
-            tf.gather(groups, pairs),
-            tf.gather(gates, pairs),
-            tf.gather(indices, pairs),
-            self.num_experts // self.num_groups,
-        )
-        if load is not None:
-            load = functional.hierarchical_load(
-                primary.statistics.load, load, primary.statistics.counts
-            )
-        tokens = None
-        if plan.positions.shape.rank == 1:
-            tokens = tf.repeat(tf.gather(plan.token_indices, pairs), self.k[1])
-            shape = tf.constant([-1])
-        else:
-            shape = tf.constant([-1, plan.positions.shape[1] * self.k[1]])
-        result = functional.make_gating_result(
-            tf.reshape(gates, shape),
-            tf.reshape(expert_indices, shape),
-            self.num_experts,
-            token_indices=tokens,
-            load=load,
-            mask=mask,
-        )
-        return result._replace(auxiliary_losses=primary.auxiliary_losses)
-
-    def _secondary(self, rows, groups, counts, row_mask, training):
-        """Gates and experts within the group of every row; smooth load or None."""
-        kernels = [tf.convert_to_tensor(self.gate_kernel)]
-        if training:
-            kernels.append(tf.convert_to_tensor(self.noise_kernel))
-        logits = functional.feed_forward_experts(
-            rows, [tf.concat(kernels, axis=-1)], None, counts
-        )
-        k = self.k[1]
-        if not training:
-            gates, indices = functional.top_k_gating(logits, k)
-            return gates, indices, None
-        clean, raw_noise = tf.split(logits, 2, axis=-1)
-        stddev = functional.noise_stddev(raw_noise, self.noise_epsilon)
-        noise = keras.random.normal(
-            tf.shape(clean), dtype=self.compute_dtype, seed=self.seed_generator
-        )
-        noisy = functional.noisy_logits(clean, stddev, noise)
-        largest = None
-        if k < self.num_experts // self.num_groups:
-            largest = functional.largest_logits(noisy, k)
-            probs = functional.prob_in_top_k(clean, noisy, stddev, k, largest)
-        else:  # every expert of a chosen group takes the token
-            probs = tf.ones_like(clean)
-        gates, indices = functional.top_k_gating(noisy, k, largest=largest)
-        if row_mask is not None:
-            groups = tf.where(row_mask, groups, -1)
-        load = tf.math.unsorted_segment_sum(probs, groups, self.num_groups)
-        return gates, indices, load
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_groups": self.num_groups,
-            "k": list(self.k),
-            "primary_gating": keras.saving.serialize_keras_object(self.primary_gating),
-            "noise_epsilon": self.noise_epsilon,
-            "noise_initializer": keras.initializers.serialize(self.noise_initializer),
-            "seed": self.seed,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**_with_primary_gating(config))
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -253,6 +63,10 @@ class HierarchicalMoE(MoE):
     Losses and state:
         As for `MoE`.
 
+    On several devices each group lives on one of them with its secondary gate:
+    the primary gate sends a token to its groups, and the secondary gate, the
+    experts and their sum run there (section 3.1).
+
     Raises:
         ValueError: As for `MoE`; the number of experts is not a multiple of
             `num_groups`; `k` is not two ints within the number of groups and
@@ -285,9 +99,9 @@ class HierarchicalMoE(MoE):
         **kwargs: Any,
     ):
         num_groups = checks.verify_positive_int(num_groups, "num_groups")
-        k = _verify_two_ks(k)
+        k = verify_two_ks(k)
         if hasattr(experts, "num_experts"):
-            _verify_groups(experts.num_experts, num_groups, k)
+            verify_groups(experts.num_experts, num_groups, k)
         # A policy of the layer, if given, is that of its gates too.
         gating = HierarchicalGating(
             num_groups, k, primary_gating=primary_gating, dtype=kwargs.get("dtype")
@@ -305,6 +119,50 @@ class HierarchicalMoE(MoE):
         self.k = k
         self.primary_gating = primary_gating
 
+    def build(self, input_shape):
+        num_replicas = placement.for_weights().num_replicas
+        if num_replicas > 1 and not isinstance(self.experts, FeedForwardExperts):
+            raise ValueError(
+                "`experts` of HierarchicalMoE must be FeedForwardExperts on several "
+                "devices, which hold one group's weights together. Received: "
+                f"{type(self.experts).__name__} on {num_replicas} replicas. Use "
+                "FeedForwardExperts, or `MoE`."
+            )
+        if isinstance(self.experts, FeedForwardExperts):
+            self._keep_groups_together(num_replicas)
+        super().build(input_shape)
+
+    def _keep_groups_together(self, num_replicas):
+        group_size = self.num_experts // self.num_groups
+        if (
+            num_replicas > 1
+            and self.experts.built
+            and self.experts.group_size != group_size
+        ):
+            raise ValueError(
+                "`experts` must not be built before the HierarchicalMoE on several "
+                "devices, which then may split groups. Received: experts built in "
+                f"groups of {self.experts.group_size}, {group_size} experts a group. "
+                "Pass them unbuilt."
+            )
+        self.experts.group_size = group_size
+
+    def _mix(self, tokens, mask, training):
+        if placement.for_call().num_replicas == 1:
+            return super()._mix(tokens, mask, training)
+        if self.on_routing is not None:
+            raise ValueError(
+                f"{self.name}: the routing of a hierarchical mixture is not known on "
+                "the device of a token. Received: recorded_routing on "
+                f"{placement.for_call().num_replicas} replicas. Record it outside of "
+                "`strategy.run`."
+            )
+        outputs, statistics, losses = mix_at_groups(self, tokens, training)
+        add_balance(self, statistics, tf.constant(0))
+        for loss in losses:
+            self.add_loss(loss)
+        return outputs, None
+
     def get_config(self):
         config = super().get_config()
         del config["gating"]
@@ -318,54 +176,6 @@ class HierarchicalMoE(MoE):
 
     @classmethod
     def from_config(cls, config):
-        config = _with_primary_gating(config)
+        config = with_primary_gating(config)
         experts = keras.saving.deserialize_keras_object(config["experts"])
         return cls(**{**config, "experts": experts})
-
-
-def _with_primary_gating(config):
-    primary = config.get("primary_gating")
-    if isinstance(primary, dict):
-        primary = keras.saving.deserialize_keras_object(primary)
-    return {**config, "primary_gating": primary}
-
-
-def _verify_two_ks(k):
-    if not isinstance(k, Sequence) or len(k) != 2:
-        raise ValueError(
-            "`k` must be two ints: groups for each token, and experts in each "
-            f"group. Received: k={k!r}."
-        )
-    return (checks.verify_k(k[0]), checks.verify_k(k[1]))
-
-
-def _verify_groups(num_experts, num_groups, k):
-    if num_experts % num_groups:
-        raise ValueError(
-            "`num_experts` must be a multiple of `num_groups`. Received: "
-            f"num_experts={num_experts}, num_groups={num_groups}. Every group has "
-            "the same number of experts."
-        )
-    group_size = num_experts // num_groups
-    if k[0] > num_groups or k[1] > group_size:
-        raise ValueError(
-            "`k` must be at most the number of groups and their size. Received: "
-            f"k={tuple(k)}, num_groups={num_groups}, {group_size} experts a group. "
-            "Lower `k` or add experts."
-        )
-
-
-def _share_num_groups(primary_gating, num_groups):
-    if not isinstance(primary_gating, keras.layers.Layer):
-        raise ValueError(
-            "`primary_gating` must be a layer that returns a "
-            f"keras_moe.types.GatingResult. Received: {primary_gating!r}."
-        )
-    stated = getattr(primary_gating, "num_experts", None)
-    if stated is None:
-        primary_gating.num_experts = num_groups
-    elif stated != num_groups:
-        raise ValueError(
-            "`primary_gating` must gate as many experts as there are groups. "
-            f"Received: primary_gating.num_experts={stated}, num_groups={num_groups}."
-        )

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.noise import Dropout
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import (
@@ -141,9 +142,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         )
         self.num_sampled = num_sampled
         self.softmax = self._make_softmax()
-        self.dropouts = [
-            keras.layers.Dropout(dropout) for _ in range(len(self.stack) + 1)
-        ]
+        self.dropouts = [Dropout(dropout) for _ in range(len(self.stack) + 1)]
         self._stream_state = StreamState()
         self._traced_functions = TracedFunctions()
 

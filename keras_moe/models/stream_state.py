@@ -1,58 +1,94 @@
 """Recurrent states carried from batch to batch of a stream."""
 
+from functools import partial
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_moe import placement
+
+_ONE_SIZE = (
+    "A stateful MoELanguageModel needs batches of one size within a stream. "
+    "Received: rows of the batch before and of this one"
+)
+
 
 class StreamState:
     """Variables that hold the states of recurrent layers between batches.
 
-    They are plain `tf.Variable`s outside Keras' tracking: states belong to a
-    stream, not to the model, and are never saved with it. Their number of rows
-    is that of the stream's first batch.
+    They are outside Keras' tracking: states belong to a stream, not to the model,
+    and are never saved with it. Their number of rows is that of the stream's first
+    batch. On several devices each carries the states of its own rows.
     """
 
     def __init__(self):
-        self._variables: list[tf.Variable] = []
-        self._started: Any = None
+        # For each replica whether a stream has started, and its states.
+        self._started: dict[Any, Any] = {}
+        self._variables: dict[Any, list] = {}
 
     def read(self, initial_state):
         """The states to go on with, or `initial_state` at the start of a stream."""
         zeros = tf.nest.flatten(initial_state)
-        if self._started is None:
-            with tf.init_scope():  # out of the function that is being traced
-                self._started = tf.Variable(False, trainable=False)
-                self._variables = [
-                    tf.Variable(
-                        tf.zeros((0, each.shape[-1]), each.dtype),
-                        shape=(None, each.shape[-1]),
-                        trainable=False,
-                    )
-                    for each in zeros
-                ]
+        replica, place = placement.current_replica(), placement.for_call()
+        if place.static_shapes:
+            return tf.nest.pack_sequence_as(initial_state, self._read_static(zeros))
+        if replica not in self._started:
+            self._started[replica] = place.local_variable(lambda: False, ())
+            self._variables[replica] = [
+                place.local_variable(
+                    partial(tf.zeros, (0, each.shape[-1]), each.dtype),
+                    (None, each.shape[-1]),
+                )
+                for each in zeros
+            ]
         # Not told from the number of rows: TensorFlow's graph optimizer infers
         # that number from the shapes that follow, and takes the wrong branch.
-        started = self._started.read_value()
+        started = self._started[replica].read_value()
         state = [
             _carried_or_zero(started, variable.read_value(), each)
-            for variable, each in zip(self._variables, zeros, strict=True)
+            for variable, each in zip(self._variables[replica], zeros, strict=True)
         ]
         return tf.nest.pack_sequence_as(initial_state, state)
 
+    def _read_static(self, zeros):
+        """The same where shapes are static: each number of rows has variables."""
+        place, rows = placement.for_call(), zeros[0].shape[0]
+        if rows not in self._started:
+            self._started[rows] = place.local_variable(lambda: False, ())
+            self._variables[rows] = [
+                place.local_variable(
+                    partial(tf.zeros, each.shape, each.dtype), each.shape
+                )
+                for each in zeros
+            ]
+        others = [
+            tf.debugging.Assert(tf.logical_not(started.read_value()), [_ONE_SIZE, rows])
+            for other, started in self._started.items()
+            if other != rows
+        ]
+        with tf.control_dependencies([check for check in others if check is not None]):
+            started = tf.identity(self._started[rows].read_value())
+        return [
+            tf.where(started, variable.read_value(), each)
+            for variable, each in zip(self._variables[rows], zeros, strict=True)
+        ]
+
     def write(self, state):
         """Stores the states to go on with. No gradient goes further back."""
-        self._started.assign(True)
+        replica = placement.current_replica()
+        if placement.for_call().static_shapes:
+            replica = tf.nest.flatten(state)[0].shape[0]
+        self._started[replica].assign(True)
         for variable, value in zip(
-            self._variables, tf.nest.flatten(state), strict=True
+            self._variables[replica], tf.nest.flatten(state), strict=True
         ):
             variable.assign(tf.stop_gradient(value))
 
     def reset(self):
         """Marks the start of a stream."""
-        if self._started is not None:
-            self._started.assign(False)
+        for started in self._started.values():
+            started.assign(False)
 
 
 def _carried_or_zero(started, carried, zeros):
@@ -60,8 +96,7 @@ def _carried_or_zero(started, carried, zeros):
     same_size = tf.debugging.Assert(
         tf.logical_not(started) | (rows == batch_size),
         [
-            "A stateful MoELanguageModel needs batches of one size within a "
-            "stream. Received: rows of the batch before and of this one",
+            _ONE_SIZE,
             rows,
             batch_size,
             "Use `TextCorpus.dataset`, batch with drop_remainder=True, call "

@@ -11,6 +11,7 @@ from keras_moe import checks
 from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.noise import Dropout
 from keras_moe.layers.routing import recorded_routing, routing_arrays
 from keras_moe.models.parts import (
     TracedFunctions,
@@ -181,7 +182,7 @@ class MoETranslator(Decoding, keras.Model):
         return keras.layers.Embedding(self.vocabulary_size, self.units, name=name)
 
     def _make_dropouts(self, layers):
-        return [keras.layers.Dropout(self.dropout) for _ in range(len(layers) + 1)]
+        return [Dropout(self.dropout) for _ in range(len(layers) + 1)]
 
     @property
     def moe_layers(self) -> list[MoE]:

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.data import Vocabulary
+from keras_moe.serving.one_device import one_device_copy
 from keras_moe.serving.signatures import signatures_of
 from keras_moe.serving.text import TextCodec
 from keras_moe.serving.warmup import verify_warmup, write_warmup
@@ -57,6 +58,10 @@ def export(
       Padding is never drawn, nor, with `text`, the unknown word. The same seed
       gives the same text.
 
+    A model of a `tf.distribute` strategy, its experts sharded or not, gives the same
+    SavedModel as one that was built without. With several processes all of them must
+    call this function, since each holds some of the experts; the chief writes.
+
     A `MoETranslator` has `translate`, see
     `keras_moe.serving.translate.translation_signatures`.
 
@@ -99,6 +104,9 @@ def export(
         )
     if isinstance(text, Vocabulary):
         text = TextCodec(text)
+    model, writes = one_device_copy(model)
+    if not writes:
+        return target
     module = tf.Module()
     module.weights = [variable.value for variable in model.variables]
     if text is not None:

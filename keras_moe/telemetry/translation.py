@@ -1,8 +1,6 @@
-"""Scores of translations, and which experts serve which language."""
+"""Scores of translations."""
 
 from collections.abc import Sequence
-
-import numpy as np
 
 # Written without blanks: words cannot be told apart, so BLEU counts characters.
 _WITHOUT_BLANKS = ("ja", "jpn", "zh", "zho", "cmn", "th", "tha")
@@ -56,34 +54,3 @@ def translation_scores(
         found[name] = metric.corpus_score(list(hypotheses), [list(references)]).score
         found[f"{name}_signature"] = str(metric.get_signature())
     return found
-
-
-def mutual_information(counts: np.ndarray) -> float:
-    """Mutual information of two things that were counted together, in nats.
-
-    $I = \\sum_{e,l} p(e,l) \\log \\frac{p(e,l)}{p(e) p(l)}$
-
-    Args:
-        counts: `(experts, languages)`, how often each pair occurred.
-
-    Returns:
-        Float, from 0 (independent) to the smaller of the two entropies.
-
-    Raises:
-        ValueError: `counts` is not a matrix, or is empty or negative.
-
-    Example:
-
-    >>> keras_moe.telemetry.mutual_information(np.ones((3, 2)))
-    0.0
-    """
-    counts = np.asarray(counts, np.float64)
-    if counts.ndim != 2 or not counts.sum() > 0 or counts.min() < 0:
-        raise ValueError(
-            "`counts` must be a matrix of counts that are not all 0. Received: shape "
-            f"{counts.shape}, sum {counts.sum()}. Count at least one token."
-        )
-    joint = counts / counts.sum()
-    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    seen = joint > 0
-    return float(np.sum(joint[seen] * np.log(joint[seen] / independent[seen])))

@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,6 +35,65 @@ def run(module: str, settings: dict, timeout: float = 400):
         timeout=timeout,
     )
     return result_of(done.stdout, done.stderr)
+
+
+def start_workers(
+    module: str, settings: dict, num_workers: int = 2, directory: Path | None = None
+) -> list[subprocess.Popen]:
+    """Starts the processes of a cluster on loopback, output to files."""
+    ports = free_ports(num_workers)
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    workers = []
+    for index in range(num_workers):
+        task = {"type": "worker", "index": index}
+        config = json.dumps({"cluster": cluster, "task": task})
+        output = subprocess.PIPE
+        if directory is not None:
+            output = open(directory / f"worker_{index}.txt", "w")  # noqa: SIM115
+        workers.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    f"tests.distribution.{module}",
+                    json.dumps(settings),
+                ],
+                cwd=ROOT,
+                env=environment(TF_CONFIG=config),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return workers
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that no process listens on just now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def run_workers(module: str, settings: dict, num_workers=2, timeout: float = 500):
+    """What each process of a cluster printed after `RESULT`, parsed."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        workers = start_workers(module, settings, num_workers, directory)
+        end = time.monotonic() + timeout
+        try:
+            for worker in workers:
+                worker.wait(max(end - time.monotonic(), 1))
+        finally:
+            for worker in workers:
+                worker.kill()
+        outputs = [
+            (directory / f"worker_{index}.txt").read_text()
+            for index in range(num_workers)
+        ]
+    return [result_of(output, "") for output in outputs]
 
 
 def result_of(stdout: str, stderr: str):

@@ -7,11 +7,30 @@ from tests.distribution import children
 pytestmark = pytest.mark.slow
 
 SGD = {"optimizer": "SGD", "options": {"learning_rate": 0.5}}
-ADAM = {"optimizer": "Adam", "options": {"learning_rate": 0.01}}
+RATE = {"learning_rate": 0.01}
+ADAM = {"optimizer": "Adam", "options": RATE}
+FLAT, HIERARCHICAL, BALANCED = (
+    {"layer": layer} for layer in ("flat", "hierarchical", "balanced")
+)
+SEVEN = {"num_experts": 7}
+
+OPTIMIZERS = [
+    {"optimizer": "AdamW", "options": {**RATE, "weight_decay": 0.05, "use_ema": True}},
+    {"optimizer": "Adafactor", "options": RATE},
+    {"optimizer": "RMSprop", "options": RATE},
+    {"optimizer": "Lion", "options": {"learning_rate": 0.003}},
+    {"optimizer": "Nadam", "options": RATE},
+    {"optimizer": "Ftrl", "options": {"learning_rate": 0.1}},
+    {"optimizer": "LossScaleOptimizer", "options": RATE},
+]
+CLIPPED = [
+    {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}},
+    {"optimizer": "SGD", "options": {"learning_rate": 0.5, "clipnorm": 0.05}},
+    {"optimizer": "Adam", "options": {**RATE, "gradient_accumulation_steps": 4}},
+]
 
 
-def assert_equal(num_devices, cases):
-    results = children.run("child", {"devices": num_devices, "cases": cases})
+def assert_equal(cases, results):
     for case, result in zip(cases, results, strict=True):
         assert result["start"] == 0.0, case
         # The run must have learned something, or its end says nothing.
@@ -20,16 +39,43 @@ def assert_equal(num_devices, cases):
         assert result["weights"] <= 1e-5, (case, result)
 
 
+def assert_equal_on_devices(num_devices, cases):
+    assert_equal(cases, children.run("child", {"devices": num_devices, "cases": cases}))
+
+
 @pytest.mark.parametrize("num_devices", [2, 3, 4])
-def test_flat_mixture_trains_as_on_one_device(num_devices):
-    assert_equal(num_devices, [SGD, {**ADAM, "num_experts": 7}])
+def test_mixtures_train_as_on_one_device(num_devices):
+    assert_equal_on_devices(
+        num_devices,
+        [
+            SGD,
+            {**ADAM, **SEVEN},
+            {**ADAM, **HIERARCHICAL},
+            {**SGD, **HIERARCHICAL, **SEVEN},
+        ],
+    )
+
+
+def test_balanced_gates_see_the_global_batch():
+    assert_equal_on_devices(
+        3, [{**ADAM, **BALANCED}, {**ADAM, **BALANCED, **SEVEN, "mask": True}]
+    )
+
+
+@pytest.mark.parametrize("cases", [OPTIMIZERS[:4], OPTIMIZERS[4:]], ids=["1", "2"])
+def test_every_optimizer(cases):
+    assert_equal_on_devices(2, cases)
+
+
+def test_clipping_and_accumulation_act_on_the_global_gradient():
+    assert_equal_on_devices(2, CLIPPED)
 
 
 def test_factored_state_is_sharded_as_the_experts_are():
     # All rank-2 weights factored too: their state is the same on every device.
     everything = {"optimizer": "FactoredAdam", "options": {"factored": ["kernel"]}}
     clipped = {"learning_rate": 0.01, "global_clipnorm": 0.05}
-    assert_equal(
+    assert_equal_on_devices(
         2,
         [
             {"optimizer": "FactoredAdam", "options": clipped, "use_bias": True},
@@ -38,5 +84,51 @@ def test_factored_state_is_sharded_as_the_experts_are():
     )
 
 
-def test_more_devices_than_experts():
-    assert_equal(3, [{**ADAM, "num_experts": 2}])
+def test_synchronized_normalization_before_and_after():
+    assert_equal_on_devices(
+        2, [{**ADAM, "normalized": True}, {**ADAM, **HIERARCHICAL, "normalized": True}]
+    )
+
+
+def test_batches_that_do_not_divide():
+    # The last batch of each pass has 5 rows, then 1: two devices have none.
+    assert_equal_on_devices(
+        3,
+        [
+            {**ADAM, "examples": 29, "mask": True, "use_bias": True},
+            {**ADAM, **SEVEN, "examples": 25},
+            {**ADAM, **HIERARCHICAL, "examples": 25},
+        ],
+    )
+
+
+def test_more_devices_than_experts_or_groups():
+    assert_equal_on_devices(
+        3,
+        [
+            {**ADAM, "num_experts": 2},
+            {**ADAM, **HIERARCHICAL, "num_experts": 2},
+        ],
+    )
+
+
+def test_translation_models():
+    # Rows of different lengths: replicas have different numbers of tokens.
+    assert_equal_on_devices(
+        2, [{**ADAM, **HIERARCHICAL, "model": "translation", "steps": 10}]
+    )
+
+
+def test_several_processes():
+    cases = [
+        {**ADAM, **SEVEN},
+        {**SGD, **HIERARCHICAL},
+        {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}, **BALANCED},
+        {**ADAM, "normalized": True},
+    ]
+    for results in children.run_workers("child", {"devices": 1, "cases": cases}):
+        assert_equal(cases, results)
+
+
+def test_many_steps_do_not_hang():
+    assert_equal_on_devices(4, [{**SGD, "steps": 100, "repeats": 4}])

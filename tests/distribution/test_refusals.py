@@ -16,14 +16,8 @@ class Two(placement.Placement):
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (lambda: layers.BalancedGating(k=1, num_experts=2), "BalancedGating"),
         (lambda: layers.MoELSTM(3, 4), "MoELSTM"),
-        (
-            lambda: layers.HierarchicalMoE(
-                layers.FeedForwardExperts(4, 3), 2, k=(1, 1)
-            ),
-            "HierarchicalGating",
-        ),
+        (lambda: layers.ExpertList([keras.layers.Dense(3)]), "ExpertList"),
     ],
 )
 def test_layers_of_one_device_refuse_several(make, name, monkeypatch):
@@ -40,6 +34,14 @@ def test_capacity_is_refused_on_several_devices(monkeypatch):
     layer = layers.MoE(layers.FeedForwardExperts(4, 3), capacity_factor=2.0)
     with pytest.raises(ValueError, match=r"capacity_factor=2.0 on 2 replicas"):
         layer.build(tf.TensorShape((None, 3)))
+
+
+def test_hierarchical_mixture_of_other_experts_is_refused(monkeypatch):
+    monkeypatch.setattr(placement, "for_weights", Two)
+    experts = layers.ExpertList([keras.layers.Dense(3) for _ in range(4)])
+    layer = layers.HierarchicalMoE(experts, 2, k=(1, 1))
+    with pytest.raises(ValueError, match=r"Received: ExpertList on 2 replicas"):
+        layer.build((None, 3))
 
 
 def test_a_factor_over_sharded_experts_is_refused():

@@ -7,25 +7,47 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+EXPERIMENTS = sorted((EXAMPLES / "paper").glob("e[0-9]_*.py"))
 WITH_QUICK = [
-    path for path in sorted(EXAMPLES.rglob("*.py")) if '"--quick"' in path.read_text()
+    path
+    for path in sorted(EXAMPLES.rglob("*.py"))
+    if '"--quick"' in path.read_text() and path.stem != "experiment"
 ]
+
+
+@pytest.fixture(scope="module")
+def shared_folder(tmp_path_factory):
+    """Where experiments find the runs of those before."""
+    return tmp_path_factory.mktemp("experiments")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", WITH_QUICK, ids=lambda p: p.stem)
 def test_quick_mode_runs(script, tmp_path):
+    assert run_quickly(script, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiments_run(script, shared_folder):
+    printed = run_quickly(script, shared_folder)
+    assert "| seed | arm |" in printed
+    assert "seed 0: " in printed  # a check and what it found
+
+
+def run_quickly(script, folder):
     ran = subprocess.run(
         [sys.executable, str(script), "--quick"],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.strip()
+    return ran.stdout.strip()
 
 
 def test_there_are_scripts_to_run():
     names = {path.stem for path in WITH_QUICK}
     assert {"balance_losses", "hierarchical_benchmark", "recompute_memory"} <= names
+    assert [path.stem[:2] for path in EXPERIMENTS] == [f"e{i}" for i in range(1, 9)]

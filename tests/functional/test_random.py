@@ -10,13 +10,15 @@ from keras_moe import functional
 
 @pytest.mark.parametrize("width", [1, 3, 4, 7, 8])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_rows_are_those_of_the_whole_draw(width, dtype):
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_rows_are_those_of_the_whole_draw(width, dtype, kind):
     seed = tf.constant([1701, 3], tf.int64)
     generator = keras.random.SeedGenerator(1701)
     for _ in range(4):  # the generator counts its draws: 0, 1, 2, 3
-        whole = keras.random.normal((50, width), dtype=dtype, seed=generator).numpy()
+        whole = getattr(keras.random, kind)((50, width), dtype=dtype, seed=generator)
+    whole = whole.numpy()
     for first, count in ((0, 50), (0, 1), (13, 20), (49, 1), (17, 0)):
-        rows = functional.normal_rows(seed, first, count, width, dtype)
+        rows = getattr(functional, f"{kind}_rows")(seed, first, count, width, dtype)
         assert rows.dtype == dtype
         np.testing.assert_array_equal(rows, whole[first : first + count])
     assert not np.array_equal(whole[:25], whole[25:])

@@ -1,0 +1,105 @@
+"""The devices and processes that a command trains on."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from keras_moe import checks, distribution
+
+
+def launch_workers(options: Any) -> bool:
+    """Starts the command again in several processes, if it is to run so.
+
+    Args:
+        options: Those of the command, with `workers`, `devices` and `output_dir`.
+
+    Returns:
+        Whether this process has only waited for others, and has nothing to do.
+
+    Raises:
+        ValueError: A number is below 1, both are given, or a process failed.
+    """
+    for name in ("workers", "devices"):
+        if getattr(options, name) is not None:
+            checks.verify_positive_int(getattr(options, name), name)
+    if options.workers is None or "TF_CONFIG" in os.environ:
+        return False
+    if options.devices is not None:
+        raise ValueError(
+            "`devices` and `workers` exclude each other. Received: "
+            f"devices={options.devices}, workers={options.workers}. Leave one out."
+        )
+    folder = Path(options.output_dir)
+    logs = folder.with_name(f"{folder.name}_logs")
+    print(
+        f"Starting {options.workers} processes; all but the first write to {logs}.",
+        flush=True,
+    )
+    status = distribution.launch(
+        ["-m", "keras_moe", *sys.argv[1:]], options.workers, logs
+    )
+    if status:
+        raise ValueError(
+            f"A process of `workers` failed. Received: exit status {status}. See its "
+            f"output above or in {logs}; the same command goes on from the last "
+            "finished epoch."
+        )
+    return True
+
+
+def make_strategy(options: Any) -> Any:
+    """The strategy of a command's options; None for one device.
+
+    Must come before TensorFlow touches its devices.
+
+    Raises:
+        ValueError: The CPU can no longer be split.
+    """
+    if options.workers is not None:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if options.devices is None or options.devices == 1:
+        return None
+    gpus = tf.config.list_logical_devices("GPU") if _has_gpus(options) else []
+    if gpus:
+        names = [device.name for device in gpus[: options.devices]]
+    else:
+        _split_cpu(options.devices)
+        names = [f"CPU:{i}" for i in range(options.devices)]
+    return tf.distribute.MirroredStrategy(names)
+
+
+def scope_of(strategy: Any) -> contextlib.AbstractContextManager:
+    """The scope to build and compile a model in."""
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def own_folder(folder: Path, strategy: Any) -> Path:
+    """Where this process writes: the others write beside what the first writes."""
+    resolver = getattr(strategy, "cluster_resolver", None)
+    index = getattr(resolver, "task_id", None) or 0
+    return folder if index == 0 else folder.with_name(f"{folder.name}_worker_{index}")
+
+
+def _has_gpus(options):
+    return len(tf.config.list_physical_devices("GPU")) >= options.devices
+
+
+def _split_cpu(count):
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    present = tf.config.get_logical_device_configuration(cpu)
+    if present is not None and len(present) >= count:
+        return
+    try:
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * count
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"`devices` must be set before TensorFlow runs anything. Received: "
+            f"devices={count} in a process whose CPU is in use as one device. Start "
+            "the command in a process of its own."
+        ) from error

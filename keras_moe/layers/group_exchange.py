@@ -1,0 +1,102 @@
+"""A hierarchical mixture whose groups live on different devices."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_moe import functional, placement
+from keras_moe.types import GateStatistics
+
+
+def mix_at_groups(
+    layer: Any, tokens: tf.Tensor, training: bool | None
+) -> tuple[tf.Tensor, GateStatistics, tuple]:
+    """Runs each secondary mixture where its group lives (section 3.1).
+
+    The primary gate runs where the token is. A row travels once for each of its
+    groups, with its primary gate; the secondary gate, the experts and the sum over
+    them run at the group, and one row comes back.
+
+    Args:
+        layer: A built `HierarchicalMoE`.
+        tokens: `(N, D)`, those of this replica; no padding among them.
+        training: Whether the gates add their noise.
+
+    Returns:
+        outputs: `(N, output_units)`.
+        statistics: `GateStatistics` whose sum over the replicas is that of the
+            global batch: a replica knows its own experts, the rest is zero.
+        losses: Those of the primary gate.
+    """
+    gating, place = layer.gating, placement.for_call()
+    primary = gating.primary_gating(tokens, training=training)
+    plan = primary.plan
+    rows = functional.dispatch(tokens, plan)
+    gates = functional.gates_of_rows(primary.gates, plan)
+    # The gate travels in two columns: in half precision one would round it.
+    coarse = tf.cast(gates, rows.dtype)
+    fine = tf.cast(gates - tf.cast(coarse, gates.dtype), rows.dtype)
+    rows = tf.concat([rows, coarse[:, tf.newaxis], fine[:, tf.newaxis]], axis=1)
+    seen = {}
+
+    def secondary(rows, counts, first_row):
+        rows, coarse, fine = tf.split(rows, [rows.shape[1] - 2, 1, 1], axis=1)
+        gates = tf.cast(coarse, primary.gates.dtype) + tf.cast(
+            fine, primary.gates.dtype
+        )
+        outputs, seen["importance"], seen["load"], seen["counts"] = _mix_here(
+            layer, rows, gates[:, 0], first_row, counts, training
+        )
+        return outputs
+
+    answers = place.at_home(gating, rows, plan.counts, secondary)
+    outputs = functional.combine(
+        answers, tf.ones_like(primary.gates), plan, num_tokens=tf.shape(tokens)[0]
+    )
+    statistics = _spread(layer, place, primary.statistics, **seen)
+    return outputs, statistics, primary.auxiliary_losses
+
+
+def _mix_here(layer, rows, gates, first_row, counts, training):
+    """Answers `(M, output_units)` and the statistics of the groups that live here."""
+    gating = layer.gating
+    size = layer.num_experts // layer.num_groups
+    num_groups = gating.gate_kernel.shape[0]  # of those here; may be 0
+    num_experts = num_groups * size
+    groups = tf.repeat(tf.range(num_groups), counts)
+    secondary_gates, indices, load = gating.secondary(
+        tf.cast(rows, gating.compute_dtype),
+        groups,
+        counts,
+        training,
+        first_row=first_row,
+    )
+    gates, expert_indices = functional.hierarchical_gates(
+        gates, groups, secondary_gates, indices, size
+    )
+    # A replica without groups sees no rows. It runs the same operations, so that
+    # its exchanges come in the order of the others'.
+    result = functional.make_gating_result(gates, expert_indices, max(num_experts, 1))
+    inputs = functional.dispatch(rows, result.plan)
+    outputs = layer.experts(inputs, counts=result.plan.counts[:num_experts])
+    outputs = functional.combine(outputs, gates, result.plan)
+    importance = result.statistics.importance[:num_experts]
+    counts = result.statistics.counts[:num_experts]
+    if load is None:
+        load = tf.cast(counts, importance.dtype)
+    return outputs, importance, load, counts
+
+
+def _spread(layer, place, primary, importance, load, counts):
+    """Statistics over all experts, zero but for those that live here."""
+    own = place.own_entries(layer.num_groups)
+    size = layer.num_experts // layer.num_groups
+    if load.shape.rank == 2:  # smooth, of the secondary gates
+        sent = tf.reduce_sum(place.gather(primary.counts), axis=0)
+        load = functional.hierarchical_load(
+            place.sum(primary.load)[own.start : own.stop],
+            load,
+            sent[own.start : own.stop],
+        )
+    around = [[own.start * size, (layer.num_groups - own.stop) * size]]
+    return GateStatistics(*(tf.pad(x, around) for x in (importance, load, counts)))

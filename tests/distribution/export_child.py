@@ -1,0 +1,74 @@
+"""Exports models under MirroredStrategy, loads them, compares with Keras."""
+
+import json
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_moe
+from keras_moe.serving.signatures import signatures_of
+from tests.distribution import child
+
+
+def language_model():
+    model = keras_moe.models.MoELanguageModel(
+        child.VOCABULARY,
+        8,
+        middle=child.mixture(child.Case()),
+        stateful=True,
+    )
+    model.build((6, 4))
+    return model
+
+
+def answer(signature, tokens):
+    (argument,) = signature.structured_input_signature[1]
+    return signature(**{argument: tf.constant(tokens)})
+
+
+def main():
+    settings = json.loads(sys.argv[1])
+    child.start(settings["devices"])
+    strategy = child.strategy_of(settings["devices"])
+    results = {}
+    for name in ("flat", "hierarchical", "balanced", "language_model"):
+        if name == "language_model":
+            keras.utils.clear_session()
+            with strategy.scope():
+                model = language_model()
+        else:
+            model = child.build(child.Case(layer=name), strategy)
+            child.train(model, child.Case(layer=name), 3)
+        # Inside of the scope too, where users may well call it.
+        with strategy.scope():
+            path = keras_moe.serving.export(model, Path(settings["directory"]) / name)
+        loaded = tf.saved_model.load(str(path)).signatures
+        tokens = np.random.default_rng(1).integers(1, child.VOCABULARY, (5, 6))
+        tokens = tokens.astype("int32")
+        found = answer(loaded["serving_default"], tokens)["outputs"].numpy()
+        if name == "language_model":
+            state = model.initial_state(len(tokens))
+            expected = model.call_with_state(tokens, state)[0].numpy()
+        else:
+            expected = model.predict(tokens, verbose=0)
+        # As the sharded model itself says.
+        again = signatures_of(model, None)["routing"](tf.constant(tokens))
+        routed = answer(loaded["routing"], tokens)
+        results[name] = {
+            "apart": float(np.max(np.abs(found - expected))),
+            "largest": float(np.max(np.abs(found))),
+            "bytes": sum(p.stat().st_size for p in (path / "variables").iterdir()),
+            "expected_bytes": 4 * sum(v.numpy().size for v in model.variables),
+            "routing_apart": max(
+                float(np.max(np.abs(routed[k].numpy() - again[k].numpy())))
+                for k in again
+            ),
+        }
+    print("RESULT " + json.dumps(results), flush=True)
+
+
+if __name__ == "__main__":
+    main()
