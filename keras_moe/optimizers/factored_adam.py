@@ -240,6 +240,8 @@ class FactoredAdam(keras.optimizers.Adam):
         """Block by block of experts, so that no second array of the size of all
         their weights comes to be."""
         gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
+        # Summed over replicas it may have lost its shape.
+        gradient = tf.ensure_shape(gradient, variable.shape)
         target = variable.value if isinstance(variable, keras.Variable) else variable
         size = gradient.shape[0]
         block = _block_of(gradient.shape, gradient.dtype.size)
