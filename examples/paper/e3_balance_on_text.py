@@ -57,7 +57,9 @@ class TextArm:
         corpus = data.load_text_corpus(min_count=2)
         model = train_lm.build_model(options, len(corpus.vocabulary), "moe")
         shape = options.batch_size, options.sequence_length
-        model.fit(corpus.dataset("train", *shape).take(self.steps), verbose=0)
+        model.fit(
+            corpus.dataset("train", *shape).take(self.steps), shuffle=False, verbose=0
+        )
         # Few rows, so that little text begins from zero state.
         test = corpus.dataset("test", 8, options.sequence_length)
         test = test.take(self.evaluation_steps or -1)
