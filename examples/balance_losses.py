@@ -26,9 +26,15 @@ from keras_moe.commands.options import TrainLMOptions
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", default="runs/balance_losses")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--output-dir",
+        default="runs/balance_losses",
+        help="folder for everything written",
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=2, help="passes over the training text"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="random seed")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     arguments = parser.parse_args()
     folder = Path(arguments.output_dir)

@@ -5,6 +5,47 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
+from keras_moe._version import __version__
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m keras_moe",
+        description="Mixture-of-Experts layers for TensorFlow 2 and Keras 3.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"keras_moe {__version__}"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    from keras_moe.commands import options
+
+    for name, text, declared in (
+        (
+            "train-lm",
+            "train a Mixture-of-Experts language model, evaluate, export, sample",
+            options.TrainLMOptions,
+        ),
+        (
+            "train-mt",
+            "train a translation model with mixtures, translate, score, export",
+            options.TrainMTOptions,
+        ),
+        (
+            "export",
+            "export a trained model for TensorFlow Serving",
+            options.ExportOptions,
+        ),
+        (
+            "plan",
+            "plan a configuration of the paper on a cluster, by arithmetic",
+            options.PlanOptions,
+        ),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text}.")
+        options.add_options(command, declared)
+    return parser
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.
@@ -15,29 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0 on success, 2 for bad arguments or input.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m keras_moe",
-        description="Mixture-of-Experts layers for TensorFlow 2 and Keras 3.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train_lm = commands.add_parser(
-        "train-lm",
-        help="train a Mixture-of-Experts language model, evaluate, export, sample",
-    )
-    train_mt = commands.add_parser(
-        "train-mt",
-        help="train a translation model with mixtures, translate, score, export",
-    )
-    export = commands.add_parser(
-        "export", help="export a trained model for TensorFlow Serving"
-    )
-    # Options are declared without TensorFlow, so that --help answers at once.
+    arguments = vars(make_parser().parse_args(argv))
     from keras_moe.commands import options
 
-    options.add_options(train_lm, options.TrainLMOptions)
-    options.add_options(train_mt, options.TrainMTOptions)
-    options.add_options(export, options.ExportOptions)
-    arguments = vars(parser.parse_args(argv))
     command = arguments.pop("command")
     job: Callable[[], object]
     if command == "train-lm":
@@ -48,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         from keras_moe.commands import export as export_command
 
         job = partial(export_command.run, options.ExportOptions(**arguments))
+    elif command == "plan":
+        from keras_moe.commands import plan as plan_command
+
+        job = partial(plan_command.run, options.PlanOptions(**arguments))
     else:
         from keras_moe.commands import train_mt as train_mt_command
 
@@ -58,10 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted. The same command goes on from the last finished epoch.",
-            file=sys.stderr,
-        )
+        resumes = " The same command goes on from the last finished epoch."
+        print(f"\nInterrupted.{resumes * (command != 'export')}", file=sys.stderr)
         return 130
     return 0
 

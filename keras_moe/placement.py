@@ -17,6 +17,8 @@ class Placement:
 
     num_replicas = 1
     replica = 0
+    # Whether only operations of static shapes are at hand; then `mix` is used.
+    static_shapes = False
 
     def add_expert_weight(
         self, layer: Any, shape: tuple, initializer: Any, name: str, together: int = 1
@@ -34,6 +36,29 @@ class Placement:
             The Keras variable. In Python it reads and is set as all experts.
         """
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
+
+    def add_group_weight(
+        self, layer: Any, shape: tuple, initializer: Any, name: str
+    ) -> Any:
+        """Adds a gate's weight stacked over groups, which lives where they do."""
+        return self.add_expert_weight(layer, shape, initializer, name)
+
+    def add_slot(self, optimizer: Any, variable: Any, shape: tuple, name: str) -> Any:
+        """Adds optimizer state that has another shape than its weight.
+
+        Args:
+            optimizer: The Keras optimizer that owns it.
+            variable: The weight it belongs to.
+            shape: Shape of the state of the whole weight. Where experts are
+                sharded, the first axis is that of the experts.
+            name: Name of the state.
+
+        Returns:
+            A Keras variable of zeros, placed where the weight is.
+        """
+        strategy = tf.distribute.get_strategy()
+        with strategy.extended.colocate_vars_with(variable.value):
+            return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
 
     def at_home(
         self,
@@ -103,6 +128,48 @@ class Placement:
         """
         return function(tf.stop_gradient(values))
 
+    def mix(
+        self, layer: Any, tokens: tf.Tensor, result: Any, mask: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Dispatches tokens to experts, runs them and combines; static shapes only.
+
+        Args:
+            layer: The mixture, which has `experts` and `gating`.
+            tokens: `(N, D)`.
+            result: The `GatingResult`. Expert -1 in it is none.
+            mask: `(N,)` bool or None. False gives a token no expert.
+
+        Returns:
+            `(N, output_units)`.
+        """
+        raise NotImplementedError
+
+    def top_k(self, values: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """As `tf.math.top_k`."""
+        return tf.math.top_k(values, k=k)
+
+    def pick(self, values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+        """Of each row of `(N, E)` the values at `(N, K)` indices."""
+        return tf.gather(values, indices, batch_dims=1)
+
+    def sum_by_expert(
+        self, values: tf.Tensor, indices: tf.Tensor, num_experts: int
+    ) -> tf.Tensor:
+        """Sum of the values of each expert, `(E,)`; index -1 is left out."""
+        # One small matrix product would need a dense (N, E) array; a segment sum
+        # touches the K chosen gates only. Negative ids are dropped by the op.
+        return tf.math.unsorted_segment_sum(
+            tf.reshape(values, [-1]), tf.reshape(indices, [-1]), num_experts
+        )
+
+    def replicated(self, value: tf.Tensor) -> tf.Tensor:
+        """The same tensor, laid out whole on every device."""
+        return value
+
+    def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+        """Hands rows of noise, one a token, to the tokens that are real."""
+        return noise
+
     def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
         """A variable of this device alone, which no file and no other device sees.
 
@@ -156,6 +223,12 @@ def for_weights() -> Placement:
     return _engine(tf.distribute.get_strategy())
 
 
+def of_weight(variable: Any) -> Placement:
+    """The placement of a weight that `add_expert_weight` has made, in any scope."""
+    strategy = getattr(variable, "strategy", None)
+    return ONE_DEVICE if strategy is None or _engine is None else _engine(strategy)
+
+
 def for_call() -> Placement:
     """The placement for a call that runs here.
 
@@ -185,8 +258,9 @@ def verify_one_device(layer: Any) -> None:
     Raises:
         ValueError: The scope is that of a strategy of several replicas.
     """
-    num_replicas = for_weights().num_replicas
-    if num_replicas > 1:
+    place = for_weights()
+    num_replicas = place.num_replicas
+    if num_replicas > 1 or place.static_shapes:
         kind = type(layer).__name__
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "

@@ -60,9 +60,9 @@ class DispatchPlan(NamedTuple):
             0 in a dropless plan.
     """
 
-    token_indices: tf.Tensor
+    token_indices: tf.Tensor | None
     counts: tf.Tensor
-    positions: tf.Tensor
+    positions: tf.Tensor | None
     expert_indices: tf.Tensor
     overflow: tf.Tensor
 

@@ -43,9 +43,13 @@ def main():
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[4096, 16384, 32768, 65536]
     )
-    parser.add_argument("--units", type=int, default=256)
-    parser.add_argument("--hidden-units", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--units", type=int, default=256, help="width of the model")
+    parser.add_argument(
+        "--hidden-units", type=int, default=128, help="hidden units of an expert"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=11, help="pairs of alternating measurements"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:

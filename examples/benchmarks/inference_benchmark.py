@@ -22,13 +22,25 @@ from keras_moe import layers
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--units", type=int, default=512)
-    parser.add_argument("--hidden-units", type=int, default=1024)
-    parser.add_argument("--k", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=51)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--experts", type=int, nargs="+", default=[32, 256], help="numbers of experts"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        help="numbers of tokens in a batch",
+    )
+    parser.add_argument("--units", type=int, default=512, help="width of the model")
+    parser.add_argument(
+        "--hidden-units", type=int, default=1024, help="hidden units of an expert"
+    )
+    parser.add_argument("--k", type=int, default=4, help="experts for each token")
+    parser.add_argument(
+        "--pairs", type=int, default=51, help="pairs of alternating measurements"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:

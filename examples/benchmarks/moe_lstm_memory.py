@@ -46,11 +46,16 @@ def measure(segment_length, steps, batch, units, num_experts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--units", type=int, default=64)
-    parser.add_argument("--num-experts", type=int, default=16)
-    parser.add_argument("--segment-length", type=int, default=23)
+    parser.add_argument("--steps", type=int, default=512, help="time steps")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a batch")
+    parser.add_argument("--units", type=int, default=64, help="width of the model")
+    parser.add_argument("--num-experts", type=int, default=16, help="number of experts")
+    parser.add_argument(
+        "--segment-length",
+        type=int,
+        default=23,
+        help="steps that are computed again together",
+    )
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()

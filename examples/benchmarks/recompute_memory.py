@@ -41,10 +41,12 @@ def measure(recompute, tokens, units, hidden_units, num_experts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--units", type=int, default=128)
-    parser.add_argument("--hidden-units", type=int, default=1024)
-    parser.add_argument("--num-experts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens in a batch")
+    parser.add_argument("--units", type=int, default=128, help="width of the model")
+    parser.add_argument(
+        "--hidden-units", type=int, default=1024, help="hidden units of an expert"
+    )
+    parser.add_argument("--num-experts", type=int, default=16, help="number of experts")
     parser.add_argument(
         "--child", choices=["kept", "recomputed"], help=argparse.SUPPRESS
     )

@@ -66,15 +66,25 @@ def requests(a, rows, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--units", type=int, default=512)
-    parser.add_argument("--hidden-units", type=int, default=1024)
-    parser.add_argument("--vocabulary-size", type=int, default=10_000)
-    parser.add_argument("--k", type=int, default=4)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--repeat", type=int, default=101)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experts", type=int, default=256, help="number of experts")
+    parser.add_argument("--units", type=int, default=512, help="width of the model")
+    parser.add_argument(
+        "--hidden-units", type=int, default=1024, help="hidden units of an expert"
+    )
+    parser.add_argument(
+        "--vocabulary-size", type=int, default=10_000, help="number of words"
+    )
+    parser.add_argument("--k", type=int, default=4, help="experts for each token")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1, 8],
+        help="numbers of rows of a request",
+    )
+    parser.add_argument("--length", type=int, default=32, help="tokens of a scored row")
+    parser.add_argument("--repeat", type=int, default=101, help="requests of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:

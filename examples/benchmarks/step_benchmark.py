@@ -34,14 +34,20 @@ def make_model(kind, a):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--units", type=int, default=128)
-    parser.add_argument("--hidden-units", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--time", type=int, default=32)
-    parser.add_argument("--pairs", type=int, default=11)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experts", type=int, default=64, help="number of experts")
+    parser.add_argument("--units", type=int, default=128, help="width of the model")
+    parser.add_argument(
+        "--hidden-units", type=int, default=256, help="hidden units of an expert"
+    )
+    parser.add_argument(
+        "--vocabulary", type=int, default=10_000, help="number of words"
+    )
+    parser.add_argument("--batch", type=int, default=64, help="rows of a batch")
+    parser.add_argument("--time", type=int, default=32, help="time steps of a batch")
+    parser.add_argument(
+        "--pairs", type=int, default=11, help="pairs of alternating measurements"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:

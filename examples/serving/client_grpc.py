@@ -48,13 +48,19 @@ def generation(texts, *, temperature, top_k, max_new_tokens, seed):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("texts", nargs="+")
-    parser.add_argument("--server", default="localhost:8500")
-    parser.add_argument("--model", default="language_model")
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("texts", nargs="+", help="texts to send")
+    parser.add_argument(
+        "--server", default="localhost:8500", help="address of the server"
+    )
+    parser.add_argument("--model", default="language_model", help="name of the model")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="temperature of the samples"
+    )
     parser.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    parser.add_argument("--max-new-tokens", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=40, help="tokens to generate, at most"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="random seed")
     a = parser.parse_args(argv)
     inputs = generation(
         a.texts,

@@ -103,14 +103,18 @@ def draw(milliseconds, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--server", default="localhost:8500")
-    parser.add_argument("--model", default="language_model")
+    parser.add_argument(
+        "--server", default="localhost:8500", help="address of the server"
+    )
+    parser.add_argument("--model", default="language_model", help="name of the model")
     parser.add_argument("--saved-model", help="ask the C++ loader, not a server")
-    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--requests", type=int, default=500, help="requests to send")
     parser.add_argument("--rows", type=int, default=1, help="texts of a request")
-    parser.add_argument("--concurrency", type=int, default=4)
-    parser.add_argument("--picture", default="latency.png")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--concurrency", type=int, default=4, help="requests at a time")
+    parser.add_argument(
+        "--picture", default="latency.png", help="file to draw the latencies to"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     a = parser.parse_args(argv)
     if min(a.requests, a.rows, a.concurrency) < 1:

@@ -33,13 +33,16 @@ def run(options: ExportOptions) -> Path:
             "`run_dir` must be the folder of a finished train-lm or train-mt. "
             f"Received: {options.run_dir!r}, without {runs.MODEL}. Train first."
         )
+    print(f"Exporting {folder / runs.MODEL} ...", flush=True)
     model = keras.saving.load_model(folder / runs.MODEL)
     text = None
     if (folder / VOCABULARY).is_file() and not options.ids:
         settings = json.loads((folder / runs.SETTINGS).read_text())
         text = text_codec(
             data.Vocabulary.load(folder / VOCABULARY),
-            settings["tokenizer"] or data.default_tokenizer(settings["data_dir"]),
+            "whitespace"
+            if settings.get("tfds")
+            else settings["tokenizer"] or data.default_tokenizer(settings["data_dir"]),
         )
     path = serving.export(
         model,

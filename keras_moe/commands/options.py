@@ -17,6 +17,11 @@ class TrainLMOptions:
         "folder with train, valid and test files (.txt, .txt.gz or .txt.xz); "
         "default: the embedded Austen corpus",
     )
+    tfds: str | None = _option(
+        None,
+        "dataset of tensorflow-datasets, such as lm1b, prepared in --data-dir (or where "
+        "that package keeps its data); default: none",
+    )
     output_dir: str = _option("runs/language_model", "folder for everything written")
     tokenizer: str | None = _option(
         None,
@@ -26,6 +31,13 @@ class TrainLMOptions:
     )
     min_count: int = _option(2, "words that occur less often become <unk>")
     vocabulary_size: int | None = _option(None, "most words to know; default: all")
+    preset: str | None = _option(
+        None,
+        "configuration of the paper, such as moe_256_h: its middle, groups, k, dropout "
+        "and optimizer of the experts, with at most --num-experts; --units and the like "
+        "are then not used",
+    )
+    preset_factor: int = _option(4, "divides the widths of --preset; 1 is full size")
     middle: str = _option(
         "moe",
         "what stands between the LSTMs: the mixture or a dense baseline",
@@ -42,7 +54,8 @@ class TrainLMOptions:
     loss_weight: float = _option(0.1, "weight of the importance and the load loss")
     num_sampled: int | None = _option(
         None,
-        "candidates of the softmax in training; default: the full softmax",
+        "candidates of the softmax in training; rows of words that a step does not read "
+        "are then left alone by Adam; default: the full softmax",
     )
     learning_rate: float = _option(0.004, "highest learning rate of Adam")
     warmup_steps: int = _option(200, "steps over which the learning rate rises")
@@ -186,6 +199,40 @@ class ExportOptions:
     )
 
 
+@dataclass(frozen=True)
+class PlanOptions:
+    """Options of `plan`."""
+
+    preset: str = _option(
+        "moe_131072_h",
+        "configuration of the paper, such as moe_4096_h, or all for a table of all",
+    )
+    cluster: str = _option(
+        "k40", "k40 (the paper's), h100, or a JSON file that describes a cluster"
+    )
+    num_devices: int | None = _option(
+        None, "number of devices; default: that of the cluster, or of the paper's run"
+    )
+    batch_tokens: int | None = _option(
+        None, "tokens of a batch over all devices; default: the paper's"
+    )
+    recompute: bool = _option(
+        False,
+        "compute hidden activations of experts twice, also where the paper did not",
+    )
+    expert_optimizer: str | None = _option(
+        None,
+        "optimizer of the experts; default: the paper's",
+        choices=("adam", "factored_adam"),
+    )
+    shard_vocabulary: bool = _option(
+        False, "share embedding and softmax among the devices"
+    )
+    output_dir: str | None = _option(
+        None, "folder for plan.json and plan.png; default: only print"
+    )
+
+
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     """Adds the fields of a class of options to a parser."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
@@ -193,7 +240,9 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         name = "--" + item.name.replace("_", "-")
         text = item.metadata["help"]
         if item.type is bool or isinstance(item.default, bool):
-            parser.add_argument(name, action="store_true", help=text)
+            parser.add_argument(
+                name, action="store_true", default=argparse.SUPPRESS, help=text
+            )
             continue
         if item.default is None:
             # The text says what happens; "(default: None)" would not.

@@ -146,3 +146,53 @@ def draw_experts_by_language(
     figure.colorbar(image, ax=axes, label="share of the expert's tokens")
     figure.savefig(path)
     return [(path, f"picture of the experts of {name} by language")]
+
+
+def draw_plans(plans: list, path: Path) -> list[tuple[Path, str]]:
+    """Memory of the busiest device and time of a step, of one plan or many.
+
+    Args:
+        plans: List of `keras_moe.planning.Plan`.
+        path: The PNG to write.
+
+    Returns:
+        `[(path, description)]`, or `[]` if nothing was drawn.
+    """
+    height = 1.9 + 0.32 * len(plans)
+    figure = _figure(figsize=(11, height))
+    if figure is None:
+        return []
+    memory_axes, time_axes = figure.subplots(1, 2, sharey=True)
+    names = [plan.preset.name for plan in plans]
+    kinds = ("weights", "slots", "gradients", "activations")
+    sizes = {
+        kind: [sum(getattr(p.memory, kind).values()) / 1e9 for p in plans]
+        for kind in kinds
+    }
+    _stack(memory_axes, names, sizes)
+    limit = plans[0].cluster.memory_gb
+    memory_axes.axvline(limit, color=_SECOND, linestyle="--", label="memory")
+    memory_axes.set(xlabel="GB on the busiest device", title="Memory")
+    _stack(
+        time_axes,
+        names,
+        {part: [p.seconds[part] for p in plans] for part in plans[0].seconds},
+    )
+    time_axes.set(xlabel="seconds, one part after the other", title="A training step")
+    memory_axes.invert_yaxis()
+    for axes in (memory_axes, time_axes):
+        axes.legend(fontsize=7, loc="lower right")
+        axes.grid(True, axis="x", alpha=0.25)
+    counts = sorted({plan.num_devices for plan in plans})
+    devices = " or ".join(f"{n:,}" for n in counts) if len(counts) < 5 else "several"
+    figure.suptitle(f"{devices} x {plans[0].cluster.device}")
+    figure.savefig(path)
+    return [(path, "picture of memory and step time")]
+
+
+def _stack(axes, names, parts):
+    left: np.ndarray = np.zeros(len(names))
+    for label, values in parts.items():
+        if any(values):
+            axes.barh(names, values, left=left, label=label)
+            left += values

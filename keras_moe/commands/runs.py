@@ -118,10 +118,10 @@ def read_history(folder):
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def compile_model(model, learning_rate, clipnorm):
+def compile_model(model, optimizer):
     """Compiles a model of token logits, ready for checkpoints."""
     model.compile(
-        keras.optimizers.Adam(learning_rate, global_clipnorm=clipnorm),
+        optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=[telemetry.Perplexity()],
     )

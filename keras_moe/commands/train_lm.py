@@ -1,7 +1,9 @@
 """Trains a language model, measures it, saves it, and shows what it does."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,7 +12,7 @@ from keras_moe import data, distribution, models, serving, telemetry
 from keras_moe.commands import devices, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
-from keras_moe.optimizers import WarmupInverseSquareRoot
+from keras_moe.optimizers import FactoredAdam, WarmupInverseSquareRoot
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
 REPORT = "report.json"
@@ -41,15 +43,10 @@ def run(options: TrainLMOptions) -> dict:
         return json.loads((Path(options.output_dir) / REPORT).read_text())
     strategy = devices.make_strategy(options)
     print("Reading the text ...", flush=True)
-    corpus = data.load_text_corpus(
-        options.data_dir,
-        tokenizer=options.tokenizer,
-        vocabulary_size=options.vocabulary_size,
-        min_count=options.min_count,
-    )
+    corpus = _corpus(options)
     print(
-        f"{corpus.name}: {corpus.train.size:,} training, {corpus.valid.size:,} "
-        f"validation and {corpus.test.size:,} test tokens, vocabulary of "
+        f"{corpus.name}: {corpus.num_tokens('train'):,} training, "
+        f"{corpus.valid.size:,} validation and {corpus.test.size:,} test tokens, vocabulary of "
         f"{len(corpus.vocabulary):,}."
     )
     folder = runs.prepare_folder(
@@ -68,6 +65,7 @@ def run(options: TrainLMOptions) -> dict:
         for name in ("test_perplexity", "valid_perplexity"):
             report[f"baseline_{name}"] = figures[name]
         report["baseline_training_seconds"] = round(seconds, 1)
+    print("Saving and exporting ...", flush=True)
     model.save(folder / runs.MODEL)
     saved_model = serving.export(
         model,
@@ -98,30 +96,80 @@ def run(options: TrainLMOptions) -> dict:
     return report
 
 
+def _corpus(options):
+    if options.tfds is None:
+        return data.load_text_corpus(
+            options.data_dir,
+            tokenizer=options.tokenizer,
+            vocabulary_size=options.vocabulary_size,
+            min_count=options.min_count,
+        )
+    return data.load_tfds_text(
+        options.tfds,
+        data_dir=options.data_dir,
+        vocabulary_size=options.vocabulary_size,
+        min_count=options.min_count,
+    )
+
+
 def build_model(
     options: TrainLMOptions, vocabulary_size: int, middle: str
 ) -> models.MoELanguageModel:
     """The compiled language model that the options describe."""
-    model = models.MoELanguageModel(
-        vocabulary_size,
-        options.units,
-        middle=models.middle_layers(
-            middle,
-            units=options.units,
-            hidden_units=options.hidden_units,
-            num_experts=options.num_experts,
-            k=options.k,
-            loss_weight=options.loss_weight,
-        ),
-        lstm_units=options.lstm_units,
-        dropout=options.dropout,
-        stateful=True,
-        num_sampled=options.num_sampled,
-    )
+    common: dict[str, Any] = {"stateful": True, "num_sampled": options.num_sampled}
+    factored: list | None = []
+    if options.preset is None:
+        model = models.MoELanguageModel(
+            vocabulary_size,
+            options.units,
+            middle=models.middle_layers(
+                middle,
+                units=options.units,
+                hidden_units=options.hidden_units,
+                num_experts=options.num_experts,
+                k=options.k,
+                loss_weight=options.loss_weight,
+            ),
+            lstm_units=options.lstm_units,
+            dropout=options.dropout,
+            **common,
+        )
+    else:
+        preset = _scaled(options, vocabulary_size)
+        if middle != options.middle:  # the baseline of equal operations
+            k = (preset.experts_per_token,)
+            preset = dataclasses.replace(preset, middle=middle, k=k, num_groups=None)
+        elif preset.expert_optimizer == "factored_adam":
+            factored = None
+        model = models.build_language_model(preset, **common)
     model.build((options.batch_size, options.sequence_length))
     schedule = WarmupInverseSquareRoot(options.learning_rate, options.warmup_steps)
-    runs.compile_model(model, schedule, clipnorm=1.0)
+    if factored is None or options.num_sampled is not None:
+        optimizer = FactoredAdam(
+            schedule,
+            factored=factored,
+            untouched_rows="decay" if options.num_sampled is None else "keep",
+            global_clipnorm=1.0,
+        )
+    else:
+        optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
+    runs.compile_model(model, optimizer)
     return model
+
+
+def _scaled(options, vocabulary_size):
+    preset = models.preset(options.preset)
+    if preset.kind != "language_model":
+        raise ValueError(
+            "`preset` of train-lm must be of a language model. Received: "
+            f"preset={options.preset!r}. Leave out those that begin with mt_."
+        )
+    return models.scale_down(
+        preset,
+        factor=options.preset_factor,
+        max_experts=options.num_experts,
+        vocabulary_size=vocabulary_size,
+    )
 
 
 def _train(options, corpus, folder, middle, strategy):
@@ -135,11 +183,18 @@ def _train(options, corpus, folder, middle, strategy):
     train = corpus.dataset("train", options.batch_size, options.sequence_length)
 
     def fit(announce, **arguments):
-        announce(len(train))
+        steps = int(train.cardinality())
+        announce(steps if steps > 0 else _steps(corpus, options))
         valid = _evaluation_stream(corpus, "valid", options)
         model.fit(train, validation_data=valid, **arguments)
 
     return model, runs.train(model, folder, options, fit)
+
+
+def _steps(corpus, options):
+    """About how many batches a stream has whose end is not known."""
+    tokens = options.batch_size * options.sequence_length
+    return -(-corpus.num_tokens("train") // tokens)
 
 
 def _evaluation_stream(corpus, split, options):
@@ -148,6 +203,7 @@ def _evaluation_stream(corpus, split, options):
 
 def _evaluate(model, corpus, options):
     """Perplexities, and the experts' load as true counts over the test text."""
+    print("Evaluating ...", flush=True)
     report = {"unigram_test_perplexity": 0.0}
     for split in ("valid", "test"):
         logs = model.evaluate(

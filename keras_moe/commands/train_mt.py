@@ -57,8 +57,10 @@ def run(options: TrainMTOptions) -> dict:
         dense, seconds = _train(options, corpus, vocabulary, dense_folder, "moe_1_wide")
         report["baseline"] = _evaluate(dense, corpus, options, dense_folder)
         report["baseline"]["training_seconds"] = round(seconds, 1)
+    print("Saving and exporting ...", flush=True)
     model.save(folder / runs.MODEL)
     saved_model = serving.export(model, folder / "saved_model")
+    print("Drawing attention and experts ...", flush=True)
     written = _draw(model, corpus, options, report, folder)
     (folder / "report.json").write_text(
         json.dumps(report, indent=2, ensure_ascii=False) + "\n"
@@ -135,7 +137,7 @@ def build_model(
     schedule = WarmupInverseSquareRoot(
         options.learning_rate, options.warmup_steps, options.constant_steps
     )
-    runs.compile_model(model, schedule, clipnorm=5.0)
+    runs.compile_model(model, keras.optimizers.Adam(schedule, global_clipnorm=5.0))
     return model
 
 
@@ -165,6 +167,7 @@ def _train(options, corpus, vocabulary, folder, middle):
     model = build_model(options, vocabulary, middle)
 
     def fit(announce, callbacks, **arguments):
+        print("Encoding the pairs ...", flush=True)
         train, steps = _dataset(corpus, "train", vocabulary, options)
         valid = _known(*_dataset(corpus, "valid", vocabulary, options))
         announce(steps)
@@ -212,6 +215,7 @@ def _target(direction):
 def _evaluate(model, corpus, options, folder):
     """Perplexity, and BLEU and chrF of each direction of the test set."""
     report: dict = {"parameters": model.count_params(), "directions": {}}
+    print("Evaluating ...", flush=True)
     for split in ("valid", "test"):
         dataset = _known(*_dataset(corpus, split, model.vocabulary, options))
         logs = model.evaluate(dataset, verbose=0, return_dict=True)
@@ -225,6 +229,9 @@ def _evaluate(model, corpus, options, folder):
         sources = sources[: options.test_sentences]
         targets = targets[: options.test_sentences]
         language = _target(direction)
+        print(
+            f"Translating {len(sources):,} test sentences, {direction} ...", flush=True
+        )
         start = time.perf_counter()
         found = model.translate(
             sources,

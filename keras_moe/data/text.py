@@ -72,6 +72,17 @@ class TextCorpus:
             )
         return getattr(self, split)
 
+    def num_tokens(self, split: str) -> int:
+        """Number of tokens of a split.
+
+        Args:
+            split: `"train"`, `"valid"` or `"test"`.
+
+        Returns:
+            Int, `<eos>` included.
+        """
+        return self.stream(split).size
+
     def num_steps(self, split: str, batch_size: int, sequence_length: int) -> int:
         """Number of batches of `dataset(split, batch_size, sequence_length)`.
 

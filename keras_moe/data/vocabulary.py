@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-PAD, UNK, EOS = "<pad>", "<unk>", "<eos>"
+#: Token that fills a row up, always id 0.
+PAD = "<pad>"
+#: Token of everything the vocabulary does not know.
+UNK = "<unk>"
+#: Token at the end of every line.
+EOS = "<eos>"
 RESERVED = (PAD, UNK, EOS)
 
 # Words with inner apostrophes, decimal numbers with inner points or commas, and
@@ -19,14 +24,18 @@ RESERVED = (PAD, UNK, EOS)
 _LETTER = r"[\pL\p{No}\p{Nl}]"
 _BLANKS = r"\s\pZ\x0b\x1c-\x1f\x{85}"
 _VISIBLE = rf"[^{_BLANKS}]"
+#: What stands between tokens, for RE2.
 BLANK_PATTERN = rf"[{_BLANKS}]+"
+#: A token of the tokenizer "words", for RE2.
 WORD_PATTERN = rf"{_LETTER}+(?:['’]{_LETTER}+)*|\p{{Nd}}+(?:[.,]\p{{Nd}}+)*|{_VISIBLE}"
 _WORD_PATTERN_PYTHON = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:[.,]\d+)*|\S")
+#: Names of the tokenizers, see `tokenize`.
 TOKENIZERS = ("words", "whitespace")
 
 _UNK_ID = RESERVED.index(UNK)
 _LINE = re.compile(r"(.*)\t([0-9]+)\n", re.DOTALL)
-# Applied to each line in this order, in Python and in a TensorFlow graph alike.
+#: Pairs of pattern and replacement that turn joined tokens into text, applied to each
+#: line in this order, in Python and in a TensorFlow graph alike.
 DETOKENIZATION_RULES = (
     (r" *@([-,.])@ *", r"\1"),  # WikiText: 25 @,@ 000
     (r" ('(?:s|re|ve|ll|d|m)|n't)\b", r"\1"),  # Penn Treebank: do n't

@@ -10,35 +10,46 @@ from typing import Any
 import tensorflow as tf
 from keras.src.backend.common.name_scope import name_scope
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.tensorflow import numpy as keras_numpy
+from keras.src.backend.tensorflow import random as keras_random
 from keras.src.backend.tensorflow import trainer as trainer_module
 from keras.src.backend.tensorflow.optimizer import TFOptimizer
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 from keras.src.losses import loss as loss_module
 from keras.src.optimizers.base_optimizer import BaseOptimizer
+from tensorflow.dtensor.python import accelerator_util
+from tensorflow.dtensor.python import api as dtensor_api
 from tensorflow.python.distribute import distribute_lib, values_util
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
+from tensorflow.python.distribute.distribute_lib import ReplicaContext, UpdateContext
 from tensorflow.python.distribute.values import SyncOnReadVariable
 from tensorflow.python.ops import collective_ops
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
     "BaseOptimizer",
+    "ReplicaContext",
     "ResourceVariable",
     "SyncOnReadVariable",
     "TFOptimizer",
     "TensorFlowTrainer",
+    "UpdateContext",
     "all_gather",
     "all_reduce",
     "all_reduce_gradients",
     "all_to_all",
     "collective_ops_of",
     "component_devices",
+    "dtensor_is_initialized",
     "in_stateless_scope",
+    "keras_numpy",
+    "keras_random",
     "layer_name_scope",
     "local_replica",
     "loss_module",
     "replica_here",
     "replica_or_none",
+    "start_dtensor_device",
     "track_weight",
     "trainer_module",
 ]
@@ -133,3 +144,18 @@ def all_reduce_gradients(strategy: Any, gradients: list) -> list:
         local_replica(strategy),
         tf.distribute.experimental.CommunicationOptions(),
     )
+
+
+def start_dtensor_device() -> None:
+    """Makes DTensor's device in synchronous mode, if there is none yet.
+
+    By default DTensor makes it on first use, in a mode in which failing operations
+    do not raise.
+    """
+    if dtensor_api._dtensor_singleton is None:
+        dtensor_api.reset_dtensor_device(is_async=False)
+
+
+def dtensor_is_initialized() -> bool:
+    """Whether the clients of DTensor have found each other."""
+    return accelerator_util.is_initialized()

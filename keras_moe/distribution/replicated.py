@@ -60,6 +60,17 @@ class ReplicatedPlacement(placement.Placement):
             )
         return compatibility.track_weight(layer, variable)
 
+    def add_slot(self, optimizer, variable, shape, name):
+        if len(variable.shape) < 3:
+            raise ValueError(
+                "A sharded weight must have an axis besides that of the experts for "
+                "each axis that is averaged. Received: "
+                f"{type(optimizer).__name__} with state of shape {tuple(shape)} for "
+                f"{variable.path!r} of shape {tuple(variable.shape)}. Factor the "
+                "kernels of the experts only."
+            )
+        return optimization.make_slot(optimizer, variable, name, shape=shape)
+
     def at_home(self, owner, rows, counts, function):
         shards = self._shards_of(owner)
         if shards is None:  # every replica has all of them

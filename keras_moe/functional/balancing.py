@@ -7,7 +7,7 @@ learned. Both are constants to the gradient.
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 from keras_moe.functional.gating import as_gate_logits
 
 
@@ -65,6 +65,10 @@ def batchwise_mask(gates: tf.Tensor, m: tf.Tensor | int) -> tf.Tensor:
     """
     gates = _verify_gates(gates)
     columns_EN = tf.transpose(gates)
+    if placement.for_call().static_shapes:
+        order = tf.argsort(columns_EN, axis=-1, direction="DESCENDING", stable=True)
+        ranks = tf.argsort(order, axis=-1)  # the inverse permutation
+        return tf.transpose(ranks < tf.cast(m, tf.int32))
     num_experts, num_tokens = tf.unstack(tf.shape(columns_EN))
     m = tf.minimum(tf.cast(m, tf.int32), num_tokens)
     _, tokens_Em = tf.math.top_k(columns_EN, k=m)

@@ -7,7 +7,7 @@ counted. `dispatch` and `combine` take either.
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 from keras_moe.functional import losses
 from keras_moe.types import DispatchPlan, GateStatistics, GatingResult
 
@@ -90,6 +90,10 @@ def make_dispatch_plan(
             f"it. Received: expert_indices.shape={expert_indices.shape}, "
             f"token_indices={'None' if token_indices is None else 'given'}."
         )
+    if placement.for_call().static_shapes:
+        # The placement lays out the rows itself, from the chosen experts.
+        counts = losses.expert_counts(expert_indices, num_experts)
+        return DispatchPlan(None, counts, None, expert_indices, tf.constant(0))
     flat_experts = tf.reshape(expert_indices, [-1])
     order = tf.argsort(flat_experts, stable=True)
     if token_indices is None:

@@ -6,7 +6,7 @@ in float32 at least: half-precision logits are cast up.
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 
 # Logits are clipped to this range, so that infinite logits (an expert that a
 # caller has masked out, or an overflow of half precision) give gates of 0 or 1
@@ -127,7 +127,7 @@ def largest_logits(logits: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
     """
     logits = as_gate_logits(logits)
     _verify_k_below(k, logits.shape[-1])
-    return tf.math.top_k(logits, k=k + 1)
+    return placement.for_call().top_k(logits, k + 1)
 
 
 def top_k_gating(
@@ -165,14 +165,15 @@ def top_k_gating(
     logits = as_gate_logits(logits)
     k = checks.verify_k(k, logits.shape[-1])
     if largest is None:
-        kept, expert_indices = tf.math.top_k(logits, k=k)
+        kept, expert_indices = placement.for_call().top_k(logits, k)
     else:
         kept, expert_indices = (each[..., :k] for each in largest)
     if normalization == "selected":
         return tf.nn.softmax(kept, axis=-1), expert_indices
     if normalization == "all":
         probabilities = tf.nn.softmax(logits, axis=-1)
-        return tf.gather(probabilities, expert_indices, batch_dims=1), expert_indices
+        kept = placement.for_call().pick(probabilities, expert_indices)
+        return kept, expert_indices
     raise ValueError(
         '`normalization` must be "selected" or "all". '
         f"Received: normalization={normalization!r}."
@@ -216,7 +217,7 @@ def prob_in_top_k(
     noisy_logits = as_gate_logits(noisy_logits)
     num_experts = noisy_logits.shape[-1]
     _verify_k_below(k, num_experts)
-    top_values, top_indices = largest or tf.math.top_k(noisy_logits, k=k + 1)
+    top_values, top_indices = largest or placement.for_call().top_k(noisy_logits, k + 1)
     threshold_if_in = top_values[..., k : k + 1]
     threshold_if_out = top_values[..., k - 1 : k]
     last_kept = top_indices[..., k - 1 : k]

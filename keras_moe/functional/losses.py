@@ -7,7 +7,7 @@ batch, over every replica, before they are squared.
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 
 _EPSILON = 1e-10
 
@@ -32,11 +32,7 @@ def importance(
     Reference:
         Shazeer et al. 2017, equation 6.
     """
-    # One small matrix product would need a dense (N, E) array; a segment sum
-    # touches the K chosen gates only. Negative ids are dropped by the op.
-    return tf.math.unsorted_segment_sum(
-        tf.reshape(gates, [-1]), tf.reshape(expert_indices, [-1]), num_experts
-    )
+    return placement.for_call().sum_by_expert(gates, expert_indices, num_experts)
 
 
 def load(prob_in_top_k: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
@@ -71,8 +67,8 @@ def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
     Returns:
         `(E,)` int32. No gradient.
     """
-    flat = tf.reshape(expert_indices, [-1])
-    return tf.math.unsorted_segment_sum(tf.ones_like(flat), flat, num_experts)
+    ones = tf.ones_like(expert_indices)
+    return placement.for_call().sum_by_expert(ones, expert_indices, num_experts)
 
 
 def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:

@@ -43,9 +43,10 @@ def unbiased_candidates(drawn, expected_counts, vocabulary_size):
 def sampled_cross_entropy(inputs, kernel, bias, targets, candidates, expected_counts):
     """Cross-entropy with the normalizer estimated from candidates.
 
-    $L_n = \\log\\Big(e^{s_{n,t_n}} + \\sum_{c \\in C, c \\ne t_n} e^{s_{n,c}} / q_c\\Big)
-    - s_{n,t_n}$ with scores $s = x W^T + b$, targets t, candidates C, and the
-    expected number of times $q_c$ that c is drawn. The sum in the logarithm is an
+    $L_n = \\log\\left(e^{s_{n,t_n}} +
+    \\sum_{c \\in C, c \\ne t_n} e^{s_{n,c}} / q_c\\right) - s_{n,t_n}$ with
+    scores $s = x W^T + b$, targets t, candidates C, and the expected number of times
+    $q_c$ that c is drawn. The sum in the logarithm is an
     unbiased estimate of the full normalizer. With every word among the candidates
     and $q = 1$ this is the full cross-entropy.
 
@@ -71,18 +72,74 @@ def sampled_cross_entropy(inputs, kernel, bias, targets, candidates, expected_co
         the normalizer unbiased and the loss comparable with the full one.
     """
     kernel, bias = tf.convert_to_tensor(kernel), tf.convert_to_tensor(bias)
-    targets = tf.cast(targets, tf.int64)[:, tf.newaxis]
-    return tf.nn.sampled_softmax_loss(
-        kernel,
-        bias,
-        targets,
-        inputs,
-        num_sampled=tf.size(candidates),
-        num_classes=kernel.shape[0],
-        sampled_values=(
-            candidates,
-            tf.ones_like(targets, inputs.dtype),
-            expected_counts,
-        ),
-        remove_accidental_hits=True,
+    inputs, targets = tf.convert_to_tensor(inputs), tf.cast(targets, tf.int64)
+    target_scores = tf.gather(bias, targets) + tf.reduce_sum(
+        inputs * tf.gather(kernel, targets), axis=-1
     )
+    return _normalized(
+        inputs,
+        tf.gather(kernel, candidates),
+        tf.gather(bias, candidates) - tf.math.log(expected_counts),
+        target_scores,
+        tf.nn.compute_accidental_hits(targets[:, tf.newaxis], candidates, num_true=1)[
+            :2
+        ],
+    )
+
+
+def _normalized(inputs, kernel, bias, target_scores, hits):
+    """`log(exp(t) + sum(exp(x W^T + b))) - t` for each row, without the hits.
+
+    The array of scores, `(N, C + 1)`, is by far the largest of a step. Here it is
+    written by the product (bias and all), corrected in place, and read once for
+    loss and gradient together; stock operations for the same pass over it ten times.
+
+    Args:
+        inputs: `(N, D)`.
+        kernel: `(C, D)`, rows of the candidates.
+        bias: `(C,)`.
+        target_scores: `(N,)`.
+        hits: Rows `(H,)` int32 and candidates `(H,)` int64 that are their targets.
+
+    Returns:
+        `(N,)`.
+    """
+    rows = tf.range(tf.shape(inputs)[0])
+    # Column 0 is that of the target, whose score is set.
+    cells = tf.concat(
+        [
+            tf.stack([rows, tf.zeros_like(rows)], axis=1),
+            tf.stack([hits[0], tf.cast(hits[1], tf.int32) + 1], axis=1),
+        ],
+        axis=0,
+    )
+    lowest = tf.fill(tf.shape(hits[0]), tf.constant(-math.inf, inputs.dtype))
+
+    @tf.custom_gradient
+    def run(inputs, kernel, bias, target_scores):
+        rows_with_one = tf.pad(inputs, [[0, 0], [0, 1]], constant_values=1)
+        weights = tf.concat([kernel, bias[:, tf.newaxis]], axis=1)
+        weights = tf.pad(weights, [[1, 0], [0, 0]])
+        scores = tf.matmul(rows_with_one, weights, transpose_b=True)
+        scores = tf.tensor_scatter_nd_update(
+            scores, cells, tf.concat([target_scores, lowest], axis=0)
+        )
+        losses, d_scores = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
+            features=scores, labels=tf.zeros_like(rows)
+        )
+
+        def grad(dy):
+            # Of hits the gradient is 0, and column 0 meets weights of 0.
+            dy = dy[:, tf.newaxis]
+            d_inputs = tf.matmul(d_scores, weights) * dy
+            d_weights = tf.matmul(d_scores, rows_with_one * dy, transpose_a=True)
+            return (
+                d_inputs[:, :-1],
+                d_weights[1:, :-1],
+                d_weights[1:, -1],
+                d_scores[:, 0] * dy[:, 0],
+            )
+
+        return losses, grad
+
+    return run(inputs, kernel, bias, target_scores)

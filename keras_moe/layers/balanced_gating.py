@@ -128,6 +128,8 @@ class BalancedGating(_Gating):
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         real = None
+        if placement.for_call().static_shapes:
+            return self._dense(inputs, mask, training)
         if mask is not None:
             # Padding must not compete with real tokens for a place.
             real = tf.cast(tf.where(mask)[:, 0], tf.int32)
@@ -148,7 +150,27 @@ class BalancedGating(_Gating):
         )
         return result._replace(auxiliary_losses=losses)
 
-    def _select(self, softmax_gates, training):
+    def _dense(self, inputs, mask, training):
+        """The result in static shapes: every expert a choice, -1 if not selected."""
+        logits = tf.matmul(inputs, self.gate_kernel)
+        softmax_gates = functional.softmax_gating(logits)
+        if mask is not None:
+            # Below every threshold and behind every real token.
+            softmax_gates = tf.where(
+                mask[:, tf.newaxis], softmax_gates, -tf.ones_like(softmax_gates)
+            )
+        selected, losses = self._select(softmax_gates, training, mask)
+        if mask is not None:
+            selected &= mask[:, tf.newaxis]
+        experts = tf.range(self.num_experts) + tf.zeros_like(selected, tf.int32)
+        result = functional.make_gating_result(
+            functional.masked_gating(logits, selected),
+            tf.where(selected, experts, -tf.ones_like(experts)),
+            self.num_experts,
+        )
+        return result._replace(auxiliary_losses=losses)
+
+    def _select(self, softmax_gates, training, mask=None):
         """The mask `(N, E)` and the losses that come with it."""
         thresholds = tf.convert_to_tensor(self.thresholds)
         if not training:
@@ -156,6 +178,8 @@ class BalancedGating(_Gating):
         # The batch is that of all devices.
         place = placement.for_call()
         num_tokens = tf.reduce_sum(place.gather(tf.shape(softmax_gates)[0]))
+        if mask is not None:
+            num_tokens = tf.reduce_sum(tf.cast(mask, tf.int32))
         m = functional.tokens_per_expert(num_tokens, self.num_experts, self.k)
         # Gates are not negative: what pads the columns of several devices loses.
         selected = place.over_columns(

@@ -149,6 +149,14 @@ class FeedForwardExperts(keras.layers.Layer):
             self.recompute,
         )
 
+    def get_build_config(self):
+        # A file builds experts before the layer around them, which sets this.
+        return {**super().get_build_config(), "group_size": self.group_size}
+
+    def build_from_config(self, config):
+        self.group_size = config.get("group_size", 1)
+        super().build_from_config(config)
+
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.output_units or input_shape[-1])
 

@@ -328,17 +328,22 @@ class NoisyTopKGating(TopKGating):
             "noise_kernel", input_shape[-1], self.noise_initializer
         )
 
-    def draw_noise(self, num_tokens: Any) -> tf.Tensor:
+    def draw_noise(self, num_tokens: Any, mask: Any = None) -> tf.Tensor:
         """Standard normal noise `(num_tokens, num_experts)` for a call.
 
         Args:
             num_tokens: Int or `()` int32.
+            mask: That of the call. Defaults to `None`.
 
         Returns:
             `(num_tokens, num_experts)` float32 or float64, new at every call.
         """
         return draw_rows(
-            num_tokens, self.num_experts, self.compute_dtype, self.seed_generator
+            num_tokens,
+            self.num_experts,
+            self.compute_dtype,
+            self.seed_generator,
+            mask=mask,
         )
 
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
@@ -349,7 +354,7 @@ class NoisyTopKGating(TopKGating):
             tf.matmul(inputs, self.noise_kernel), self.noise_epsilon
         )
         if noise is None:
-            noise = self.draw_noise(tf.shape(clean_logits)[0])
+            noise = self.draw_noise(tf.shape(clean_logits)[0], mask)
         noisy = functional.noisy_logits(clean_logits, stddev, noise)
         # Paper: at k = n every expert is always chosen; the load is a count.
         load = largest = None

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_moe import checks, functional, placement
 from keras_moe.layers.gating import NoisyTopKGating, _Gating
+from keras_moe.layers.hierarchical_static import hierarchical_gating
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
@@ -110,7 +111,7 @@ class HierarchicalGating(_Gating):
         verify_groups(self.num_experts, self.num_groups, self.k)
 
     def _add_kernel(self, name, features, initializer):
-        return placement.for_weights().add_expert_weight(
+        return placement.for_weights().add_group_weight(
             self,
             (self.num_groups, features, self.num_experts // self.num_groups),
             PerExpertInitializer(initializer),
@@ -126,6 +127,8 @@ class HierarchicalGating(_Gating):
             self.primary_gating.build(input_shape)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        if placement.for_call().static_shapes:
+            return hierarchical_gating(self, inputs, mask, training)
         primary = self.primary_gating(inputs, mask=mask, training=training)
         plan = primary.plan
         rows = functional.dispatch(inputs, plan)  # (M, D), sorted by group

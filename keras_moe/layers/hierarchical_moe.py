@@ -129,8 +129,23 @@ class HierarchicalMoE(MoE):
                 "FeedForwardExperts, or `MoE`."
             )
         if isinstance(self.experts, FeedForwardExperts):
-            self.experts.group_size = self.num_experts // self.num_groups
+            self._keep_groups_together(num_replicas)
         super().build(input_shape)
+
+    def _keep_groups_together(self, num_replicas):
+        group_size = self.num_experts // self.num_groups
+        if (
+            num_replicas > 1
+            and self.experts.built
+            and self.experts.group_size != group_size
+        ):
+            raise ValueError(
+                "`experts` must not be built before the HierarchicalMoE on several "
+                "devices, which then may split groups. Received: experts built in "
+                f"groups of {self.experts.group_size}, {group_size} experts a group. "
+                "Pass them unbuilt."
+            )
+        self.experts.group_size = group_size
 
     def _mix(self, tokens, mask, training):
         if placement.for_call().num_replicas == 1:

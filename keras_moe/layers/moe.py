@@ -165,12 +165,14 @@ class MoE(keras.layers.Layer):
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
-        num_replicas = placement.for_weights().num_replicas
-        if self.capacity_factor is not None and num_replicas > 1:
+        place = placement.for_weights()
+        several = place.num_replicas > 1 or place.static_shapes
+        if self.capacity_factor is not None and several:
             raise ValueError(
                 "`capacity_factor` must be None on several devices, where experts "
                 "take all their tokens. Received: capacity_factor="
-                f"{self.capacity_factor} on {num_replicas} replicas. Leave it out."
+                f"{self.capacity_factor} on {place.num_replicas} replicas. Leave it "
+                "out."
             )
         if not self.gating.built:
             self.gating.build((None, features))
@@ -186,7 +188,8 @@ class MoE(keras.layers.Layer):
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None
-        if mask is None or self.capacity_factor is not None:
+        keeps_padding = placement.for_call().static_shapes
+        if mask is None or self.capacity_factor is not None or keeps_padding:
             outputs, result = self._mix(tokens, mask, training)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
@@ -207,13 +210,14 @@ class MoE(keras.layers.Layer):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
         result = self._route(tokens, mask, training)
         gates, plan, statistics, auxiliary_losses = result
-        expert_inputs = functional.dispatch(tokens, plan)
-        expert_outputs = placement.for_call().run_experts(
-            self.experts, expert_inputs, plan.counts
-        )
-        outputs = functional.combine(
-            expert_outputs, gates, plan, num_tokens=tf.shape(tokens)[0]
-        )
+        place = placement.for_call()
+        if place.static_shapes:
+            outputs = place.mix(self, tokens, result, mask)
+        else:
+            rows = functional.dispatch(tokens, plan)
+            rows = place.run_experts(self.experts, rows, plan.counts)
+            num_tokens = tf.shape(tokens)[0]
+            outputs = functional.combine(rows, gates, plan, num_tokens=num_tokens)
         entropy = functional.gate_entropy(gates, tf.shape(tokens)[0], mask)
         add_balance(self, statistics, plan.overflow, entropy)
         for loss in auxiliary_losses:

@@ -6,7 +6,7 @@ import tensorflow as tf
 from keras_moe import functional, placement
 
 
-def draw_rows(num_rows, width, dtype, seed_generator, first_row=None):
+def draw_rows(num_rows, width, dtype, seed_generator, first_row=None, mask=None):
     """Standard normal rows, one for each token of this device.
 
     On several devices they are those that one device would draw for the same
@@ -19,13 +19,17 @@ def draw_rows(num_rows, width, dtype, seed_generator, first_row=None):
         seed_generator: `keras.random.SeedGenerator`, in the same state everywhere.
         first_row: `()` int32. Rows before these, over all devices. None means
             the tokens of the devices before this one. Defaults to `None`.
+        mask: `(num_rows,)` bool or None. On a mesh, where tokens marked False are
+            still among the rows, the others get the rows they would have by
+            themselves. Defaults to `None`.
 
     Returns:
         `(num_rows, width)`.
     """
     place = placement.for_call()
     if place.num_replicas == 1:
-        return keras.random.normal((num_rows, width), dtype=dtype, seed=seed_generator)
+        noise = keras.random.normal((num_rows, width), dtype=dtype, seed=seed_generator)
+        return place.noise_of(noise, mask)
     if first_row is None:
         first_row = place.num_before(num_rows)
     return functional.normal_rows(

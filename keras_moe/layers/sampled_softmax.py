@@ -16,7 +16,7 @@ class SampledSoftmax(keras.layers.Layer):
     log-uniform distribution without repetition, the same for the whole batch, and
     the normalizer of the softmax is estimated from them:
 
-    $L = \\log\\Big(e^{s_t} + \\sum_{c \\in C, c \\ne t} e^{s_c} / q_c\\Big) - s_t$,
+    $L = \\log\\left(e^{s_t} + \\sum_{c \\in C, c \\ne t} e^{s_c} / q_c\\right) - s_t$,
 
     $q_c$ being the expected count of candidate c; a candidate that is the target
     (an accidental hit) is removed. The cost of a step grows with `num_sampled` and

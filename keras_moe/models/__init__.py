@@ -8,13 +8,9 @@ from keras_moe.models.preset_models import (
     build_language_model,
     build_translation_model,
 )
-from keras_moe.models.presets import (
-    Preset,
-    preset,
-    preset_names,
-    scale_down,
-)
+from keras_moe.models.presets import Preset, preset, preset_names
 from keras_moe.models.sampling import sample_tokens
+from keras_moe.models.scaling import scale_down
 from keras_moe.models.translation import MoETranslator
 from keras_moe.models.translation_layers import translation_middle
 

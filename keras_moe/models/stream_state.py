@@ -8,6 +8,11 @@ import tensorflow as tf
 
 from keras_moe import placement
 
+_ONE_SIZE = (
+    "A stateful MoELanguageModel needs batches of one size within a stream. "
+    "Received: rows of the batch before and of this one"
+)
+
 
 class StreamState:
     """Variables that hold the states of recurrent layers between batches.
@@ -26,6 +31,8 @@ class StreamState:
         """The states to go on with, or `initial_state` at the start of a stream."""
         zeros = tf.nest.flatten(initial_state)
         replica, place = placement.current_replica(), placement.for_call()
+        if place.static_shapes:
+            return tf.nest.pack_sequence_as(initial_state, self._read_static(zeros))
         if replica not in self._started:
             self._started[replica] = place.local_variable(lambda: False, ())
             self._variables[replica] = [
@@ -44,9 +51,40 @@ class StreamState:
         ]
         return tf.nest.pack_sequence_as(initial_state, state)
 
+    def _read_static(self, zeros):
+        """The same where shapes are static: each number of rows has variables."""
+        place, rows = placement.for_call(), zeros[0].shape[0]
+        if rows not in self._started:
+            self._started[rows] = place.local_variable(lambda: False, ())
+            self._variables[rows] = [
+                place.local_variable(
+                    partial(tf.zeros, each.shape, each.dtype), each.shape
+                )
+                for each in zeros
+            ]
+        others = (
+            []
+            if 1
+            else [
+                tf.debugging.Assert(
+                    tf.logical_not(started.read_value()), [_ONE_SIZE, rows]
+                )
+                for other, started in self._started.items()
+                if other != rows
+            ]
+        )
+        with tf.control_dependencies([check for check in others if check is not None]):
+            started = tf.identity(self._started[rows].read_value())
+        return [
+            tf.where(started, variable.read_value(), each)
+            for variable, each in zip(self._variables[rows], zeros, strict=True)
+        ]
+
     def write(self, state):
         """Stores the states to go on with. No gradient goes further back."""
         replica = placement.current_replica()
+        if placement.for_call().static_shapes:
+            replica = tf.nest.flatten(state)[0].shape[0]
         self._started[replica].assign(True)
         for variable, value in zip(
             self._variables[replica], tf.nest.flatten(state), strict=True
@@ -64,8 +102,7 @@ def _carried_or_zero(started, carried, zeros):
     same_size = tf.debugging.Assert(
         tf.logical_not(started) | (rows == batch_size),
         [
-            "A stateful MoELanguageModel needs batches of one size within a "
-            "stream. Received: rows of the batch before and of this one",
+            _ONE_SIZE,
             rows,
             batch_size,
             "Use `TextCorpus.dataset`, batch with drop_remainder=True, call "

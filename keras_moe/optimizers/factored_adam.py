@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, placement
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -39,6 +39,12 @@ class FactoredAdam(keras.optimizers.Adam):
             `0.999`.
         epsilon: Float. Added to the root of the second moment. Defaults to
             `1e-7`.
+        untouched_rows: `"decay"` or `"keep"`. What becomes of the rows of an
+            embedding, or of the kernel of a `SampledSoftmax`, that a step has not
+            read. `"decay"`: as in Adam, their momentum moves them on and decays,
+            for which a step reads and writes the whole table. `"keep"`: they and
+            their state stay until they are read again (often called lazy Adam), and
+            a step costs only the rows that it has read. Defaults to `"decay"`.
         factored: None or a list of regular expressions. None factors the
             weights that are marked as those of experts, with an attribute
             `is_expert_weight` that is True, as `FeedForwardExperts` marks its
@@ -82,6 +88,7 @@ class FactoredAdam(keras.optimizers.Adam):
         beta_2: float = 0.999,
         epsilon: float = 1e-7,
         *,
+        untouched_rows: str = "decay",
         factored: Sequence[str] | None = None,
         name: str = "factored_adam",
         **kwargs: Any,
@@ -93,9 +100,15 @@ class FactoredAdam(keras.optimizers.Adam):
                 "`amsgrad` must be left out. Received: amsgrad=True. The largest "
                 "second moment cannot be kept in factors."
             )
+        if untouched_rows not in ("decay", "keep"):
+            raise ValueError(
+                "`untouched_rows` must be 'decay' or 'keep'. Received: "
+                f"untouched_rows={untouched_rows!r}."
+            )
         super().__init__(
             learning_rate, beta_1, beta_2, epsilon=epsilon, name=name, **kwargs
         )
+        self.untouched_rows = untouched_rows
         self.factored = None if factored is None else _verify_patterns(factored)
 
     def build(self, var_list):
@@ -165,11 +178,8 @@ class FactoredAdam(keras.optimizers.Adam):
         Returns:
             A variable of zeros, placed where `variable` is.
         """
-        strategy = tf.distribute.get_strategy()
-        with strategy.extended.colocate_vars_with(variable.value):
-            return self.add_variable(
-                shape, dtype=variable.dtype, name=f"{variable.name}_{name}"
-            )
+        place = placement.of_weight(variable)
+        return place.add_slot(self, variable, shape, f"{variable.name}_{name}")
 
     def slots_of(self, variable) -> list:
         """The state of one variable, once built.
@@ -188,32 +198,107 @@ class FactoredAdam(keras.optimizers.Adam):
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable and its slots."""
         index = self._get_variable_index(variable)
-        row, column = self._rows[index], self._columns[index]
-        if row is None:
+        if self._rows[index] is not None:
+            self._update_factored(gradient, variable, learning_rate, index)
+        elif _is_sparse(gradient) and self.untouched_rows == "keep":
+            self._update_rows(gradient, variable, learning_rate, index)
+        else:
+            if _is_sparse(gradient):
+                gradient = tf.convert_to_tensor(gradient)  # sums rows by word
             super().update_step(gradient, variable, learning_rate)
-            return
-        gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
+
+    def _update_rows(self, gradient, variable, learning_rate, index):
+        """Adam on the rows of a table that have a gradient."""
+        # A row stands there for every look-up: its square is that of their sum.
+        gradient = _summed_by_row(gradient)
+        values, rows = tf.cast(gradient.values, variable.dtype), gradient.indices
         step = tf.cast(self.iterations + 1, variable.dtype)
+        rate = tf.cast(learning_rate, variable.dtype)
+        powers = [1 - tf.pow(tf.cast(b, step.dtype), step) for b in self._betas]
+        means = []
+        for slot, beta, power, value in zip(
+            (self._momentums[index], self._velocities[index]),
+            self._betas,
+            powers,
+            (values, tf.square(values)),
+            strict=True,
+        ):
+            old = tf.gather(slot, rows)
+            new = old + tf.cast(1 - beta, value.dtype) * (value - old)
+            self.assign(slot, tf.IndexedSlices(new, rows))
+            means.append((new, power))
+        (momentum, power_1), (velocity, power_2) = means
+        rate *= tf.sqrt(power_2) / power_1
+        step = rate * momentum / (tf.sqrt(velocity) + self.epsilon)
+        self.assign_sub(variable, tf.IndexedSlices(step, rows))
+
+    @property
+    def _betas(self):
+        return self.beta_1, self.beta_2
+
+    def _update_factored(self, gradient, variable, learning_rate, index):
+        """Block by block of experts, so that no second array of the size of all
+        their weights comes to be."""
+        gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
+        target = variable.value if isinstance(variable, keras.Variable) else variable
+        size = gradient.shape[0]
+        block = _block_of(gradient.shape, gradient.dtype.size)
+        if gradient.shape.rank < 3 or block >= size:
+            step, row, column = self._factored_step(gradient, learning_rate, index)
+            self.assign(self._rows[index], row)
+            self.assign(self._columns[index], column)
+            self.assign_sub(variable, step)
+            return
+        before: list = []
+        factors = []
+        for start in range(0, size, block):
+            part = slice(start, min(start + block, size))
+            with tf.control_dependencies(before):  # one after the other
+                own = tf.identity(gradient[part])
+            step, *new = self._factored_step(own, learning_rate, index, part)
+            done = target[part].assign(target[part] - step)
+            before = [] if tf.executing_eagerly() else [done]
+            factors.append(new)
+        rows, columns = zip(*factors, strict=True)
+        self.assign(self._rows[index], tf.concat(rows, axis=0))
+        self.assign(self._columns[index], tf.concat(columns, axis=0))
+
+    def _factored_step(self, gradient, learning_rate, index, part=slice(None)):
+        """What to subtract from a part of a weight, its new rows and columns."""
+        step = tf.cast(self.iterations + 1, gradient.dtype)
         beta_2 = tf.constant(self.beta_2, gradient.dtype)
         rate = tf.cast(learning_rate, gradient.dtype)
         squared = tf.square(gradient)
-        for slot, axis in ((row, -1), (column, -2)):
-            mean = tf.reduce_mean(squared, axis=axis)
-            self.assign_add(slot, (1 - beta_2) * (mean - slot))
+        row, column = (
+            old + (1 - beta_2) * (tf.reduce_mean(squared, axis=axis) - old)
+            for old, axis in (
+                (tf.convert_to_tensor(self._rows[index])[part], -1),
+                (tf.convert_to_tensor(self._columns[index])[part], -2),
+            )
+        )
         # The roots of the factors first: no second array of the weight's size,
         # and no product that underflows. An expert without any gradient so far
         # has zeros everywhere: 0 / epsilon.
-        row, column = tf.convert_to_tensor(row), tf.convert_to_tensor(column)
         mean = tf.reduce_mean(row, axis=-1, keepdims=True)
-        row = tf.sqrt(tf.math.divide_no_nan(row, mean))[..., :, tf.newaxis]
-        column = tf.sqrt(column / (1 - beta_2**step))[..., tf.newaxis, :]
-        self.assign_sub(variable, rate * gradient / (row * column + self.epsilon))
+        by_row = tf.sqrt(tf.math.divide_no_nan(row, mean))[..., :, tf.newaxis]
+        by_column = tf.sqrt(column / (1 - beta_2**step))[..., tf.newaxis, :]
+        step = rate * gradient / (by_row * by_column + self.epsilon)
+        return step, row, column
+
+    def _clip_gradients(self, grads):
+        if any(map(_is_sparse, grads)):  # Keras would make them dense
+            if self.clipnorm:
+                return [tf.clip_by_norm(g, self.clipnorm) for g in grads]
+            if self.global_clipnorm:
+                return tf.clip_by_global_norm(grads, self.global_clipnorm)[0]
+        return super()._clip_gradients(grads)
 
     def get_config(self):
         config = super().get_config()
         del config["amsgrad"]
         return {
             **config,
+            "untouched_rows": self.untouched_rows,
             "factored": None if self.factored is None else list(self.factored),
         }
 
@@ -231,3 +316,24 @@ def _verify_patterns(patterns):
             f"factored={patterns!r}. Pass e.g. ['experts/kernel']."
         )
     return tuple(patterns)
+
+
+# Bytes of weights that are updated at a time, at least, and most parts of a stack.
+_BLOCK_BYTES, _MOST_BLOCKS = 1 << 24, 64
+
+
+def _block_of(shape, itemsize):
+    """Experts whose weights are updated at a time."""
+    one = itemsize * shape[1:].num_elements()
+    return max(1, -(-shape[0] // _MOST_BLOCKS), _BLOCK_BYTES // max(1, one))
+
+
+def _is_sparse(gradient):
+    return isinstance(gradient, tf.IndexedSlices)
+
+
+def _summed_by_row(gradient):
+    """`tf.IndexedSlices` in which no row stands twice."""
+    rows, positions = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, positions, tf.size(rows))
+    return tf.IndexedSlices(values, rows, gradient.dense_shape)

@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_moe
 from keras_moe import data
 from keras_moe.__main__ import main
 from keras_moe.commands import train_lm
@@ -198,3 +200,34 @@ def test_help_names_every_option(capsys):
     for name in ("--data-dir", "--num-experts", "--baseline", "--overwrite"):
         assert name in printed
     assert "None" not in printed
+
+
+@pytest.mark.parametrize("command", ["train-lm", "train-mt", "export"])
+def test_every_command_says_what_it_does(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    text = printed.split("\n\n")[1]
+    assert text.startswith(("train a", "export a"))
+    assert "(default: False)" not in printed
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"keras_moe {keras_moe.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "resumes"), [("train-lm", True), ("export", False)]
+)
+def test_an_interruption_says_whether_the_command_goes_on(
+    command, resumes, monkeypatch, capsys
+):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(f"keras_moe.commands.{command.replace('-', '_')}")
+    monkeypatch.setattr(module, "run", interrupt)
+    assert main([command]) == 130
+    assert ("goes on from the last" in capsys.readouterr().err) == resumes

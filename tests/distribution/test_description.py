@@ -6,6 +6,9 @@ import pytest
 import keras_moe
 from tests.distribution import children
 
+# One child answers all tests of this file.
+pytestmark = pytest.mark.xdist_group("description")
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -71,9 +71,22 @@ def test_clipping_and_accumulation_act_on_the_global_gradient():
     assert_equal_on_devices(2, CLIPPED)
 
 
+def test_factored_state_is_sharded_as_the_experts_are():
+    # All rank-2 weights factored too: their state is the same on every device.
+    everything = {"optimizer": "FactoredAdam", "options": {"factored": ["kernel"]}}
+    clipped = {"learning_rate": 0.01, "global_clipnorm": 0.05}
+    assert_equal_on_devices(
+        2,
+        [
+            {"optimizer": "FactoredAdam", "options": clipped, "use_bias": True},
+            {**everything, "num_experts": 7, "steps": 15},
+        ],
+    )
+
+
 def test_synchronized_normalization_before_and_after():
     assert_equal_on_devices(
-        2, [{**ADAM, "normalized": True}, {**SGD, **HIERARCHICAL, "normalized": True}]
+        2, [{**ADAM, "normalized": True}, {**ADAM, **HIERARCHICAL, "normalized": True}]
     )
 
 
@@ -99,6 +112,13 @@ def test_more_devices_than_experts_or_groups():
     )
 
 
+def test_translation_models():
+    # Rows of different lengths: replicas have different numbers of tokens.
+    assert_equal_on_devices(
+        2, [{**ADAM, **HIERARCHICAL, "model": "translation", "steps": 10}]
+    )
+
+
 def test_several_processes():
     cases = [
         {**ADAM, **SEVEN},
@@ -111,4 +131,4 @@ def test_several_processes():
 
 
 def test_many_steps_do_not_hang():
-    assert_equal_on_devices(4, [{**SGD, "steps": 100}] * 5)
+    assert_equal_on_devices(4, [{**SGD, "steps": 100, "repeats": 4}])

@@ -1,10 +1,12 @@
 """What does not yet run on several devices says so."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe import layers, placement
+from keras_moe import layers, optimizers, placement
+from keras_moe.distribution import replicated
 
 
 class Two(placement.Placement):
@@ -40,3 +42,12 @@ def test_hierarchical_mixture_of_other_experts_is_refused(monkeypatch):
     layer = layers.HierarchicalMoE(experts, 2, k=(1, 1))
     with pytest.raises(ValueError, match=r"Received: ExpertList on 2 replicas"):
         layer.build((None, 3))
+
+
+def test_a_factor_over_sharded_experts_is_refused():
+    variable = keras.Variable(np.zeros((4, 3)), name="bias")
+    place = replicated.ReplicatedPlacement(tf.distribute.get_strategy())
+    with pytest.raises(
+        ValueError, match=r"FactoredAdam .*\(3,\) for 'bias' .*\(4, 3\)"
+    ):
+        place.add_slot(optimizers.FactoredAdam(), variable, (3,), "column")

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_moe import layers, models
-from keras_moe.optimizers import FactoredAdam
+from keras_moe.optimizers import FactoredAdam, factored_adam
 from tests.oracles import factored_adam as oracle
 
 RNG_SHAPE = (3, 4, 5)
@@ -84,6 +84,87 @@ def test_is_adam_without_momentum_for_squared_gradients_of_rank_one():
     assert np.max(np.abs(other - wanted)) > 1e-3
 
 
+def test_blocks_of_experts_are_updated_as_the_whole(monkeypatch):
+    rng = np.random.default_rng(6)
+    start, gradients = rng.normal(size=(7, 4, 5)), rng.normal(size=(3, 7, 4, 5))
+    # Blocks of 3, 3 and 1 experts of 4 * 5 * 8 bytes.
+    monkeypatch.setattr(factored_adam, "_BLOCK_BYTES", 3 * 160)
+    wanted = oracle.factored_adam(start, gradients, 0.05, 0.9, 1e-7)
+    for wrap in (lambda step: step, tf.function):
+        variable, optimizer = expert_variable(start), FactoredAdam(0.05, beta_2=0.9)
+        optimizer.build([variable])
+        step = wrap(stepper(optimizer, variable))
+        for gradient in gradients:
+            step(tf.constant(gradient))
+        np.testing.assert_allclose(variable.numpy(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def stepper(optimizer, variable):
+    return lambda gradient: optimizer.apply([gradient], [variable])
+
+
+LOOK_UPS = ((0, 3, 3), (3, 4, 0), (1, 1, 1), (0, 4, 3))
+
+
+def look_ups(seed=4):
+    """Gradients of a table of 6 rows, of which row 2 is never looked up."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(len(LOOK_UPS), 3, 5))
+    slices = [
+        tf.IndexedSlices(tf.constant(v), tf.constant(rows), tf.constant([6, 5]))
+        for v, rows in zip(values, LOOK_UPS, strict=True)
+    ]
+    return rng.normal(size=(6, 5)), slices, values
+
+
+def test_rows_that_are_kept_equal_the_oracle():
+    start, slices, values = look_ups()
+    gradients = [
+        list(zip(rows, v, strict=True))
+        for rows, v in zip(LOOK_UPS, values, strict=True)
+    ]
+    wanted = oracle.adam_of_rows(start, gradients, 0.05, 0.8, 0.9, 1e-7)
+    optimizer = FactoredAdam(0.05, beta_1=0.8, beta_2=0.9, untouched_rows="keep")
+    variable = keras.Variable(start, dtype="float64")
+    (found,) = run(optimizer, [variable], [[g] for g in slices])
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(found[2], start[2])
+    assert not np.any(optimizer.slots_of(variable)[0].numpy()[2])
+
+
+def test_rows_that_decay_are_adam_on_the_whole_table():
+    start, slices, _ = look_ups()
+    dense = [tf.convert_to_tensor(g).numpy() for g in slices]
+    wanted = oracle.adam(start, dense, 0.05, 0.8, 0.9, 1e-7)
+    (found,) = run(
+        FactoredAdam(0.05, beta_1=0.8, beta_2=0.9),
+        [keras.Variable(start, dtype="float64")],
+        [[g] for g in slices],
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    # Row 1 is looked up once, then moved on by its momentum: not kept.
+    kept = FactoredAdam(0.05, beta_1=0.8, beta_2=0.9, untouched_rows="keep")
+    (other,) = run(
+        kept, [keras.Variable(start, dtype="float64")], [[g] for g in slices]
+    )
+    assert np.max(np.abs(other[1] - found[1])) > 1e-3
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+def test_look_ups_are_clipped_as_keras_does(clip):
+    _, (gradient, *_), _ = look_ups()
+    dense = tf.ones((2, 2), tf.float64)
+    own, keras_own = (
+        kind(0.1, **{clip: 0.7})._clip_gradients([gradient, dense])
+        for kind in (FactoredAdam, keras.optimizers.Adam)
+    )
+    assert isinstance(own[0], tf.IndexedSlices)
+    np.testing.assert_allclose(own[1], keras_own[1], rtol=1e-6)
+    np.testing.assert_allclose(
+        tf.convert_to_tensor(own[0]), tf.convert_to_tensor(keras_own[0]), rtol=1e-6
+    )
+
+
 def test_scaling_all_gradients_changes_nothing_even_near_underflow():
     gradients = np.random.default_rng(3).normal(size=(4, *RNG_SHAPE))
     found = [
@@ -126,6 +207,7 @@ def test_patterns_choose_the_weights():
     assert [tuple(s.shape) for s in optimizer.slots_of(other)] == [(2, 3)] * 2
     copy = FactoredAdam.from_config(optimizer.get_config())
     assert copy.factored == ("^mine",)
+    assert copy.untouched_rows == "decay"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +216,7 @@ def test_patterns_choose_the_weights():
         ({"factored": "kernel"}, "factored='kernel'"),
         ({"factored": ["("]}, r"factored=\['\('\]"),
         ({"amsgrad": True}, "amsgrad=True"),
+        ({"untouched_rows": "lazy"}, "untouched_rows='lazy'"),
         ({"beta_2": 1.0}, "beta_2=1.0"),
         ({"beta_1": -0.1}, "beta_1=-0.1"),
     ],

@@ -36,3 +36,20 @@ def adam(weights, gradients, rate, beta_1, beta_2, epsilon):
         alpha = rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
         weights -= alpha * first / (np.sqrt(second) + epsilon)
     return weights
+
+
+def adam_of_rows(weights, gradients, rate, beta_1, beta_2, epsilon):
+    """Adam on the rows that are looked up; the others keep weights and moments.
+
+    Each gradient is a list of `(row, values)`, in which a row may stand twice.
+    """
+    weights = np.array(weights, np.float64)
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for t, looked_up in enumerate(gradients, 1):
+        for row in {row for row, _ in looked_up}:
+            g = sum(np.asarray(v, np.float64) for r, v in looked_up if r == row)
+            first[row] = beta_1 * first[row] + (1 - beta_1) * g
+            second[row] = beta_2 * second[row] + (1 - beta_2) * g**2
+            alpha = rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+            weights[row] -= alpha * first[row] / (np.sqrt(second[row]) + epsilon)
+    return weights

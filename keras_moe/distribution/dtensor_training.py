@@ -1,0 +1,323 @@
+"""What Keras does in a step that DTensor cannot, done another way.
+
+Each of these acts within the steps of a `DTensorStrategy` only:
+
+* a step is traced for every shape of a batch, not for a shape of unknown size;
+* recurrent layers are unrolled: the gradient of a loop cannot be expanded;
+* random numbers are drawn as one device draws them: told to be sharded, every
+  device would draw others;
+* slices of the gradient of an embedding are summed by a product: in the stock way
+  DTensor gathers them on every device;
+* optimizers keep the state of sharded weights sharded.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from keras_moe import placement
+from keras_moe.distribution import compatibility
+from keras_moe.distribution.dtensor_variables import (
+    LaidOutExperts,
+    current_mesh,
+    in_step,
+)
+
+_installed = False
+
+
+def install() -> None:
+    """Makes the changes. The second call does nothing."""
+    global _installed
+    if not _installed:
+        _install_functions()
+        _install_recurrence()
+        _install_random()
+        _install_slices()
+        _install_slots()
+        _install_adafactor()
+    _installed = True
+
+
+def _is_ours(model):
+    strategy = model._distribute_strategy
+    place = getattr(strategy, "placement", None)
+    return isinstance(place, placement.Placement) and place.static_shapes
+
+
+def _install_functions():
+    kind = compatibility.TensorFlowTrainer
+    stock_step, stock_predict = kind._make_function, kind.make_predict_function
+
+    def _make_function(self, step_function):
+        if not _is_ours(self):
+            return stock_step(self, step_function)
+        _verify_compiled(self)
+        strategy = self._distribute_strategy
+
+        def one_step(data):
+            return strategy.run(step_function, args=(data,))
+
+        run = one_step if self.run_eagerly else _traced_by_shape(one_step)
+
+        def function(iterator):
+            outputs = None
+            for _, data in zip(range(self.steps_per_execution), iterator, strict=False):
+                outputs = run(strategy.lay_out(data))
+            if outputs is None:
+                raise StopIteration
+            return outputs
+
+        return function
+
+    def make_predict_function(self, force=False):
+        if not _is_ours(self):
+            return stock_predict(self, force)
+        if self.predict_function is not None and not force:
+            return self.predict_function
+        strategy = self._distribute_strategy
+
+        def one_step(data):
+            return strategy.run(self.predict_step, args=(data,))
+
+        run = one_step if self.run_eagerly else _traced_by_shape(one_step)
+
+        def function(batches):
+            outputs = [run(strategy.lay_out(batch)) for batch in batches]
+            return tf.nest.map_structure(_joined, *outputs)
+
+        self.predict_function = function
+        return function
+
+    kind._make_function = _make_function
+    kind.make_predict_function = make_predict_function
+
+
+def _traced_by_shape(function):
+    return tf.function(function, autograph=False)
+
+
+def _joined(*parts):
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
+
+
+def _verify_compiled(model):
+    steps = getattr(model.optimizer, "gradient_accumulation_steps", None)
+    if steps:
+        raise ValueError(
+            "`gradient_accumulation_steps` of the optimizer does not work on a mesh, "
+            "where DTensor reads stale sums in a condition. Received: "
+            f"gradient_accumulation_steps={steps} for {model.name!r}. Leave it out, "
+            "or use `tf.distribute.MirroredStrategy`."
+        )
+    if model.jit_compile is True:
+        raise ValueError(
+            "`jit_compile` of `compile` does not work on a mesh. Received: "
+            f'jit_compile=True for {model.name!r}; leave it "auto" or set it False.'
+        )
+
+
+def _install_recurrence():
+    stock = keras.layers.RNN.inner_loop
+
+    def unrolled(kind):
+        own = kind.inner_loop
+
+        def inner_loop(self, sequences, *args, **kwargs):
+            if not in_step():
+                return own(self, sequences, *args, **kwargs)
+            if sequences.shape[1] is None:
+                raise ValueError(
+                    f"`sequences` of {self.name!r} must have a known number of time "
+                    "steps on a mesh, where loops are unrolled. Received: shape="
+                    f"{sequences.shape}."
+                )
+            before, self.unroll = self.unroll, True
+            try:
+                return stock(self, sequences, *args, **kwargs)
+            finally:
+                self.unroll = before
+
+        kind.inner_loop = inner_loop
+
+    for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
+        unrolled(kind)
+
+
+def _install_random():
+    module = compatibility.keras_random
+
+    def pinned(stock):
+        def draw(*args, **kwargs):
+            drawn = stock(*args, **kwargs)
+            return _replicated(drawn) if in_step() else drawn
+
+        return draw
+
+    names = ("normal", "uniform", "truncated_normal", "randint", "gamma", "beta")
+    for name in (*names, "binomial", "categorical"):
+        setattr(module, name, pinned(getattr(module, name)))
+    stock_dropout = module.dropout
+
+    def dropout(inputs, rate, noise_shape=None, seed=None):
+        if not in_step() or not 0.0 < rate < 1.0:
+            return stock_dropout(inputs, rate, noise_shape, seed)
+        shape = module._get_concrete_noise_shape(inputs, noise_shape)
+        # As `tf.nn.experimental.stateless_dropout`.
+        seed = module._cast_seed(keras.src.random.seed_generator.draw_seed(seed))
+        drawn = _replicated(
+            tf.random.stateless_uniform(shape, seed=seed, dtype=inputs.dtype)
+        )
+        kept = inputs * tf.constant(1.0 / (1.0 - rate), inputs.dtype)
+        return tf.where(drawn >= rate, kept, tf.zeros_like(kept))
+
+    module.dropout = dropout
+
+
+def _replicated(value):
+    return dtensor.relayout(
+        value, dtensor.Layout.replicated(current_mesh(), value.shape.rank)
+    )
+
+
+# Elements of one-hot indices on a device up to which a product sums slices.
+_MOST_ONE_HOT = 2**26
+
+
+def _install_slices():
+    def dense(value, dtype=None, name=None, as_ref=False):
+        """Sums `tf.IndexedSlices` into a dense tensor, within a step.
+
+        The stock way is right, but DTensor gathers all slices on every device.
+        """
+        del name, as_ref
+        if not in_step() or value.dense_shape is None:
+            return NotImplemented
+        if dtype is not None and not dtype.is_compatible_with(value.dtype):
+            return NotImplemented
+        shape = tf.get_static_value(value.dense_shape)
+        if shape is None:
+            return NotImplemented
+        num_rows = int(shape[0])
+        indices = tf.reshape(value.indices, [-1])
+        local = indices.shape[0] / current_mesh().size
+        if num_rows * local > _MOST_ONE_HOT or value.values.shape.rank != 2:
+            return NotImplemented
+        own = tf.one_hot(indices, num_rows, dtype=value.dtype)
+        return tf.matmul(own, value.values, transpose_a=True)
+
+    tf.register_tensor_conversion_function(tf.IndexedSlices, dense, priority=50)
+    module = compatibility.keras_numpy
+    stock_divide = module.divide
+
+    def divide(x1, x2):
+        # Keras looks for zeros in the divisor, by operations of open shapes. The
+        # quotient is linear in the slices, so their sum can be divided instead.
+        if in_step() and isinstance(x1, tf.IndexedSlices) and len(x2.shape):
+            x1 = tf.convert_to_tensor(x1)
+        return stock_divide(x1, x2)
+
+    module.divide = divide
+
+
+def make_slot(
+    optimizer: Any,
+    variable: LaidOutExperts,
+    name: str,
+    initializer: Any = "zeros",
+    shape: tuple | None = None,
+) -> LaidOutExperts:
+    """Makes optimizer state for a sharded weight, with the same layout.
+
+    Args:
+        optimizer: The optimizer that will own it.
+        variable: The weight.
+        name: Name of the slot.
+        initializer: Keras initializer. Defaults to `"zeros"`.
+        shape: `(E, ...)`; None means that of the weight. Defaults to `None`.
+
+    Returns:
+        The slot, tracked by the optimizer.
+    """
+    with compatibility.layer_name_scope(optimizer):
+        slot = LaidOutExperts(
+            initializer,
+            tuple(variable.shape) if shape is None else tuple(shape),
+            variable.mesh,
+            dtype=variable.dtype,
+            trainable=False,
+            name=name,
+        )
+    return compatibility.track_weight(optimizer, slot)
+
+
+def _install_slots():
+    kind = compatibility.TFOptimizer
+    stock = kind.add_variable_from_reference
+
+    def add_variable_from_reference(
+        self, reference_variable, name=None, initializer="zeros"
+    ):
+        if not isinstance(reference_variable, LaidOutExperts):
+            return stock(self, reference_variable, name, initializer)
+        path = reference_variable.path.replace("/", "_")
+        return make_slot(
+            self, reference_variable, f"{path}_{name or 'var'}", initializer
+        )
+
+    kind.add_variable_from_reference = add_variable_from_reference
+
+
+def _install_adafactor():
+    kind = keras.optimizers.Adafactor
+    stock_build, stock_rms, stock_step = kind.build, kind._rms, kind.update_step
+
+    def build(self, var_list):
+        if self.built or not any(isinstance(v, LaidOutExperts) for v in var_list):
+            return stock_build(self, var_list)
+        stock_build(self, var_list)
+        for i, variable in enumerate(var_list):
+            if isinstance(variable, LaidOutExperts):
+                _shard_factors(self, i, variable)
+        return None
+
+    def update_step(self, gradient, variable, learning_rate):
+        self._padded = padded_share(self, variable)
+        stock_step(self, gradient, variable, learning_rate)
+
+    def _rms(self, x):
+        # The mean over real experts only: those of the padding are zero.
+        return stock_rms(self, x) * getattr(self, "_padded", 1.0)
+
+    kind.build, kind._rms, kind.update_step = build, _rms, update_step
+
+
+def padded_share(optimizer: Any, variable: Any) -> float:
+    """Root of all rows of a sharded weight over its real ones; 1 for others."""
+    variable = optimizer._trainable_variables[optimizer._get_variable_index(variable)]
+    if not isinstance(variable, LaidOutExperts):
+        return 1.0
+    return (variable.value.shape[0] / variable.num_experts) ** 0.5
+
+
+def _shard_factors(optimizer, index, variable):
+    """Replaces the factors of one weight by sharded ones, in the same places."""
+    if len(variable.shape) < 3:
+        if variable.value.shape[0] == variable.num_experts:
+            return  # means over the experts are right without padding
+        raise ValueError(
+            "`optimizer` Adafactor takes means over the last two axes, of which one is "
+            f"that of the experts here. Received: {variable.path!r} of shape "
+            f"{tuple(variable.shape)} on {variable.mesh.size} devices. Set `use_bias` "
+            "of the experts to False, or take a number of experts that the devices "
+            "divide."
+        )
+    for factors in (optimizer._r, optimizer._c):
+        old = factors[index]
+        new = make_slot(optimizer, variable, old.name, shape=tuple(old.shape))
+        optimizer._variables.pop()
+        where = next(i for i, v in enumerate(optimizer._variables) if v is old)
+        optimizer._variables[where] = new
+        factors[index] = new

@@ -1,0 +1,116 @@
+"""The gates of a hierarchical mixture in operations of static shapes.
+
+As `HierarchicalGating`, for a mesh of devices: every secondary gate sees every token,
+and the results of a token's own groups are picked. The gates then cost as much as
+the flat gate over all experts; the experts cost what they always do.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_moe import functional, placement
+from keras_moe.types import GatingResult
+
+
+def hierarchical_gating(
+    layer: Any, inputs: tf.Tensor, mask: tf.Tensor | None, training: bool | None
+) -> GatingResult:
+    """What `HierarchicalGating` returns.
+
+    Args:
+        layer: The built gate.
+        inputs: `(N, D)`.
+        mask: `(N,)` bool or None. False leaves a token out.
+        training: Whether the gates add their noise.
+
+    Returns:
+        The `GatingResult`.
+    """
+    primary = layer.primary_gating(inputs, mask=mask, training=training)
+    groups = primary.plan.expert_indices  # (N, K1)
+    num_groups, k1 = layer.num_groups, groups.shape[1]
+    size = layer.num_experts // num_groups
+    members = [
+        tf.one_hot(groups[:, k], num_groups, dtype=inputs.dtype) for k in range(k1)
+    ]
+    clean = _logits(inputs, layer.gate_kernel, members)  # (N, K1, b)
+    load, k2 = None, layer.k[1]
+    if not training:
+        gates, indices = functional.top_k_gating(_rows(clean), k2)
+    else:
+        raw_noise = _logits(inputs, layer.noise_kernel, members)
+        stddev = functional.noise_stddev(_rows(raw_noise), layer.noise_epsilon)
+        noise = _noise(layer, groups, members, size, mask)
+        noisy = functional.noisy_logits(_rows(clean), stddev, _rows(noise))
+        if k2 < size:
+            probs = functional.prob_in_top_k(_rows(clean), noisy, stddev, k2)
+        else:
+            probs = tf.ones_like(noisy)
+        gates, indices = functional.top_k_gating(noisy, k2)
+        load = _load(tf.reshape(probs, tf.shape(clean)), members, mask)
+        load = functional.hierarchical_load(
+            primary.statistics.load, load, primary.statistics.counts
+        )
+    gates, expert_indices = functional.hierarchical_gates(
+        tf.reshape(primary.gates, [-1]),
+        tf.reshape(groups, [-1]),
+        gates,
+        indices,
+        size,
+    )
+    shape = [inputs.shape[0], k1 * k2]
+    result = functional.make_gating_result(
+        tf.reshape(gates, shape),
+        tf.reshape(expert_indices, shape),
+        layer.num_experts,
+        load=load,
+        mask=mask,
+    )
+    return result._replace(auxiliary_losses=primary.auxiliary_losses)
+
+
+def _rows(x):
+    """`(N, K1, b)` -> `(N * K1, b)`."""
+    return tf.reshape(x, [-1, x.shape[-1]])
+
+
+def _logits(inputs, kernel, members):
+    """Logits of the chosen groups, `(N, K1, b)`."""
+    kernel = tf.convert_to_tensor(kernel)  # (G, D, b)
+    num_groups, features, size = kernel.shape
+    flat = tf.reshape(tf.transpose(kernel, [1, 0, 2]), [features, num_groups * size])
+    every = tf.reshape(tf.matmul(inputs, flat), [-1, num_groups, size])
+    return tf.stack(
+        [tf.reduce_sum(every * own[..., tf.newaxis], axis=1) for own in members], axis=1
+    )
+
+
+def _noise(layer, groups, members, size, mask):
+    """`(N, K1, b)`: the rows that one device draws for rows sorted by group."""
+    place = placement.for_call()
+    drawn = keras.random.normal(
+        (groups.shape[0] * groups.shape[1], size),
+        dtype=layer.compute_dtype,
+        seed=layer.seed_generator,
+    )
+    chosen = tf.cast(tf.add_n(members), tf.int32)  # (N, G)
+    if mask is not None:
+        chosen *= tf.cast(mask, tf.int32)[:, tf.newaxis]
+    chosen = place.replicated(chosen)
+    totals = tf.reduce_sum(chosen, axis=0)
+    places = tf.cumsum(chosen, axis=0, exclusive=True)
+    places += tf.cumsum(totals, exclusive=True)
+    own = [tf.reduce_sum(places * tf.cast(each, tf.int32), axis=1) for each in members]
+    return tf.gather(place.replicated(drawn), tf.stack(own, axis=1))
+
+
+def _load(probs, members, mask):
+    """`(N, K1, b)` -> `(G, b)`: sums over the tokens of each group."""
+    total = 0.0
+    for k, own in enumerate(members):
+        if mask is not None:
+            own = own * tf.cast(mask, own.dtype)[:, tf.newaxis]
+        total += tf.matmul(own, probs[:, k], transpose_a=True)
+    return total

@@ -1,0 +1,21 @@
+"""What fits on a cluster, and what it costs, before anything runs."""
+
+from keras_moe.planning.cluster import Cluster, cluster_names, load_cluster
+from keras_moe.planning.memory import Memory, activation_numbers, memory_of
+from keras_moe.planning.placing import Placement, place
+from keras_moe.planning.plan import Plan, plan
+from keras_moe.planning.traffic import Work
+
+__all__ = [
+    "Cluster",
+    "Memory",
+    "Placement",
+    "Plan",
+    "Work",
+    "activation_numbers",
+    "cluster_names",
+    "load_cluster",
+    "memory_of",
+    "place",
+    "plan",
+]

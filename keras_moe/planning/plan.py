@@ -1,0 +1,251 @@
+"""What fits where, what it costs, and what bounds it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from keras_moe import checks
+from keras_moe.models.counting import count
+from keras_moe.models.presets import Preset
+from keras_moe.models.presets import preset as preset_of
+from keras_moe.planning.advice import advise
+from keras_moe.planning.cluster import Cluster, load_cluster
+from keras_moe.planning.memory import Memory, memory_of
+from keras_moe.planning.placing import Placement, place
+from keras_moe.planning.traffic import (
+    Work,
+    softmax_operations,
+    step_seconds,
+    work_of,
+)
+
+# Part of a device's memory that planning leaves to the runtime.
+_RESERVED = 0.1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A model on a cluster. Figures are those of the busiest device.
+
+    Attributes:
+        preset: The `Preset`, with what was changed for the plan.
+        cluster: The `Cluster`.
+        batch_tokens: Int. Tokens of the global batch.
+        imbalance: Float. Rows of the busiest device over the mean.
+        placement: `Placement` of experts, groups and vocabulary.
+        memory: `Memory`, with and without `recompute` as the preset says.
+        other_memory: `Memory` with `recompute` the other way.
+        work: `Work` of a step.
+        seconds: Dict of part to seconds of a step; nothing overlaps.
+        min_devices: Int. The least power of two of devices on which weights,
+            slots and gradients fit: a smaller batch needs less of everything else.
+    """
+
+    preset: Preset
+    cluster: Cluster
+    batch_tokens: int
+    imbalance: float
+    placement: Placement
+    memory: Memory
+    other_memory: Memory
+    work: Work
+    seconds: dict[str, float]
+    min_devices: int
+
+    @property
+    def num_devices(self) -> int:
+        """Devices, R."""
+        return self.placement.num_devices
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes of a device without what is left to the runtime."""
+        return self.cluster.memory * (1 - _RESERVED)
+
+    @property
+    def parameters_fit(self) -> bool:
+        """Whether weights, slots and gradients fit."""
+        return self.memory.parameters <= self.usable_memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether a step fits, with the activations of its batch."""
+        return self.memory.peak <= self.usable_memory
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a device for which a step fits; 0 if there are none."""
+        least, most = 0, self.batch_tokens
+
+        def fits(tokens):
+            over_mean = self.placement.rows_over_mean(self.imbalance)
+            memory = memory_of(self.preset, self.placement, tokens, over_mean)
+            return memory.peak <= self.usable_memory
+
+        while least < most:
+            middle = (least + most + 1) // 2
+            least, most = (middle, most) if fits(middle) else (least, middle - 1)
+        return least
+
+    @property
+    def step_time(self) -> float:
+        """Seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def bound(self) -> str:
+        """The part of a step that takes longest."""
+        return max(self.seconds, key=lambda part: self.seconds[part])
+
+    @property
+    def tflops(self) -> float:
+        """Rate of a device as the paper counts it, in 10^12 operations a second.
+
+        Operations forward and backward with those of the sampled softmax, a
+        multiply-add being two; recomputed ones do not count.
+        """
+        operations = count(self.preset).core_operations + softmax_operations(
+            self.preset
+        )
+        each = 6 * operations * self.batch_tokens / self.num_devices
+        return each / self.step_time / 1e12
+
+    @property
+    def device_ratio(self) -> float:
+        """Multiply-adds of a device for each number it sends."""
+        return self.cluster.ratio()
+
+    @property
+    def advice(self) -> list[str]:
+        """Plain sentences: the verdict, then what to change."""
+        return advise(self)
+
+
+def plan(
+    preset: Preset | str,
+    cluster: Cluster | str | Path = "k40",
+    *,
+    num_devices: int | None = None,
+    batch_tokens: int | None = None,
+    recompute: bool | None = None,
+    expert_optimizer: str | None = None,
+    shard_vocabulary: bool = False,
+    imbalance: float = 1.15,
+) -> Plan:
+    """Plans a preset on a cluster, by arithmetic.
+
+    Nothing is allocated, so every size can be planned. Experts are placed by
+    `keras_moe.distribution.topology`, as training places them.
+
+    Args:
+        preset: A `Preset`, or the name of one.
+        cluster: A `Cluster`, the name of one, or the path of a JSON file with its
+            attributes. Defaults to `"k40"`, the paper's.
+        num_devices: Int or None. None means those of the cluster, or of the preset
+            where the cluster names none. Defaults to `None`.
+        batch_tokens: Int or None. Tokens of the global batch; None means the
+            preset's. Defaults to `None`.
+        recompute: Bool or None. Whether the experts' hidden activations are
+            computed twice; None means as the preset. Defaults to `None`.
+        expert_optimizer: `"adam"`, `"factored_adam"` or None: the preset's.
+            Defaults to `None`.
+        shard_vocabulary: Bool. Whether embedding and softmax are shared among the
+            devices. The layers of this package put them on every device. Defaults
+            to `False`.
+        imbalance: Float, 1 or more. Load of the busiest device over the mean.
+            Defaults to `1.15`, the paper's measured max/mean (table 6).
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        FileNotFoundError: There is neither a cluster of that name nor a file.
+        ValueError: A number is out of range, or no number of devices is known.
+
+    Example:
+
+    >>> found = keras_moe.planning.plan("moe_131072_h", "k40")
+    >>> found.num_devices, found.min_devices, found.work.expert_ratio
+    (128, 128, 1024.0)
+
+    Reference:
+        Shazeer et al. 2017, sections 3.1 and 3.2, appendix D.
+    """
+    if isinstance(preset, str):
+        preset = preset_of(preset)
+    cluster = load_cluster(cluster)
+    changed: dict[str, Any] = {
+        "batch_tokens": batch_tokens,
+        "recompute": recompute,
+        "expert_optimizer": expert_optimizer,
+    }
+    preset = dataclasses.replace(
+        preset, **{k: v for k, v in changed.items() if v is not None}
+    )
+    _verify(preset, imbalance)
+    devices = cluster.num_devices or preset.num_devices
+    devices = devices if num_devices is None else num_devices
+    if devices is None:
+        raise ValueError(
+            "`num_devices` must be given where neither cluster nor preset has it. "
+            f"Received: num_devices=None for {preset.name!r} on {cluster.name!r}."
+        )
+    devices = checks.verify_positive_int(devices, "num_devices")
+    placement = place(preset, devices, shard_vocabulary)
+    tokens = preset.batch_tokens / devices
+    over_mean = placement.rows_over_mean(imbalance)
+    memory, other_memory = (
+        memory_of(
+            dataclasses.replace(preset, recompute=r), placement, tokens, over_mean
+        )
+        for r in (preset.recompute, not preset.recompute)
+    )
+    work = work_of(preset, count(preset), placement, preset.batch_tokens)
+    return Plan(
+        preset,
+        cluster,
+        preset.batch_tokens,
+        imbalance,
+        placement,
+        memory,
+        other_memory,
+        work,
+        step_seconds(
+            preset,
+            work,
+            placement,
+            cluster,
+            preset.batch_tokens,
+            preset.recompute,
+            imbalance,
+        ),
+        _min_devices(preset, cluster, shard_vocabulary),
+    )
+
+
+def _verify(preset, imbalance):
+    checks.verify_positive_int(preset.batch_tokens, "batch_tokens")
+    if preset.expert_optimizer not in ("adam", "factored_adam"):
+        raise ValueError(
+            "`expert_optimizer` must be 'adam' or 'factored_adam'. Received: "
+            f"expert_optimizer={preset.expert_optimizer!r}."
+        )
+    if not imbalance >= 1:
+        raise ValueError(
+            "`imbalance` must be at least 1, the load of the busiest device over "
+            f"the mean. Received: imbalance={imbalance}."
+        )
+
+
+def _min_devices(preset, cluster, shard_vocabulary):
+    """The least power of two on which weights, slots and gradients fit, or 0."""
+    devices = 1
+    # Beyond one device for each group nothing gets smaller.
+    while devices < 2 * max(1, preset.num_experts):
+        placement = place(preset, devices, shard_vocabulary)
+        if memory_of(preset, placement, 0).parameters <= cluster.memory * (
+            1 - _RESERVED
+        ):
+            return devices
+        devices *= 2
+    return 0

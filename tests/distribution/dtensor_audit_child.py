@@ -1,0 +1,157 @@
+"""What travels between the devices of a mesh in a training step, and planted faults."""
+
+import collections
+import json
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from keras_moe import distribution, placement
+from keras_moe.distribution import dtensor_mesh
+from tests.distribution import child
+
+
+def lowered_functions(settings):
+    """Collectives of a step after DTensor has expanded it, function by function."""
+    os.environ["LOWER_DTENSOR_GATHER_TO_COLLECTIVE_GATHER_V2"] = "1"
+    strategy = distribution.DTensorStrategy(
+        distribution.create_mesh(settings["devices"])
+    )
+    case = child.Case(num_experts=8, optimizer="Adam")
+    model = child.build(case, strategy)
+    child.train(model, case, 1)
+    from tensorflow.python.eager import context
+
+    found, sums = collections.Counter(), []
+    branches = []
+    for name in context.context().list_function_names():
+        definition = context.context().get_function_def(name)
+        own = collections.Counter(
+            node.op for node in definition.node_def if node.op.startswith("Collective")
+        )
+        found += own
+        if own["CollectiveAllToAllV2"]:
+            branches.append(own["CollectiveAllToAllV2"])
+        if "moe" not in name and len(definition.node_def) < 500:
+            continue
+        for node in definition.node_def:
+            if node.op == "CollectiveReduceV2":
+                (shape,) = node.attr["_output_shapes"].list.shape
+                sums.append([dim.size for dim in shape.dim])
+    experts = [v for v in model.trainable_variables if hasattr(v, "mesh")]
+    return {
+        "collectives": found,
+        "branches": branches,
+        "sums": sums,
+        "dense": [
+            list(v.shape) for v in model.trainable_variables if not hasattr(v, "mesh")
+        ],
+        "parts": [
+            [list(part.shape) for part in _parts(v)]
+            for v in [*experts, *(s for s in model.optimizer.variables if _is_slot(s))]
+        ],
+    }
+
+
+def _is_slot(variable):
+    return hasattr(variable, "mesh")
+
+
+def _parts(variable):
+    handle = variable.value
+    with tf.device(handle.device):
+        value = tf.raw_ops.ReadVariableOp(resource=handle.handle, dtype=handle.dtype)
+    return dtensor.unpack(value)
+
+
+class Divides(keras.layers.Layer):
+    """Fails on the device whose part of the batch holds a zero."""
+
+    def call(self, inputs):
+        return tf.cast(12 // tf.cast(inputs, tf.int32), tf.float32) + self.bias
+
+    def build(self, input_shape):
+        self.bias = self.add_weight(name="bias", shape=())
+
+
+def a_failing_operation_raises(settings):
+    strategy = distribution.DTensorStrategy(
+        distribution.create_mesh(settings["devices"])
+    )
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((1,)), Divides()])
+        model.compile("sgd", "mse")
+    good = np.ones((settings["devices"], 1), "float32")
+    before = float(model.evaluate(good, good, verbose=0))
+    bad = good.copy()
+    bad[-1] = 0.0  # only the last device sees it
+    try:
+        model.fit(bad, good, batch_size=len(bad), verbose=0)
+    except tf.errors.OpError as error:
+        return {"raised": type(error).__name__, "before": before}
+    return {"raised": None}
+
+
+def settings_too_late(settings):
+    """What is said where DTensor ran before the package could set it up."""
+    devices = [f"CPU:{i}" for i in range(2)]
+    if settings["fault"] == "asynchronous":
+        dtensor_mesh.set_switch()
+    mesh = dtensor.create_mesh([("batch", 2)], devices=devices)
+    layout = dtensor.Layout.replicated(mesh, 0)
+    zero = dtensor.call_with_layout(tf.zeros, layout, shape=())
+    tf.function(lambda x: x + 1.0)(zero)
+    try:
+        distribution.DTensorStrategy(distribution.create_mesh(2))
+    except ValueError as error:
+        return {"message": str(error)}
+    return {"message": None}
+
+
+def random_numbers_are_those_of_one_device(settings):
+    strategy = distribution.DTensorStrategy(
+        distribution.create_mesh(settings["devices"])
+    )
+    x = np.ones((settings["devices"] * 2, 5), "float32")
+    values = []
+    for scope in (None, strategy):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        if scope is None:
+            values.append(np.array(keras.layers.Dropout(0.5, seed=3)(x, training=True)))
+            continue
+        with strategy.scope():
+            layer = keras.layers.Dropout(0.5, seed=3)
+
+        @tf.function
+        def step(batch, layer=layer):
+            return strategy.run(lambda b: layer(b, training=True) * b, (batch,))
+
+        values.append(step(strategy.lay_out(x)).numpy())
+    assert placement.for_call() is placement.ONE_DEVICE
+    return {"apart": float(np.max(np.abs(values[0] - values[1])))}
+
+
+JOBS = (
+    lowered_functions,
+    a_failing_operation_raises,
+    settings_too_late,
+    random_numbers_are_those_of_one_device,
+)
+
+
+def main():
+    settings = json.loads(sys.argv[1])
+    child.start(settings["devices"])
+    run = {each.__name__: each for each in JOBS}[settings["job"]]
+    print("RESULT " + json.dumps(run(settings)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Makes the mistakes of users on two devices and prints what they are told."""
+
+import json
+import sys
+import warnings
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_moe
+from tests.distribution import child
+
+INPUTS = np.ones((8, 4), "float32")
+
+
+def build(**options):
+    layer = keras_moe.layers.MoE(
+        keras_moe.layers.FeedForwardExperts(4, 8),
+        keras_moe.layers.NoisyTopKGating(k=2),
+        **options,
+    )
+    return keras.Sequential([keras.Input((4,)), layer])
+
+
+def fit(model):
+    model.fit(INPUTS, INPUTS, verbose=0)
+
+
+def built_outside(strategy):
+    model = build()
+    with strategy.scope():
+        outer = keras.Sequential([keras.Input((4,)), model])
+        outer.compile("sgd", "mse")
+    fit(outer)
+
+
+def other_strategy(strategy):
+    with strategy.scope():
+        model = build()
+    other = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    step = tf.function(lambda x: other.run(model, args=(x,)))
+    step(tf.constant(INPUTS))
+
+
+def compiled_with(**options):
+    def make(strategy):
+        with strategy.scope():
+            model = build()
+            model.compile("sgd", "mse", **options)
+        fit(model)
+
+    return make
+
+
+def xla(strategy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled_with(jit_compile=True)(strategy)
+
+
+def lamb(strategy):
+    with strategy.scope():
+        model = build()
+        model.compile(keras.optimizers.Lamb(), "mse")
+    fit(model)
+
+
+def built_in_replica(strategy):
+    with strategy.scope():
+        layer = keras_moe.layers.MoE(
+            keras_moe.layers.FeedForwardExperts(4, 8),
+            keras_moe.layers.NoisyTopKGating(k=2),
+        )
+    tf.function(lambda x: strategy.run(layer, args=(x,)))(tf.constant(INPUTS))
+
+
+def in_scope_of(kind):
+    """A strategy that cannot be made on this machine: only its class counts."""
+
+    def make(_):
+        strategy = mock.Mock(spec=kind, num_replicas_in_sync=2)
+        strategy.__class__ = kind
+        with (
+            mock.patch.object(tf.distribute, "has_strategy", return_value=True),
+            mock.patch.object(tf.distribute, "get_strategy", return_value=strategy),
+        ):
+            experts = keras_moe.layers.FeedForwardExperts(4, 8)
+            keras_moe.layers.MoE(experts).build((None, 4))
+
+    return make
+
+
+def capacity(strategy):
+    with strategy.scope():
+        build(capacity_factor=2.0)
+
+
+def plain(strategy):
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+        model.compile(keras.optimizers.Adam(clipnorm=1.0), "mse")
+    fit(model)
+
+
+def main():
+    settings = json.loads(sys.argv[1])
+    child.start(settings["devices"])
+    strategy = child.strategy_of(settings["devices"])
+    cases = {
+        "built_outside": built_outside,
+        "other_strategy": other_strategy,
+        "xla": xla,
+        "eager": compiled_with(run_eagerly=True),
+        "steps_per_execution": compiled_with(steps_per_execution=4),
+        "parameter_server": in_scope_of(tf.distribute.ParameterServerStrategy),
+        "tpu": in_scope_of(tf.distribute.TPUStrategy),
+        "lamb": lamb,
+        "built_in_replica": built_in_replica,
+        "capacity": capacity,
+        "plain": plain,
+    }
+    found = {}
+    for name, make in cases.items():
+        found[name] = "", ""
+        keras.utils.clear_session()  # not within a scope, which it would break
+        try:
+            make(strategy)
+        except Exception as error:
+            found[name] = type(error).__name__, str(error)
+    print("RESULT " + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A mesh trains as one device does; what would be silently wrong says so."""
+
+import numpy as np
+import pytest
+
+from tests.distribution import children
+
+pytestmark = pytest.mark.slow
+
+RATE = {"learning_rate": 0.01}
+SGD = {"optimizer": "SGD", "options": {"learning_rate": 0.5}}
+ADAM = {"optimizer": "Adam", "options": RATE}
+SEVEN = {"num_experts": 7}
+SHORT = {"steps": 6}
+
+
+def run(num_devices, **settings):
+    return children.run("dtensor_child", {"devices": num_devices, **settings})
+
+
+def audit(job, num_devices=2, **settings):
+    settings = {"devices": num_devices, "job": job, **settings}
+    return children.run("dtensor_audit_child", settings)
+
+
+def assert_equal_on_devices(num_devices, cases):
+    for case, result in zip(cases, run(num_devices, cases=cases), strict=True):
+        assert result["start"] == 0.0, case
+        # The run must have learned something, or its end says nothing.
+        assert result["moved"] > 0.005, case
+        assert result["losses"] <= 1e-5, (case, result)
+        assert result["weights"] <= 1e-5, (case, result)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "cases"),
+    [
+        (2, [SGD, {**ADAM, **SEVEN}]),
+        (3, [{**ADAM, **SEVEN}]),
+        (4, [{**SGD, **SEVEN}, ADAM]),
+    ],
+)
+def test_mixtures_train_as_on_one_device(num_devices, cases):
+    assert_equal_on_devices(num_devices, cases)
+
+
+def test_other_layers_train_as_on_one_device():
+    assert_equal_on_devices(
+        2,
+        [
+            {**SHORT, **SGD, "layer": "hierarchical"},
+            {**SHORT, **SGD, "layer": "balanced", "mask": True},
+            # A last batch that the devices do not divide.
+            {**SHORT, **SGD, "normalized": True, "examples": 31},
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"optimizer": "AdamW", "options": {**RATE, "use_ema": True}, **SEVEN},
+        {"optimizer": "LossScaleOptimizer", "options": RATE},
+        {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.05}},
+        {"optimizer": "Nadam", "options": RATE},
+        {"optimizer": "Lion", "options": {"learning_rate": 0.003}},
+        {"optimizer": "Ftrl", "options": {"learning_rate": 0.1}},
+        {"optimizer": "RMSprop", "options": RATE},
+        {"optimizer": "Adafactor", "options": RATE, **SEVEN},
+    ],
+    ids=lambda case: case["optimizer"],
+)
+def test_optimizers_step_as_on_one_device(case):
+    assert_equal_on_devices(2, [{**SHORT, **case}])
+
+
+def test_evaluation_and_prediction_take_batches_of_any_size():
+    found = run(3, job="evaluates_and_predicts")
+    np.testing.assert_allclose(*found["evaluate"], atol=1e-5)
+    for name in ("predict", "called", "in_a_function"):
+        assert found[name] <= 1e-6, name
+
+
+@pytest.mark.parametrize("layer", ["LSTM", "GRU"])
+def test_recurrent_layers_train_over_128_time_steps(layer):
+    found = run(2, job="long_sequences", layer=layer, time=128)
+    assert found["learned"] > 0.01
+    assert found["losses"] <= 1e-6
+    assert found["weights"] <= 1e-6
+
+
+@pytest.mark.parametrize(("first", "second"), [("mirrored", "dtensor")])
+def test_files_of_one_engine_load_under_the_other(first, second, tmp_path):
+    folder = str(tmp_path)
+    run(4, job="writes_files", engine=first, folder=folder)
+    found = run(2, job="reads_files", engine=second, folder=folder)
+    for form, result in found.items():
+        assert result["predictions"] <= 1e-6, form
+
+
+def test_a_step_has_four_exchanges_and_gathers_nothing():
+    found = audit("lowered_functions")
+    # Two in each direction, in each branch: three numbers of slots.
+    assert found["branches"] == [2] * 6
+    assert "CollectiveGatherV2" not in found["collectives"]
+    assert set(found["collectives"]) == {"CollectiveAllToAllV2", "CollectiveReduceV2"}
+    sums = sorted(map(tuple, found["sums"]))
+    for shape in found["dense"]:  # each gradient is summed over the devices
+        assert tuple(shape) in sums
+        sums.remove(tuple(shape))
+    # The embedding's squares; importance, load and counts; loss, entropy, most slots.
+    assert sums == [(), (), (), (8,), (8,), (8,), (20, 16)]
+    for parts in found["parts"]:  # weights and both slots of Adam
+        assert [part[0] for part in parts] == [4, 4]
+
+
+def test_an_operation_that_fails_on_one_device_raises():
+    assert audit("a_failing_operation_raises")["raised"] == "InvalidArgumentError"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("switch", "set too late.*stale read"), ("asynchronous", "did not raise")],
+)
+def test_settings_that_cannot_be_mended_are_refused(fault, message):
+    found = audit("settings_too_late", fault=fault)["message"]
+    assert found is not None
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(found)
+
+
+def test_random_numbers_do_not_depend_on_layouts():
+    assert audit("random_numbers_are_those_of_one_device")["apart"] == 0.0

@@ -1,0 +1,47 @@
+"""What cannot work on several devices says so, with the remedy."""
+
+import pytest
+
+from tests.distribution import children
+
+# One child answers all tests of this file.
+pytestmark = pytest.mark.xdist_group("misuse")
+
+
+@pytest.fixture(scope="module")
+def messages():
+    return children.run("misuse_child", {"devices": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        ("built_outside", ("built outside", "with strategy.scope()")),
+        ("other_strategy", ("2 replicas", "Build the model again")),
+        ("eager", ("run_eagerly=True", "leave it False")),
+        ("steps_per_execution", ("steps_per_execution=4", "set it to 1")),
+        ("parameter_server", ("must be a MirroredStrategy", "outside of any")),
+        ("tpu", ("must be a MirroredStrategy", "outside of any")),
+        ("lamb", ("Lamb", "Use Adam")),
+        ("built_in_replica", ("before `strategy.run`", "scope of the strategy")),
+        ("capacity", ("capacity_factor=2.0 on 2 replicas", "Leave it out")),
+    ],
+)
+def test_misuse_is_a_clear_error(messages, case, parts):
+    kind, text = messages[case]
+    assert kind == "ValueError", messages[case]
+    for part in parts:
+        assert part in text, text
+
+
+@pytest.mark.slow
+def test_xla_is_not_used_and_keras_says_so(messages):
+    kind, text = messages["xla"]
+    assert kind == "UserWarning"
+    assert "jit_compile=False" in text
+
+
+@pytest.mark.slow
+def test_models_without_experts_train_as_before(messages):
+    assert messages["plain"] == ["", ""]
