@@ -60,9 +60,9 @@ class DispatchPlan(NamedTuple):
             0 in a dropless plan.
     """
 
-    token_indices: tf.Tensor | None
+    token_indices: tf.Tensor
     counts: tf.Tensor
-    positions: tf.Tensor | None
+    positions: tf.Tensor
     expert_indices: tf.Tensor
     overflow: tf.Tensor
 

@@ -93,8 +93,7 @@ class DTensorPlacement(placement.Placement):
         outputs = tf.reshape(outputs, [-1, outputs.shape[-1]])
         if not missing:
             return outputs
-        outputs = dtensor.relayout(outputs, dtensor.Layout.replicated(self.mesh, 2))
-        return outputs[:num_tokens]
+        return self.replicated(self.replicated(outputs)[:num_tokens])
 
     def _weights_of(self, experts):
         variables = [*getattr(experts, "kernels", ()), *getattr(experts, "biases", ())]
@@ -118,10 +117,10 @@ class DTensorPlacement(placement.Placement):
     def _grouped(self, value, missing):
         """`(N, ...)` -> `(R, n, ...)`, a group on every device."""
         if missing:
-            value = dtensor.relayout(
-                value, dtensor.Layout.replicated(self.mesh, value.shape.rank)
-            )
+            # `Pad` is expanded only if operand and result have one layout.
+            value = self.replicated(value)
             value = tf.pad(value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1))
+            value = self.replicated(value)
         size = self.mesh.size
         shape = [size, value.shape[0] // size, *value.shape[1:]]
         value = tf.reshape(value, shape)
@@ -184,6 +183,7 @@ class DTensorPlacement(placement.Placement):
         if num_tokens % self.mesh.size:
             return function(self.replicated(values))
         missing = -num_experts % self.mesh.size
+        values = dtensor.relayout(values, sharded_layout(self.mesh, 2))
         padded = tf.pad(values, [[0, 0], [0, missing]], constant_values=filling)
         padded = dtensor.relayout(padded, sharded_layout(self.mesh, 2))
         columns = dtensor.relayout(padded, sharded_layout(self.mesh, 2, axis=1))

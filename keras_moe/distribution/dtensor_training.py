@@ -193,7 +193,8 @@ def _install_slices():
         The stock way is right, but DTensor gathers all slices on every device.
         """
         del name, as_ref
-        if not in_step() or value.dense_shape is None:
+        mesh = current_mesh()
+        if mesh is None or value.dense_shape is None:
             return NotImplemented
         if dtype is not None and not dtype.is_compatible_with(value.dtype):
             return NotImplemented
@@ -202,7 +203,7 @@ def _install_slices():
             return NotImplemented
         num_rows = int(shape[0])
         indices = tf.reshape(value.indices, [-1])
-        local = indices.shape[0] / current_mesh().size
+        local = indices.shape[0] / mesh.size
         if num_rows * local > _MOST_ONE_HOT or value.values.shape.rank != 2:
             return NotImplemented
         own = tf.one_hot(indices, num_rows, dtype=value.dtype)

@@ -5,6 +5,8 @@
 counted. `dispatch` and `combine` take either.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_moe import checks, placement
@@ -93,7 +95,8 @@ def make_dispatch_plan(
     if placement.for_call().static_shapes:
         # The placement lays out the rows itself, from the chosen experts.
         counts = losses.expert_counts(expert_indices, num_experts)
-        return DispatchPlan(None, counts, None, expert_indices, tf.constant(0))
+        nothing: Any = None
+        return DispatchPlan(nothing, counts, nothing, expert_indices, tf.constant(0))
     flat_experts = tf.reshape(expert_indices, [-1])
     order = tf.argsort(flat_experts, stable=True)
     if token_indices is None:
