@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment, installs the package with what its tests need, and
-# passes the tests: first the quick ones, then the slow ones.
+# passes the tests: first the quick ones, then the slow ones. With COVERAGE=1 it also
+# measures which lines of the package they run, and wants 90 % of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3.11}"
@@ -12,5 +13,10 @@ export TF_CPP_MIN_LOG_LEVEL=2
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .
 "$venv/bin/python" -m mypy
-"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "not slow"
-"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "slow" --timeout 900
+first=() second=()
+if [ -n "${COVERAGE:-}" ]; then
+  first=(--cov --cov-report=)
+  second=(--cov --cov-append --cov-report=term --cov-fail-under=90)
+fi
+"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "not slow" "${first[@]}"
+"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "slow" --timeout 900 "${second[@]}"

@@ -91,7 +91,9 @@ def verify_command(words):
         for option in set(re.findall(r"(?<!\S)--[\w-]+", " ".join(arguments))):
             if option == "--help":  # every argparse script has it
                 continue
-            assert f'"{option}"' in script.read_text(), (script, option)
+            # Declared by the script, or by the runner it shares with its neighbours.
+            texts = [script.read_text(), *map(Path.read_text, _runners(script))]
+            assert any(f'"{option}"' in text for text in texts), (script, option)
     elif program == "bash":
         assert (ROOT / arguments[0]).is_file(), arguments
     elif program == "docker":
@@ -102,6 +104,13 @@ def verify_command(words):
     else:
         # A page may name other programs, but each is looked at when it is added.
         assert program in ("venv", "pytest", "tensorboard", "build"), words
+
+
+def _runners(script):
+    """Neighbours that a script imports."""
+    names = re.findall(r"^(?:from|import) (\w+)", script.read_text(), re.M)
+    paths = [script.parent / f"{name}.py" for name in names]
+    return [path for path in paths if path.is_file()]
 
 
 def verify_extras(text):

@@ -21,8 +21,6 @@ _HIDDEN = 1
 # Arrays as large as a weight that its update makes on the way, and how many weights
 # are updated at the same time.
 _UPDATE_ARRAYS, _UPDATES_AT_ONCE = 2.5, 2
-# Up to so many experts run one by one (`functional.experts`).
-_ONE_BY_ONE = 256
 # Bytes that `FactoredAdam` updates at a time.
 _FACTORED_BLOCK = 1 << 24
 
@@ -101,8 +99,8 @@ def memory_of(
         part: round(_ITEMSIZE * tokens * n)
         for part, n in activation_numbers(preset, rows_over_mean).items()
     }
-    # Recomputed one by one, experts give the gradients of all kernels at the end.
-    share = 1.0 if preset.recompute and placement.most_experts <= _ONE_BY_ONE else 0.5
+    # Recomputed, experts give the gradients of all their kernels at the end.
+    share = 1.0 if preset.recompute else 0.5
     stacking = round(share * gradients["experts"] / max(1, preset.num_mixtures))
     return Memory(
         weights,

@@ -33,6 +33,7 @@ class Case:
     options: dict = dataclasses.field(default_factory=dict)
     normalized: bool = False
     steps: int = 20
+    repeats: int = 0
     examples: int = BATCH
     use_bias: bool = False
     model: str = "language"
@@ -214,6 +215,8 @@ def compare(case: Case, strategy) -> dict[str, Any]:
     losses = train(model, case)
     apart, where = difference(expected[1], state_of(model))
     weights = {k: v for k, v in before.items() if k.startswith("w")}
+    for _ in range(case.repeats):  # to the end, or the process that waits says so
+        train(model, case)
     moved, _ = difference(weights, {k: expected[1][k] for k in weights})
     return {
         "start": start_apart,

@@ -131,4 +131,4 @@ def test_several_processes():
 
 
 def test_many_steps_do_not_hang():
-    assert_equal_on_devices(4, [{**SGD, "steps": 100}] * 5)
+    assert_equal_on_devices(4, [{**SGD, "steps": 100, "repeats": 4}])

@@ -109,14 +109,6 @@ def recorded(script, without):
     return module.check(found)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_checks_hold_on_the_records(script):
-    checks = recorded(script, None)
-    assert checks
-    failed = {text for text, passed in checks.items() if not passed}
-    assert not failed
-
-
 # Each cause, and how many checks fail without it.
 CAUSES = {
     ("e1_capacity", "capacity"): 2,
@@ -129,13 +121,29 @@ CAUSES = {
     ("e7_balanced_gating", "balance"): 2,
     ("e8_learned_gating", "learning"): 3,
 }
+# What has not been run yet. Take out what has been: a test insists.
+NOT_RECORDED = {
+    ("e2_balancing_losses", None),
+    ("e3_balance_on_text", None),
+    ("e3_balance_on_text", "losses"),
+    ("e4_hierarchical", "experts"),
+    ("e5_data_size", None),
+    ("e5_data_size", "data"),
+    ("e6_factored_adam", "updates"),
+    ("e8_learned_gating", None),
+    ("e8_learned_gating", "learning"),
+}
+EVERYTHING = [*((script, None) for script in SCRIPTS), *CAUSES]
 
 
-@pytest.mark.parametrize(("script", "cause"), CAUSES)
-def test_checks_fail_without_their_cause(script, cause):
+@pytest.mark.parametrize(("script", "cause"), EVERYTHING)
+def test_checks_hold_on_the_records_and_fail_without_their_cause(script, cause):
     checks = recorded(script, cause)
-    assert checks
-    assert sum(not passed for passed in checks.values()) >= CAUSES[script, cause]
+    assert (checks is None) == ((script, cause) in NOT_RECORDED)
+    if checks is not None:
+        failed = [text for text, passed in checks.items() if not passed]
+        expected = CAUSES.get((script, cause), 0)
+        assert len(failed) >= expected if cause else not failed, failed
 
 
 def test_every_cause_of_every_script_is_named_here():
