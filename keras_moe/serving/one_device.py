@@ -23,7 +23,8 @@ def one_device_copy(model: keras.Model) -> tuple[keras.Model, bool]:
             configuration.
     """
     values = [variable.value for variable in model.variables]
-    if not any(isinstance(value, tf.distribute.DistributedValues) for value in values):
+    distributed = (tf.distribute.DistributedValues, tf.experimental.dtensor.DVariable)
+    if not any(isinstance(value, distributed) for value in values):
         return model, True
     weights = model.get_weights()  # of all processes
     if not _is_chief(model):
