@@ -174,7 +174,7 @@ def add_balance(
     layer: keras.layers.Layer,
     statistics: GateStatistics,
     overflow: tf.Tensor,
-    entropy: tuple[tf.Tensor, tf.Tensor] | None = None,
+    entropy: Callable[[], tuple[tf.Tensor, tf.Tensor]] | None = None,
 ) -> None:
     """Adds the balancing losses of one call, and hands its statistics on.
 
