@@ -54,7 +54,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 def test_readme_and_every_guide_have_python_to_run():
     guides = (DOCS / "guides").glob("*.md")
     for page in [ROOT / "README.md", DOCS / "quick_start.md", *guides]:
-        assert blocks(page, "python"), page
+        if page.name != "dtensor.md":  # a mesh must come before all else of a process
+            assert blocks(page, "python"), page
 
 
 def commands(page):
@@ -72,6 +73,8 @@ def verify_command(words):
     """Fails unless a command's program, files and options exist."""
     while words and re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
+    if not words:  # the line sets variables only
+        return
     program, *arguments = words
     program = Path(program).name
     if program.startswith("python") and arguments[0] == "-m":

@@ -14,8 +14,9 @@ def balance_in_training(model, batches):
 
     Returns:
         Dict of the means over the batches of `importance_cv`, `load_cv` and
-        `max_over_mean` (of the smooth load); and of `least_count` and `most_count`, the
-        fewest and the most tokens of an expert in a batch.
+        `max_over_mean` (of the smooth load), `count_cv` and `count_max_over_mean` (of
+        the true counts); and of `least_count` and `most_count`, the fewest and the most
+        tokens of an expert in a batch.
     """
     moe = model.get_layer("moe")
     rows, counts = [], []
@@ -25,9 +26,23 @@ def balance_in_training(model, batches):
         statistics = records["moe"][0].result.statistics
         importance = np.asarray(statistics.importance, "float64")
         load = np.asarray(statistics.load, "float64")
-        rows.append([_cv(importance), _cv(load), load.max() / load.mean()])
         counts.append(np.asarray(statistics.counts))
-    names = ("importance_cv", "load_cv", "max_over_mean")
+        rows.append(
+            [
+                _cv(importance),
+                _cv(load),
+                load.max() / load.mean(),
+                _cv(counts[-1]),
+                counts[-1].max() / counts[-1].mean(),
+            ]
+        )
+    names = (
+        "importance_cv",
+        "load_cv",
+        "max_over_mean",
+        "count_cv",
+        "count_max_over_mean",
+    )
     return {
         **dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True)),
         "least_count": int(np.min(counts)),

@@ -16,6 +16,7 @@ softmax.
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -117,7 +118,11 @@ class Distractors(keras.layers.Layer):
         return {**super().get_config(), "features": self.features}
 
 
-def build_model(middle: keras.layers.Layer | None, distractors: int = 0) -> keras.Model:
+def build_model(
+    middle: keras.layers.Layer | None,
+    distractors: int = 0,
+    embedding_initializer: Any = "uniform",
+) -> keras.Model:
     """Logits of the next token, with `middle` between the two LSTMs.
 
     `middle` maps `(batch, time, UNITS + distractors)` to `(batch, time, UNITS)`; what
@@ -125,8 +130,15 @@ def build_model(middle: keras.layers.Layer | None, distractors: int = 0) -> kera
     """
     topics = keras.Input((), dtype="int32", name="topics")
     tokens = keras.Input((TIME,), dtype="int32", name="tokens")
-    topic = keras.layers.Embedding(TOPICS, UNITS, name="topic_embedding")(topics)
-    hidden = keras.layers.Embedding(TOKENS, UNITS, name="token_embedding")(tokens)
+    topic, hidden = (
+        keras.layers.Embedding(
+            size, UNITS, embeddings_initializer=embedding_initializer, name=name
+        )(ids)
+        for size, name, ids in (
+            (TOPICS, "topic_embedding", topics),
+            (TOKENS, "token_embedding", tokens),
+        )
+    )
     hidden = hidden + keras.ops.expand_dims(topic, 1)
     first = keras.layers.LSTM(UNITS, return_sequences=True, name="first_lstm")
     hidden = hidden + first(hidden)

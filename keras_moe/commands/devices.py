@@ -23,16 +23,21 @@ def launch_workers(options: Any) -> bool:
     Raises:
         ValueError: A number is below 1, both are given, or a process failed.
     """
-    for name in ("workers", "devices"):
-        if getattr(options, name) is not None:
-            checks.verify_positive_int(getattr(options, name), name)
+    given = {
+        name: getattr(options, name)
+        for name in ("devices", "workers", "dtensor")
+        if getattr(options, name, None) is not None
+    }
+    for name, value in given.items():
+        checks.verify_positive_int(value, name)
+    if len(given) > 1:
+        named = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(
+            "`devices`, `workers` and `dtensor` exclude each other. Received: "
+            f"{named}. Leave all but one out."
+        )
     if options.workers is None or "TF_CONFIG" in os.environ:
         return False
-    if options.devices is not None:
-        raise ValueError(
-            "`devices` and `workers` exclude each other. Received: "
-            f"devices={options.devices}, workers={options.workers}. Leave one out."
-        )
     folder = Path(options.output_dir)
     logs = folder.with_name(f"{folder.name}_logs")
     print(
@@ -61,13 +66,20 @@ def make_strategy(options: Any) -> Any:
     """
     if options.workers is not None:
         return tf.distribute.MultiWorkerMirroredStrategy()
+    on_mesh = getattr(options, "dtensor", None)
+    if on_mesh is not None:
+        if len(tf.config.list_physical_devices("GPU")) >= on_mesh:
+            return distribution.DTensorStrategy(distribution.create_mesh(on_mesh))
+        _split_cpu(on_mesh, "dtensor")
+        mesh = distribution.create_mesh(on_mesh, device_type="CPU")
+        return distribution.DTensorStrategy(mesh)
     if options.devices is None or options.devices == 1:
         return None
     gpus = tf.config.list_logical_devices("GPU") if _has_gpus(options) else []
     if gpus:
         names = [device.name for device in gpus[: options.devices]]
     else:
-        _split_cpu(options.devices)
+        _split_cpu(options.devices, "devices")
         names = [f"CPU:{i}" for i in range(options.devices)]
     return tf.distribute.MirroredStrategy(names)
 
@@ -88,7 +100,7 @@ def _has_gpus(options):
     return len(tf.config.list_physical_devices("GPU")) >= options.devices
 
 
-def _split_cpu(count):
+def _split_cpu(count, option):
     cpu = tf.config.list_physical_devices("CPU")[0]
     present = tf.config.get_logical_device_configuration(cpu)
     if present is not None and len(present) >= count:
@@ -99,7 +111,7 @@ def _split_cpu(count):
         )
     except RuntimeError as error:
         raise ValueError(
-            f"`devices` must be set before TensorFlow runs anything. Received: "
-            f"devices={count} in a process whose CPU is in use as one device. Start "
+            f"`{option}` must be set before TensorFlow runs anything. Received: "
+            f"{option}={count} in a process whose CPU is in use as one device. Start "
             "the command in a process of its own."
         ) from error

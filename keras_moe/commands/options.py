@@ -74,6 +74,9 @@ class TrainLMOptions:
         "processes on this machine to train in, each with its share of the experts; "
         "default: one",
     )
+    dtensor: int | None = _option(
+        None, "as --devices, by layouts of DTensor on a mesh; default: one device"
+    )
     baseline: bool = _option(
         False, "also train a dense model of equal operations and compare"
     )
@@ -89,6 +92,7 @@ class TrainLMOptions:
         "baseline",
         "devices",
         "workers",
+        "dtensor",
     )
 
     def settings(self) -> dict:

@@ -9,6 +9,11 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.distribution import compatibility
+from keras_moe.distribution.dtensor_description import (
+    Layouts,
+    describe_layouts,
+    is_on_mesh,
+)
 from keras_moe.distribution.expert_variable import ExpertVariable
 from keras_moe.distribution.topology import exchange_bytes, shard_bytes
 
@@ -82,7 +87,9 @@ class Description(NamedTuple):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def describe(model: keras.Model, num_tokens: int | None = None) -> Description:
+def describe(
+    model: keras.Model, num_tokens: int | None = None
+) -> Description | Layouts:
     """Which expert lives on which device, what it takes there, and what travels.
 
     Args:
@@ -91,7 +98,8 @@ def describe(model: keras.Model, num_tokens: int | None = None) -> Description:
             Defaults to `None`.
 
     Returns:
-        A `Description`; `print` shows a table.
+        A `Description`, or `Layouts` for a model on a mesh of DTensor; `print` shows
+        a table.
 
     Raises:
         ValueError: The model is not built, or `num_tokens` is below 1.
@@ -113,6 +121,8 @@ def describe(model: keras.Model, num_tokens: int | None = None) -> Description:
         )
     if num_tokens is not None:
         num_tokens = checks.verify_positive_int(num_tokens, "num_tokens")
+    if is_on_mesh(model):
+        return describe_layouts(model)
     optimizer = getattr(model, "optimizer", None)
     slots = list(optimizer.variables) if optimizer is not None else []
     every = [*model.variables, *slots]

@@ -229,9 +229,8 @@ class LaidOutVariable(dtensor.DVariable):
     def _export_to_saved_model_graph(self, *args, **kwargs):
         raise ValueError(
             "A model on a mesh cannot be written as a SavedModel as it is. Received: "
-            f"weight {self.name!r} with the layout {self._target.sharding_specs}. Save "
-            "the weights, load them into a model built outside of the strategy's "
-            "scope, and export that."
+            f"weight {self.name!r} with the layout {self._target.sharding_specs}. Use "
+            "keras_moe.serving.export, which writes the model of one device."
         )
 
 

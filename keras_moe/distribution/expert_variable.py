@@ -82,8 +82,8 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
         raise ValueError(
             "A model whose experts are sharded cannot be written as a SavedModel "
             f"as it is. Received: weight {self.name!r} on "
-            f"{self.shards.num_replicas} replicas. Save the weights, load them "
-            "into a model built outside of the strategy's scope, and export that."
+            f"{self.shards.num_replicas} replicas. Use "
+            "keras_moe.serving.export, which writes the model of one device."
         )
 
 

@@ -7,6 +7,7 @@ test step, in the same graph, and there the statistics are added up. Prediction
 and export never ask, so they contain no trace of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -51,28 +52,34 @@ class BalanceMetric(keras.metrics.Metric):
         self,
         statistics: GateStatistics,
         overflow: tf.Tensor,
-        entropy: tuple[tf.Tensor, tf.Tensor] | None = None,
+        entropy: Callable[[], tuple[tf.Tensor, tf.Tensor]] | None = None,
     ) -> None:
         """Takes note of one call of the layer, without writing a variable.
 
         Args:
             statistics: `GateStatistics` of the call.
             overflow: `()` int32, assignments dropped.
-            entropy: Those of `functional.gate_entropy`, or None where the gates of
-                single tokens are not known.
+            entropy: Gives those of `functional.gate_entropy`; None where the gates
+                of single tokens are not known.
         """
-        entropy_sum, num_tokens = (0.0, 0) if entropy is None else entropy
-        new = [
-            tf.cast(tf.stop_gradient(statistics.importance), tf.float64),
-            tf.cast(statistics.counts, tf.float64),
-            tf.cast(overflow, tf.float64),
-            tf.cast(tf.stop_gradient(entropy_sum), tf.float64),
-            tf.cast(num_tokens, tf.float64),
-        ]
+
+        def make():
+            entropy_sum, num_tokens = (0.0, 0) if entropy is None else entropy()
+            return [
+                tf.cast(tf.stop_gradient(statistics.importance), tf.float64),
+                tf.cast(statistics.counts, tf.float64),
+                tf.cast(overflow, tf.float64),
+                tf.cast(tf.stop_gradient(entropy_sum), tf.float64),
+                tf.cast(num_tokens, tf.float64),
+            ]
+
         pending = self._take_pending()
-        if pending is not None:  # the layer is called more than once in a step
-            new = [a + b for a, b in zip(pending, new, strict=True)]
-        self._set_pending(new)
+        if pending is None:
+            self._set_pending(make)
+        else:  # the layer is called more than once in a step
+            self._set_pending(
+                lambda: [a + b for a, b in zip(pending(), make(), strict=True)]
+            )
 
     def update_state(self, statistics: GateStatistics, overflow: tf.Tensor) -> None:
         """Adds the statistics of one batch.
@@ -135,7 +142,7 @@ class BalanceMetric(keras.metrics.Metric):
     def _fold(self):
         pending = self._take_pending()
         if pending is not None:
-            for variable, value in zip(self._sums(), pending, strict=True):
+            for variable, value in zip(self._sums(), pending(), strict=True):
                 variable.assign(variable + value)
 
     def _take_pending(self):
@@ -150,6 +157,10 @@ class BalanceMetric(keras.metrics.Metric):
         return values if graph is _current_graph() else None
 
     def _set_pending(self, values):
+        """Takes a function: what no step asks for leaves no operation in its graph."""
+        if tf.executing_eagerly():  # now, or a long loop would hold all its calls
+            made = values()
+            values = lambda: made  # noqa: E731
         self._pending[placement.current_replica()] = (_current_graph(), values)
 
 
@@ -163,7 +174,7 @@ def add_balance(
     layer: keras.layers.Layer,
     statistics: GateStatistics,
     overflow: tf.Tensor,
-    entropy: tuple[tf.Tensor, tf.Tensor] | None = None,
+    entropy: Callable[[], tuple[tf.Tensor, tf.Tensor]] | None = None,
 ) -> None:
     """Adds the balancing losses of one call, and hands its statistics on.
 
@@ -172,7 +183,7 @@ def add_balance(
             and, with several experts, the `BalanceMetric` `balance`.
         statistics: `GateStatistics` of the call.
         overflow: `()` int32, assignments dropped.
-        entropy: Those of `functional.gate_entropy`, if known.
+        entropy: Gives those of `functional.gate_entropy`, if they are known.
     """
     importance, load, counts = statistics
     place = placement.for_call()

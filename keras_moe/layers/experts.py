@@ -151,10 +151,11 @@ class FeedForwardExperts(keras.layers.Layer):
 
     def get_build_config(self):
         # A file builds experts before the layer around them, which sets this.
-        return {**super().get_build_config(), "group_size": self.group_size}
+        config = super().get_build_config() or {}  # None before it is built
+        return {**config, "group_size": self.group_size} if config else None
 
     def build_from_config(self, config):
-        self.group_size = config.get("group_size", 1)
+        self.group_size = (config or {}).get("group_size", 1)
         super().build_from_config(config)
 
     def compute_output_shape(self, input_shape):

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -218,7 +219,7 @@ class MoE(keras.layers.Layer):
             rows = place.run_experts(self.experts, rows, plan.counts)
             num_tokens = tf.shape(tokens)[0]
             outputs = functional.combine(rows, gates, plan, num_tokens=num_tokens)
-        entropy = functional.gate_entropy(gates, tf.shape(tokens)[0], mask)
+        entropy = partial(functional.gate_entropy, gates, tf.shape(tokens)[0], mask)
         add_balance(self, statistics, plan.overflow, entropy)
         for loss in auxiliary_losses:
             self.add_loss(loss)

@@ -69,8 +69,13 @@ class StreamState:
         ]
         with tf.control_dependencies([check for check in others if check is not None]):
             started = tf.identity(self._started[rows].read_value())
+        # Not a scalar condition: DTensor crashes on one beside sharded operands.
         return [
-            tf.where(started, variable.read_value(), each)
+            tf.where(
+                tf.ones_like(each) * tf.cast(started, each.dtype) > 0,
+                variable.read_value(),
+                each,
+            )
             for variable, each in zip(self._variables[rows], zeros, strict=True)
         ]
 

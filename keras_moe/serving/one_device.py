@@ -5,6 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 import tensorflow as tf
 
+# Variables of a mirrored strategy, or on a mesh of DTensor.
+_SEVERAL_DEVICES = (
+    tf.distribute.DistributedValues,
+    tf.experimental.dtensor.DVariable,
+)
+
 
 def one_device_copy(model: keras.Model) -> tuple[keras.Model, bool]:
     """A model whose variables are plain ones, as an export needs it.
@@ -23,7 +29,7 @@ def one_device_copy(model: keras.Model) -> tuple[keras.Model, bool]:
             configuration.
     """
     values = [variable.value for variable in model.variables]
-    if not any(isinstance(value, tf.distribute.DistributedValues) for value in values):
+    if not any(isinstance(value, _SEVERAL_DEVICES) for value in values):
         return model, True
     weights = model.get_weights()  # of all processes
     if not _is_chief(model):

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import distribution
+from keras_moe import distribution, serving
 from tests.distribution import child
 
 
@@ -133,6 +133,26 @@ def reads_files(settings):
     return found
 
 
+def exports(settings):
+    """The exported signature against the model on the mesh."""
+    case = child.Case(num_experts=7, optimizer="Adam")
+    strategy = strategy_of(settings["devices"])
+    model = child.build(case, strategy)
+    child.train(model, case, 3)
+    tokens = np.random.default_rng(1).integers(1, child.VOCABULARY, (4, child.TIME))
+    tokens = tokens.astype("int32")
+    expected = model.predict(tokens, verbose=0)
+    with strategy.scope():
+        path = serving.export(model, settings["folder"])
+    loaded = tf.saved_model.load(str(path)).signatures["serving_default"]
+    (name,) = loaded.structured_input_signature[1]
+    found = loaded(**{name: tf.constant(tokens)})["outputs"].numpy()
+    return {
+        "apart": float(np.max(np.abs(found - expected))),
+        "largest": float(np.max(np.abs(found))),
+    }
+
+
 def _strategy(settings):
     if settings["engine"] == "dtensor":
         return strategy_of(settings["devices"])
@@ -145,6 +165,7 @@ JOBS = (
     long_sequences,
     writes_files,
     reads_files,
+    exports,
 )
 
 

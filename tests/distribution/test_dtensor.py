@@ -131,3 +131,9 @@ def test_settings_that_cannot_be_mended_are_refused(fault, message):
 
 def test_random_numbers_do_not_depend_on_layouts():
     assert audit("random_numbers_are_those_of_one_device")["apart"] == 0.0
+
+
+def test_an_export_is_that_of_one_device(tmp_path):
+    found = run(2, job="exports", folder=str(tmp_path))
+    assert found["apart"] <= 1e-6
+    assert found["largest"] > 1e-3
