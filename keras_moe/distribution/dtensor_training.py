@@ -286,13 +286,31 @@ def _install_adafactor():
 
     def update_step(self, gradient, variable, learning_rate):
         self._padded = padded_share(self, variable)
+        self._slices = _slices_of(self, gradient, variable)
         stock_step(self, gradient, variable, learning_rate)
 
     def _rms(self, x):
+        slices = getattr(self, "_slices", None)
+        if slices is not None and not isinstance(x, tf.Variable | keras.Variable):
+            return _rms_of_slices(*slices)
         # The mean over real experts only: those of the padding are zero.
         return stock_rms(self, x) * getattr(self, "_padded", 1.0)
 
     kind.build, kind._rms, kind.update_step = build, _rms, update_step
+
+
+def _slices_of(optimizer, gradient, variable):
+    """A gradient of slices in a step, and the variable of its second moment."""
+    if not (in_step() and isinstance(gradient, tf.IndexedSlices)):
+        return None
+    return gradient, optimizer._v[optimizer._get_variable_index(variable)]
+
+
+def _rms_of_slices(gradient, velocity):
+    """As Keras on one device: of the slices, not of their sums, over all rows."""
+    scale = tf.gather(tf.convert_to_tensor(velocity), gradient.indices)
+    square = tf.reduce_sum(tf.square(gradient.values) / scale)
+    return tf.sqrt(square / tf.cast(tf.reduce_prod(velocity.shape), square.dtype))
 
 
 def padded_share(optimizer: Any, variable: Any) -> float:
