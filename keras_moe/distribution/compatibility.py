@@ -5,6 +5,7 @@ one of these no longer works.
 """
 
 import contextlib
+import itertools
 from typing import Any
 
 import tensorflow as tf
@@ -49,6 +50,7 @@ __all__ = [
     "loss_module",
     "replica_here",
     "replica_or_none",
+    "separate_collectives",
     "start_dtensor_device",
     "track_weight",
     "trainer_module",
@@ -63,6 +65,28 @@ def collective_ops_of(strategy: Any) -> Any:
         if isinstance(found, CollectiveAllReduce):
             return found
     return None
+
+
+# Far above the keys that TensorFlow gives, 1 for each strategy.
+_group_keys = itertools.count(2**20)
+
+
+def separate_collectives(strategy: Any) -> None:
+    """Keeps the collectives of a strategy apart from those of others in the process.
+
+    TensorFlow numbers them from the same start for every strategy, and refuses a
+    number that it has seen with another shape: a second model with a strategy of its
+    own could not be trained.
+    """
+    if not isinstance(strategy, tf.distribute.MirroredStrategy):
+        return  # processes have to agree on the number
+    operations = collective_ops_of(strategy)
+    keys = operations._collective_keys
+    stock, keys._group_key = keys._group_key, next(_group_keys)
+    group = keys._get_new_group_key(operations._devices)
+    keys._group_key = stock
+    for launcher in operations._launchers:
+        launcher._group_key = group
 
 
 def component_devices(strategy: Any) -> list[tuple[int, str]]:

@@ -204,5 +204,6 @@ def placement_of(strategy: Any) -> placement.Placement:
     optimization.install()
     training.install()
     repairs.install()
+    compatibility.separate_collectives(strategy)
     _placements[strategy] = ReplicatedPlacement(strategy)
     return _placements[strategy]

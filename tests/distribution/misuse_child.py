@@ -104,6 +104,15 @@ def plain(strategy):
     fit(model)
 
 
+def second_strategy(strategy):
+    """Another model, of other shapes, under another strategy of the process."""
+    other = child.strategy_of(strategy.num_replicas_in_sync)
+    with other.scope():
+        model = keras.Sequential([build(), keras.layers.Dense(7)])
+        model.compile("sgd", "mse")
+    model.fit(INPUTS, np.ones((8, 7), "float32"), verbose=0)
+
+
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
@@ -120,6 +129,7 @@ def main():
         "built_in_replica": built_in_replica,
         "capacity": capacity,
         "plain": plain,
+        "second_strategy": second_strategy,
     }
     found = {}
     for name, make in cases.items():

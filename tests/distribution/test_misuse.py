@@ -45,3 +45,8 @@ def test_xla_is_not_used_and_keras_says_so(messages):
 @pytest.mark.slow
 def test_models_without_experts_train_as_before(messages):
     assert messages["plain"] == ["", ""]
+
+
+@pytest.mark.slow
+def test_a_process_may_have_several_strategies(messages):
+    assert messages["second_strategy"] == ["", ""]
