@@ -43,7 +43,14 @@ def assert_equal_on_devices(num_devices, cases):
     assert_equal(cases, children.run("child", {"devices": num_devices, "cases": cases}))
 
 
-@pytest.mark.parametrize("num_devices", [2, 3, 4])
+@pytest.mark.parametrize(
+    "num_devices",
+    [
+        pytest.param(2, marks=pytest.mark.exhaustive),
+        3,
+        pytest.param(4, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_mixtures_train_as_on_one_device(num_devices):
     assert_equal_on_devices(
         num_devices,
@@ -62,7 +69,15 @@ def test_balanced_gates_see_the_global_batch():
     )
 
 
-@pytest.mark.parametrize("cases", [OPTIMIZERS[:4], OPTIMIZERS[4:]], ids=["1", "2"])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        OPTIMIZERS[:2],
+        pytest.param(OPTIMIZERS[2:5], marks=pytest.mark.exhaustive),
+        pytest.param(OPTIMIZERS[5:], marks=pytest.mark.exhaustive),
+    ],
+    ids=["1", "2", "3"],
+)
 def test_every_optimizer(cases):
     assert_equal_on_devices(2, cases)
 
@@ -131,4 +146,9 @@ def test_several_processes():
 
 
 def test_many_steps_do_not_hang():
+    assert_equal_on_devices(4, [{**SGD, "steps": 100}])
+
+
+@pytest.mark.exhaustive
+def test_many_more_steps_do_not_hang():
     assert_equal_on_devices(4, [{**SGD, "steps": 100, "repeats": 4}])
