@@ -246,8 +246,19 @@ def gates_of_rows(gates: tf.Tensor, plan: DispatchPlan) -> tf.Tensor:
             "`plan` must be dropless. Received: a plan with a capacity, "
             f"token_indices.shape={plan.token_indices.shape}."
         )
-    inverse = _inverse_permutation(tf.reshape(plan.positions, [-1]))
-    return tf.gather(tf.reshape(gates, [-1]), inverse)
+    return tf.gather(tf.reshape(gates, [-1]), assignments_of_rows(plan))
+
+
+def assignments_of_rows(plan: DispatchPlan) -> tf.Tensor:
+    """The assignment in every row of a dropless plan.
+
+    Args:
+        plan: A dropless plan.
+
+    Returns:
+        `(M,)` int32: index into `plan.positions`, flattened.
+    """
+    return _inverse_permutation(tf.reshape(plan.positions, [-1]))
 
 
 def combine(

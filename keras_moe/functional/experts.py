@@ -124,7 +124,7 @@ def _recomputed(function):
     return run
 
 
-def _split_by_expert(x, counts, num_experts):
+def split_by_expert(x, counts, num_experts):
     """For each expert its rows of `x`, which share its memory."""
     return [x] if num_experts == 1 else tf.split(x, counts, num=num_experts)
 
@@ -139,18 +139,23 @@ def _one_by_one(x, kernels, biases, counts, activation):
     Splitting along the first axis shares memory, and so does taking one
     expert's kernel from the stack, so only inputs and outputs are copied.
     """
-    parts = _split_by_expert(x, counts, kernels[0].shape[0])
+    parts = split_by_expert(x, counts, kernels[0].shape[0])
+    return _concat(run_one_by_one(parts, kernels, biases, activation))
+
+
+def run_one_by_one(parts, kernels, biases, activation):
+    """Each expert's network on its own rows, one part for each expert."""
     for i, kernel in enumerate(kernels):
-        parts = _products(kernel, parts)
+        parts = products(kernel, parts)
         if biases:
             own = tf.unstack(biases[i])
             parts = [part + bias for part, bias in zip(parts, own, strict=True)]
         if i < len(kernels) - 1:
             parts = [activation(part) for part in parts]
-    return _concat(parts)
+    return parts
 
 
-def _products(kernels, parts):
+def products(kernels, parts):
     """Each part times its kernel, with one gradient for all of them.
 
     The gradient with regard to the rows is taken as a batched product of one
@@ -184,7 +189,7 @@ def _one_by_one_recomputed(network, counts, x, *weights):
 
     def arguments(x, *weights):
         """For each expert `(1, rows, D)` and its weights, as a batch of one."""
-        rows = [part[tf.newaxis] for part in _split_by_expert(x, counts, num_experts)]
+        rows = [part[tf.newaxis] for part in split_by_expert(x, counts, num_experts)]
         return list(
             zip(rows, *(tf.split(w, num_experts) for w in weights), strict=True)
         )
@@ -194,7 +199,7 @@ def _one_by_one_recomputed(network, counts, x, *weights):
         def grad(dy):
             gradients = []
             before = [dy]
-            upstream = _split_by_expert(dy, counts, num_experts)
+            upstream = split_by_expert(dy, counts, num_experts)
             for own, d_rows in zip(arguments(x, *weights), upstream, strict=True):
                 # An expert waits for the gradients of the one before it.
                 with tf.control_dependencies(before):

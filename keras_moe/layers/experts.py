@@ -37,9 +37,12 @@ class FeedForwardExperts(keras.layers.Layer):
 
     Call arguments:
         inputs: Float tensor, `(rows, features)` sorted by expert, or
-            `(num_experts, capacity, features)`.
+            `(num_experts, capacity, features)`; with a plan `(tokens, features)`.
         counts: int32 tensor `(num_experts,)`: rows of each expert. Needed for
-            inputs of rank 2.
+            inputs of rank 2 without a plan.
+        gates: Float tensor, the gates that go with the plan.
+        plan: A `keras_moe.types.DispatchPlan`, by which the tokens go to their
+            experts and the answers are summed, `(tokens, output_units)`.
 
     Input shape:
         `(rows, features)` or `(num_experts, capacity, features)`.
@@ -139,14 +142,15 @@ class FeedForwardExperts(keras.layers.Layer):
             )
         return features
 
-    def call(self, inputs, counts=None):
-        return functional.feed_forward_experts(
-            inputs,
-            [tf.convert_to_tensor(kernel) for kernel in self.kernels],
-            [tf.convert_to_tensor(bias) for bias in self.biases] or None,
-            counts,
-            self.activation,
-            self.recompute,
+    def call(self, inputs, counts=None, gates=None, plan=None):
+        kernels = [tf.convert_to_tensor(kernel) for kernel in self.kernels]
+        biases = [tf.convert_to_tensor(bias) for bias in self.biases] or None
+        if plan is None:
+            return functional.feed_forward_experts(
+                inputs, kernels, biases, counts, self.activation, self.recompute
+            )
+        return functional.mix_feed_forward_experts(
+            inputs, gates, plan, kernels, biases, self.activation, self.recompute
         )
 
     def get_build_config(self):

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_moe import checks, functional, placement
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
+from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, TopKGating
 from keras_moe.layers.routing import RoutingRecord
 from keras_moe.types import GatingResult
@@ -214,6 +215,8 @@ class MoE(keras.layers.Layer):
         place = placement.for_call()
         if place.static_shapes:
             outputs = place.mix(self, tokens, result, mask)
+        elif place is placement.ONE_DEVICE and type(self.experts) is FeedForwardExperts:
+            outputs = self.experts(tokens, gates=gates, plan=plan)
         else:
             rows = functional.dispatch(tokens, plan)
             rows = place.run_experts(self.experts, rows, plan.counts)

@@ -60,7 +60,11 @@ def cv_squared(values):
     return variance / mean**2
 
 
-def feed_forward(x, kernels, biases=None, activation=lambda a: np.maximum(a, 0.0)):
+def relu(v):
+    return np.maximum(v, 0.0)
+
+
+def feed_forward(x, kernels, biases=None, activation=relu):
     """One expert on one token."""
     for i, kernel in enumerate(kernels):
         x = x @ kernel
@@ -71,7 +75,7 @@ def feed_forward(x, kernels, biases=None, activation=lambda a: np.maximum(a, 0.0
     return x
 
 
-def mixture(x, dense_gates, kernels, biases=None):
+def mixture(x, dense_gates, kernels, biases=None, activation=relu):
     """Equation 1: token by token, expert by expert; no work for a zero gate."""
     outputs = np.zeros((x.shape[0], kernels[-1].shape[2]))
     for n in range(x.shape[0]):
@@ -79,7 +83,8 @@ def mixture(x, dense_gates, kernels, biases=None):
             if dense_gates[n, e] != 0.0:
                 own = [kernel[e] for kernel in kernels]
                 own_biases = None if biases is None else [bias[e] for bias in biases]
-                outputs[n] += dense_gates[n, e] * feed_forward(x[n], own, own_biases)
+                answer = feed_forward(x[n], own, own_biases, activation)
+                outputs[n] += dense_gates[n, e] * answer
     return outputs
 
 
