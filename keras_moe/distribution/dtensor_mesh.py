@@ -61,7 +61,6 @@ def create_mesh(
             f"num_devices={num_devices}, devices={list(devices)}. Leave one out."
         )
     set_switch()
-    compatibility.start_dtensor_device()
     if devices is not None:
         device_type = devices[0].split(":")[0]
     elif device_type is None:
@@ -71,6 +70,7 @@ def create_mesh(
         dtensor.initialize_accelerator_system(
             device_type, enable_coordination_service=True
         )
+    compatibility.start_dtensor_device()
     found = list(dtensor.local_devices(device_type))
     if devices is not None:
         found = [tf.DeviceSpec.from_string(_device_name(d)) for d in devices]

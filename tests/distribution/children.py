@@ -37,16 +37,34 @@ def run(module: str, settings: dict, timeout: float = 400):
     return result_of(done.stdout, done.stderr)
 
 
+def workers_of(hosts: list[str]) -> list[dict[str, str]]:
+    """What tells each process of `MultiWorkerMirroredStrategy` who it is."""
+    cluster = {"worker": hosts}
+    tasks = [{"type": "worker", "index": i} for i in range(len(hosts))]
+    return [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": t})} for t in tasks]
+
+
+def clients_of(hosts: list[str]) -> list[dict[str, str]]:
+    """What tells each client of DTensor who it is."""
+    common = {
+        "DTENSOR_JOBS": ",".join(hosts),
+        "DTENSOR_NUM_CLIENTS": str(len(hosts)),
+        "DTENSOR_JOB_NAME": "worker",
+    }
+    return [{**common, "DTENSOR_CLIENT_ID": str(i)} for i in range(len(hosts))]
+
+
 def start_workers(
-    module: str, settings: dict, num_workers: int = 2, directory: Path | None = None
+    module: str,
+    settings: dict,
+    num_workers: int = 2,
+    directory: Path | None = None,
+    who=workers_of,
 ) -> list[subprocess.Popen]:
     """Starts the processes of a cluster on loopback, output to files."""
-    ports = free_ports(num_workers)
-    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    hosts = [f"127.0.0.1:{port}" for port in free_ports(num_workers)]
     workers = []
-    for index in range(num_workers):
-        task = {"type": "worker", "index": index}
-        config = json.dumps({"cluster": cluster, "task": task})
+    for index, variables in enumerate(who(hosts)):
         output = subprocess.PIPE
         if directory is not None:
             output = open(directory / f"worker_{index}.txt", "w")  # noqa: SIM115
@@ -59,7 +77,7 @@ def start_workers(
                     json.dumps(settings),
                 ],
                 cwd=ROOT,
-                env=environment(TF_CONFIG=config),
+                env=environment(**variables),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -77,11 +95,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def run_workers(module: str, settings: dict, num_workers=2, timeout: float = 500):
+def run_workers(
+    module: str, settings: dict, num_workers=2, timeout: float = 500, who=workers_of
+):
     """What each process of a cluster printed after `RESULT`, parsed."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        workers = start_workers(module, settings, num_workers, directory)
+        workers = start_workers(module, settings, num_workers, directory, who)
         end = time.monotonic() + timeout
         try:
             for worker in workers:

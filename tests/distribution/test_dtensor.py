@@ -24,7 +24,11 @@ def audit(job, num_devices=2, **settings):
 
 
 def assert_equal_on_devices(num_devices, cases):
-    for case, result in zip(cases, run(num_devices, cases=cases), strict=True):
+    assert_equal(cases, run(num_devices, cases=cases))
+
+
+def assert_equal(cases, results):
+    for case, result in zip(cases, results, strict=True):
         assert result["start"] == 0.0, case
         # The run must have learned something, or its end says nothing.
         assert result["moved"] > 0.005, case
@@ -78,6 +82,31 @@ def optimizer_case(optimizer, options, exhaustive=True, **settings):
 )
 def test_optimizers_step_as_on_one_device(case):
     assert_equal_on_devices(2, [{**SHORT, **case}])
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "cases"),
+    [
+        (1, [{**SHORT, **ADAM, **SEVEN}]),
+        pytest.param(
+            2,
+            [{**SHORT, **SGD, "layer": "hierarchical"}, {**SHORT, **ADAM, **SEVEN}],
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_two_clients_train_as_one_device(num_devices, cases):
+    settings = {"devices": num_devices, "cases": cases}
+    results = children.run_workers(
+        "dtensor_clients_child", settings, who=children.clients_of
+    )
+    for result in results:
+        assert result["size"] == 2 * num_devices
+        assert_equal(cases, result["cases"])
+    # Each client has drawn other numbers at first, and holds those of the first.
+    first, second = (result["sums"] for result in results)
+    assert first == second
+    assert first[0] > 0.0
 
 
 def test_evaluation_and_prediction_take_batches_of_any_size():
