@@ -2,6 +2,7 @@
 
     python examples/benchmarks/devices_benchmark.py
     python examples/benchmarks/devices_benchmark.py --devices 4 --layer hierarchical
+    python examples/benchmarks/devices_benchmark.py --engine dtensor
 
 Parts of one CPU stand for devices: they share its cores, so the ratio is what the
 exchange costs, not what more devices gain. Both sides alternate in one run.
@@ -23,6 +24,7 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--engine", choices=("mirrored", "dtensor"), default="mirrored")
     parser.add_argument("--layer", choices=("flat", "hierarchical"), default="flat")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--units", type=int, default=256)
@@ -68,11 +70,19 @@ def make_step(model, strategy, data):
         return lambda: step(batch)["loss"]
     batch = next(iter(strategy.experimental_distribute_dataset(data)))
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(batch):
         return strategy.run(model.train_step, args=(batch,))["loss"]
 
     return lambda: strategy.experimental_local_results(step(batch))[0]
+
+
+def make_strategy(options):
+    if options.engine == "dtensor":
+        mesh = keras_moe.distribution.create_mesh(options.devices)
+        return keras_moe.distribution.DTensorStrategy(mesh)
+    devices = [f"CPU:{i}" for i in range(options.devices)]
+    return tf.distribute.MirroredStrategy(devices)
 
 
 def main():
@@ -81,15 +91,13 @@ def main():
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * options.devices,
     )
-    strategy = tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(options.devices)]
-    )
+    strategy = make_strategy(options)
     rng = np.random.default_rng(options.seed)
     tokens = rng.integers(1, 1000, (options.batch_size, options.time)).astype("int32")
     data = tf.data.Dataset.from_tensor_slices((tokens, tokens))
     data = data.batch(options.batch_size)
     print(
-        f"{options.layer}, {options.experts} experts, {options.units} -> "
+        f"{options.engine}, {options.layer}, {options.experts} experts, {options.units} -> "
         f"{options.hidden_units} -> {options.units}, {tokens.size:,} tokens a batch, "
         f"{options.repeat} pairs of steps ...",
         flush=True,

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_moe
+from keras_moe import distribution
 from tests.distribution import child
 
 STEPS = 2
@@ -84,7 +85,11 @@ def main():
     settings = json.loads(sys.argv[1])
     stage, devices = settings["stage"], settings["devices"]
     child.start(devices)
-    strategy = child.strategy_of(devices) if devices > 1 else None
+    strategy = None
+    if settings["engine"] == "dtensor":
+        strategy = distribution.DTensorStrategy(distribution.create_mesh(devices))
+    elif settings["engine"] == "mirrored":
+        strategy = child.strategy_of(devices)
     folder = Path(settings["directory"])
     model = build(strategy)
     with child.scope_of(strategy):

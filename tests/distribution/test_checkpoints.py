@@ -7,17 +7,30 @@ from tests.distribution import children
 
 pytestmark = pytest.mark.slow
 
-DEVICES = [4, 1, 2, 3, 4]
+MIRRORED = [
+    ("mirrored", 4),
+    (None, 1),
+    ("mirrored", 2),
+    ("mirrored", 3),
+    ("mirrored", 4),
+]
+BOTH = [("dtensor", 4), (None, 1), ("dtensor", 2), ("mirrored", 3), ("dtensor", 4)]
 
 
-def test_training_goes_on_with_other_numbers_of_devices(tmp_path):
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param(MIRRORED, id="mirrored"),
+        pytest.param(BOTH, id="both", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_training_goes_on_with_other_numbers_of_devices(stages, tmp_path):
     found = []
-    for stage, devices in enumerate(DEVICES):
-        settings = {"devices": devices, "stage": stage, "stages": len(DEVICES)}
-        found.append(
-            children.run("checkpoint_child", {**settings, "directory": str(tmp_path)})
-        )
-    unbroken = found[DEVICES.index(1)]["unbroken"]
+    for stage, (engine, devices) in enumerate(stages):
+        settings = {"engine": engine, "devices": devices, "directory": str(tmp_path)}
+        settings |= {"stage": stage, "stages": len(stages)}
+        found.append(children.run("checkpoint_child", settings))
+    unbroken = found[stages.index((None, 1))]["unbroken"]
     # Losses change from step to step, or equal ones would say nothing.
     assert np.min(np.abs(np.diff(np.ravel(unbroken)))) > 1e-3
     for stage, losses in enumerate(unbroken):

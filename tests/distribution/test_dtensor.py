@@ -126,7 +126,13 @@ def test_recurrent_layers_train_over_128_time_steps(layer):
     assert found["weights"] <= 1e-6
 
 
-@pytest.mark.parametrize(("first", "second"), [("mirrored", "dtensor")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("mirrored", "dtensor"),
+        pytest.param("dtensor", "mirrored", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_files_of_one_engine_load_under_the_other(first, second, tmp_path):
     folder = str(tmp_path)
     run(4, job="writes_files", engine=first, folder=folder)
