@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from keras_moe.functional.blocks import run_in_blocks
+
 Activation = Callable[[tf.Tensor], tf.Tensor]
 
 # Up to here a product for each expert is at least as fast as padded blocks, and the
@@ -65,10 +67,26 @@ def feed_forward_experts(
             "`counts` is needed for expert inputs of rank 2, to know which rows are "
             f"whose. Received: expert_inputs.shape={expert_inputs.shape}, counts=None."
         )
-    num_kernels = len(kernels)
+    network = network_of(len(kernels), activation)
+    weights = [*kernels, *(biases or ())]
+    if expert_inputs.shape.rank == 3:
+        run = recomputed(network) if recompute else network
+        return run(expert_inputs, *weights)
+    if weights[0].shape[0] == 0:  # no experts live on this device: no rows either
+        nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
+        return nothing[0]
+    if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
+        if recompute:
+            return _one_by_one_recomputed(network, counts, expert_inputs, *weights)
+        return _one_by_one(expert_inputs, kernels, biases, counts, activation)
+    run = recomputed(network) if recompute else network
+    return run_in_blocks(run, counts, expert_inputs, *weights)
+
+
+def network_of(num_kernels, activation):
+    """A function that runs experts on `(E, rows, D)` with their kernels and biases."""
 
     def network(x, *weights):
-        """All layers on `x` `(E, rows, D)`, with the weights of its experts."""
         last = num_kernels - 1
         for i in range(num_kernels):
             x = tf.matmul(x, weights[i])
@@ -78,19 +96,7 @@ def feed_forward_experts(
                 x = activation(x)
         return x
 
-    weights = [*kernels, *(biases or ())]
-    if expert_inputs.shape.rank == 3:
-        run = _recomputed(network) if recompute else network
-        return run(expert_inputs, *weights)
-    if weights[0].shape[0] == 0:  # no experts live on this device: no rows either
-        nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
-        return nothing[0]
-    if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
-        if recompute:
-            return _one_by_one_recomputed(network, counts, expert_inputs, *weights)
-        return _one_by_one(expert_inputs, kernels, biases, counts, activation)
-    run = _recomputed(network) if recompute else network
-    return _in_blocks(run, counts, expert_inputs, *weights)
+    return network
 
 
 def _no_expert(weight):
@@ -98,7 +104,7 @@ def _no_expert(weight):
     return tf.reduce_sum(weight, axis=0, keepdims=True)
 
 
-def _recomputed(function):
+def recomputed(function):
     """`function`, of which only the arguments are kept for the backward pass.
 
     `tf.recompute_grad` would add a zero to every argument, so it would copy all
@@ -218,136 +224,3 @@ def _one_by_one_recomputed(network, counts, x, *weights):
         return _concat(outputs), grad
 
     return run(x, *weights)
-
-
-def _in_blocks(network, counts, x, *weights):
-    """Pads the rows into blocks of one expert each, for batched products.
-
-    Every expert has one block of `base` slots, for which kernels are used where
-    they lie. Rows beyond it spill into further blocks of `spill` slots, each with
-    a copy of its expert's kernel: few where routing is balanced. The two sizes
-    are those of least work for the counts at hand, so that skewed routing, and
-    few tokens for many experts, cost little more than their rows.
-    """
-    counts = tf.cast(counts, tf.int32)
-    num_experts = weights[0].shape[0]
-    base, spill = _block_sizes(counts, num_experts)
-    starts = tf.cumsum(counts, exclusive=True)
-    spilled = tf.maximum(counts - base, 0)
-    blocks = -(-spilled // spill)
-    owners = tf.repeat(tf.range(num_experts), blocks)  # expert of each spill block
-    first_blocks = tf.cumsum(blocks, exclusive=True)
-
-    def rows_at(rank, counts, starts):
-        """Row of every slot of some blocks, -1 where a slot is empty."""
-        filled = rank < counts[:, tf.newaxis]
-        return tf.where(filled, starts[:, tf.newaxis] + rank, -1)
-
-    base_rows = rows_at(tf.range(base)[tf.newaxis, :], counts, starts)
-    rank = (tf.range(tf.size(owners)) - tf.gather(first_blocks, owners)) * spill
-    rank = base + rank[:, tf.newaxis] + tf.range(spill)
-    spill_rows = rows_at(rank, tf.gather(counts, owners), tf.gather(starts, owners))
-    # Slot of every row, base slots first.
-    row_owners = tf.repeat(tf.range(num_experts), counts)
-    rank = tf.range(tf.shape(x)[0]) - tf.gather(starts, row_owners)
-    beyond = rank - base
-    slots = tf.where(
-        beyond < 0,
-        row_owners * base + rank,
-        num_experts * base
-        + (tf.gather(first_blocks, row_owners) + beyond // spill) * spill
-        + beyond % spill,
-    )
-
-    in_base, in_spill = _into_blocks(x, base_rows, spill_rows, slots)
-    of_base, of_spill = zip(*(_copied(w, owners) for w in weights), strict=True)
-    outputs = network(in_base, *of_base), network(in_spill, *of_spill)
-    return _out_of_blocks(*outputs, base_rows, spill_rows, slots)
-
-
-# What a block costs beside its rows, in rows: reading a kernel where it lies, and
-# copying it (and adding its gradient) for a spill block. Measured ratios of the
-# time for a row's product are 5 to 10 and 25 to 40; the choice is not sensitive.
-_READ_COST = 8
-_COPY_COST = 32
-
-
-def _block_sizes(counts, num_experts):
-    """Slots of a base block and of a spill block, of least estimated work."""
-    longest = tf.reduce_max(counts)
-    mean = tf.cast(tf.reduce_sum(counts), tf.float32) / num_experts
-    shares = tf.constant([0.0, 0.25, 0.5, 0.75, 1.0, 1.125, 1.25, 1.5, 1.75, 2.0, 3.0])
-    bases = tf.minimum(tf.cast(tf.math.ceil(mean * shares), tf.int32), longest)
-    bases = tf.concat([bases, [longest]], axis=0)  # (S,)
-    spills = tf.constant([4, 16, 64, 256])  # (B,)
-    rest = tf.maximum(counts - bases[:, tf.newaxis], 0)  # (S, E)
-    blocks = tf.reduce_sum(
-        -(-rest[:, tf.newaxis, :] // spills[:, tf.newaxis]), axis=-1
-    )  # (S, B)
-    # In float: the products may be beyond int32.
-    work = tf.where(bases > 0, tf.cast(bases + _READ_COST, tf.float32), 0.0)
-    work = work[:, tf.newaxis] * num_experts
-    work += tf.cast(blocks, tf.float32) * tf.cast(spills + _COPY_COST, tf.float32)
-    best = tf.argmin(tf.reshape(work, [-1]), output_type=tf.int32)
-    num_spills = spills.shape[0]
-    return tf.gather(bases, best // num_spills), tf.gather(spills, best % num_spills)
-
-
-def _copied(weight, owners):
-    """The weight, and a copy of its part for every spill block.
-
-    The gradient of the copies is added to that of the weight in place: a kernel's
-    gradient is written once, and again only where its expert has spill blocks.
-    """
-
-    @tf.custom_gradient
-    def run(weight):
-        def grad(d_base, d_copies):
-            # Owners ascend. Their blocks are summed first, so that no index comes
-            # twice in the scatter: its result is the same in every run.
-            first = tf.concat([[True], owners[1:] != owners[:-1]], axis=0)
-            first = first[: tf.size(owners)]  # there may be no owner at all
-            segment = tf.cumsum(tf.cast(first, tf.int32)) - 1
-            summed = tf.math.segment_sum(d_copies, segment)
-            unique = tf.boolean_mask(owners, first)
-            return tf.tensor_scatter_nd_add(d_base, unique[:, tf.newaxis], summed)
-
-        return (tf.identity(weight), tf.gather(weight, owners)), grad
-
-    return run(weight)
-
-
-def _into_blocks(x, base_rows, spill_rows, slots):
-    """`(M, D)` -> `(E, base, D)` and `(blocks, spill, D)`."""
-
-    @tf.custom_gradient
-    def run(x):
-        # Empty slots get the first row: nobody reads what becomes of it, and its
-        # gradient is zero. An empty batch has no slots.
-        results = tuple(
-            tf.gather(x, tf.maximum(rows, 0)) for rows in (base_rows, spill_rows)
-        )
-        return results, lambda *dy: _rows_at(dy, slots)
-
-    return run(x)
-
-
-def _out_of_blocks(base, spill, base_rows, spill_rows, slots):
-    """`(E, base, D)` and `(blocks, spill, D)` -> `(M, D)`."""
-
-    @tf.custom_gradient
-    def run(base, spill):
-        def grad(dy):
-            padded = tf.pad(dy, [[1, 0], [0, 0]])
-            return tuple(
-                tf.gather(padded, rows + 1) for rows in (base_rows, spill_rows)
-            )
-
-        return _rows_at((base, spill), slots), grad
-
-    return run(base, spill)
-
-
-def _rows_at(blocks, slots):
-    flat = [tf.reshape(each, [-1, each.shape[-1]]) for each in blocks]
-    return tf.gather(tf.concat(flat, axis=0), slots)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from keras_moe.functional import experts
+from keras_moe.functional.blocks import mix_in_blocks
 from keras_moe.functional.dispatch import assignments_of_rows, combine, dispatch
 from keras_moe.types import DispatchPlan
 
@@ -31,9 +32,9 @@ def mix_feed_forward_experts(
     $y = \\sum_i G(x)_i E_i(x)$
 
     The same as `combine(feed_forward_experts(dispatch(...)), ...)`, and computed so
-    where the plan has a capacity, tokens have different numbers of experts, there are
-    more than `MOST_UNROLLED_EXPERTS` or `recompute` is set; otherwise with less memory
-    traffic.
+    where the plan has a capacity, tokens have different numbers of experts, or
+    `recompute` is set for at most `MOST_UNROLLED_EXPERTS` experts; otherwise with less
+    memory traffic.
 
     Args:
         inputs: `(N, D)`, the tokens.
@@ -53,13 +54,18 @@ def mix_feed_forward_experts(
     """
     num_experts = kernels[0].shape[0]
     dropless = plan.token_indices.shape.rank == 1
-    fixed_k = plan.positions.shape.rank == 2
-    unrolled = 1 <= num_experts <= experts.MOST_UNROLLED_EXPERTS
-    if dropless and fixed_k and unrolled and not recompute:
-        rows = _Rows(plan, num_experts)
-        parts = _gather_to_each(inputs, rows)
-        parts = experts.run_one_by_one(parts, kernels, biases, activation)
-        return _combine_parts(parts, tf.cast(gates, parts[0].dtype), rows)
+    if dropless and plan.positions.shape.rank == 2:
+        gates = tf.cast(gates, kernels[0].dtype)
+        if num_experts > experts.MOST_UNROLLED_EXPERTS:
+            network = experts.network_of(len(kernels), activation)
+            run = experts.recomputed(network) if recompute else network
+            weights = [*kernels, *(biases or ())]
+            return mix_in_blocks(run, inputs, gates, plan, *weights)
+        if not recompute:
+            rows = _Rows(plan, num_experts)
+            parts = _gather_to_each(inputs, rows)
+            parts = experts.run_one_by_one(parts, kernels, biases, activation)
+            return _combine_parts(parts, gates, rows)
     expert_inputs = dispatch(inputs, plan)
     expert_outputs = experts.feed_forward_experts(
         expert_inputs, kernels, biases, plan.counts, activation, recompute

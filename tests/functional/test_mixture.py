@@ -34,11 +34,16 @@ def plan_of(kind, indices):
     return F.make_capacity_plan(indices, E, 2 * len(indices))
 
 
-@pytest.mark.parametrize("most", [0, 1000], ids=["blocks", "expert by expert"])
+@pytest.fixture(params=[0, 1000], ids=["blocks", "expert by expert"])
+def way(request, monkeypatch):
+    """Both ways to run experts, whatever their number."""
+    monkeypatch.setattr(experts_module, "MOST_UNROLLED_EXPERTS", request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", ["dropless", "ragged", "capacity"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_it_equals_the_oracle(case, kind, most, recompute, monkeypatch):
-    monkeypatch.setattr(experts_module, "MOST_UNROLLED_EXPERTS", most)
+def test_it_equals_the_oracle(case, kind, recompute):
     plan = plan_of(kind, case["indices"])
 
     def mix(x, gates, *weights):
@@ -56,6 +61,7 @@ def test_it_equals_the_oracle(case, kind, most, recompute, monkeypatch):
     assert_value_and_gradients(mix, expected, arrays)
 
 
+@pytest.mark.usefixtures("way")
 def test_without_biases_relu_is_the_activation(case):
     plan = plan_of("dropless", case["indices"])
     assert_value_and_gradients(
@@ -65,6 +71,7 @@ def test_without_biases_relu_is_the_activation(case):
     )
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_experts", [1, E])
 def test_an_empty_batch(case, num_experts):
     kernels = [tf.constant(w[:num_experts]) for w in case["kernels"]]
@@ -80,6 +87,7 @@ def test_an_empty_batch(case, num_experts):
         assert not np.any(gradient)
 
 
+@pytest.mark.usefixtures("way")
 def test_one_graph_serves_any_number_of_tokens_and_any_skew(case, rng):
     kernels = [tf.constant(w, tf.float32) for w in case["kernels"]]
 
@@ -106,6 +114,7 @@ def test_one_graph_serves_any_number_of_tokens_and_any_skew(case, rng):
         np.testing.assert_allclose(mix(x, gates, indices), wanted, atol=1e-4)
 
 
+@pytest.mark.usefixtures("way")
 def test_second_derivatives(case):
     """Of a gradient penalty: what replaces stock operations has gradients too."""
     plan = plan_of("dropless", case["indices"])
