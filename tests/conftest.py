@@ -10,7 +10,8 @@ import pytest
 @pytest.fixture(autouse=True)
 def _clean_keras():
     """Every test starts from the same seed, names and float32 policy."""
-    keras.utils.clear_session()
+    # Without a collection of garbage, which takes seconds once there are many graphs.
+    keras.utils.clear_session(free_memory=False)
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(1701)
 
