@@ -18,7 +18,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe import placement
-from keras_moe.distribution import compatibility
+from keras_moe.distribution import compatibility, slots
 from keras_moe.distribution.dtensor_variables import (
     LaidOutExperts,
     current_mesh,
@@ -36,7 +36,7 @@ def install() -> None:
         _install_recurrence()
         _install_random()
         _install_slices()
-        _install_slots()
+        slots.install()
         _install_adafactor()
     _installed = True
 
@@ -223,54 +223,6 @@ def _install_slices():
     module.divide = divide
 
 
-def make_slot(
-    optimizer: Any,
-    variable: LaidOutExperts,
-    name: str,
-    initializer: Any = "zeros",
-    shape: tuple | None = None,
-) -> LaidOutExperts:
-    """Makes optimizer state for a sharded weight, with the same layout.
-
-    Args:
-        optimizer: The optimizer that will own it.
-        variable: The weight.
-        name: Name of the slot.
-        initializer: Keras initializer. Defaults to `"zeros"`.
-        shape: `(E, ...)`; None means that of the weight. Defaults to `None`.
-
-    Returns:
-        The slot, tracked by the optimizer.
-    """
-    with compatibility.layer_name_scope(optimizer):
-        slot = LaidOutExperts(
-            initializer,
-            tuple(variable.shape) if shape is None else tuple(shape),
-            variable.mesh,
-            dtype=variable.dtype,
-            trainable=False,
-            name=name,
-        )
-    return compatibility.track_weight(optimizer, slot)
-
-
-def _install_slots():
-    kind = compatibility.TFOptimizer
-    stock = kind.add_variable_from_reference
-
-    def add_variable_from_reference(
-        self, reference_variable, name=None, initializer="zeros"
-    ):
-        if not isinstance(reference_variable, LaidOutExperts):
-            return stock(self, reference_variable, name, initializer)
-        path = reference_variable.path.replace("/", "_")
-        return make_slot(
-            self, reference_variable, f"{path}_{name or 'var'}", initializer
-        )
-
-    kind.add_variable_from_reference = add_variable_from_reference
-
-
 def _install_adafactor():
     kind = keras.optimizers.Adafactor
     stock_build, stock_rms, stock_step = kind.build, kind._rms, kind.update_step
@@ -335,7 +287,7 @@ def _shard_factors(optimizer, index, variable):
         )
     for factors in (optimizer._r, optimizer._c):
         old = factors[index]
-        new = make_slot(optimizer, variable, old.name, shape=tuple(old.shape))
+        new = slots.make_slot(optimizer, variable, old.name, shape=tuple(old.shape))
         optimizer._variables.pop()
         where = next(i for i, v in enumerate(optimizer._variables) if v is old)
         optimizer._variables[where] = new

@@ -258,6 +258,12 @@ class LaidOutExperts(keras.Variable):
         self._mesh = mesh
         super().__init__(keras.initializers.get(initializer), shape=shape, **kwargs)
 
+    def sharded_alike(
+        self, initializer: Any, shape: tuple, **kwargs: Any
+    ) -> "LaidOutExperts":
+        """Another variable whose first axis is laid out as this one's: its state."""
+        return LaidOutExperts(initializer, shape, self._mesh, **kwargs)
+
     def _initialize_with_initializer(self, initializer):
         shape, dtype = tuple(self._shape), self._dtype
         with tf.init_scope(), on_host():

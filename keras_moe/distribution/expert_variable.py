@@ -111,6 +111,16 @@ class ExpertVariable(keras.Variable):
         self.shards = shards
         super().__init__(keras.initializers.get(initializer), shape=shape, **kwargs)
 
+    def sharded_alike(
+        self, initializer: Any, shape: tuple, **kwargs: Any
+    ) -> "ExpertVariable":
+        """Another variable whose first axis is sharded as this one's: its state."""
+        other = ExpertVariable(
+            initializer, shape, self._strategy, self.shards, **kwargs
+        )
+        other.slot_of = self
+        return other
+
     def _initialize_with_initializer(self, initializer):
         if not tf.distribute.in_cross_replica_context():
             raise ValueError(

@@ -22,7 +22,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import placement
-from keras_moe.distribution import compatibility
+from keras_moe.distribution import compatibility, slots
 from keras_moe.distribution.expert_variable import ExpertVariable
 
 # Optimizers whose step for an element depends on all others of its weight.
@@ -194,39 +194,6 @@ def _average(optimizer):
     )
 
 
-def make_slot(
-    optimizer: Any,
-    variable: ExpertVariable,
-    name: str,
-    initializer: Any = "zeros",
-    shape: tuple | None = None,
-) -> ExpertVariable:
-    """Makes optimizer state for a sharded weight, sharded alike.
-
-    Args:
-        optimizer: The optimizer that will own it.
-        variable: The weight.
-        name: Name of the slot.
-        initializer: Keras initializer. Defaults to `"zeros"`.
-        shape: `(E, ...)`; None means that of the weight. Defaults to `None`.
-
-    Returns:
-        The slot, tracked by the optimizer.
-    """
-    with compatibility.layer_name_scope(optimizer):
-        slot = ExpertVariable(
-            initializer,
-            tuple(variable.shape) if shape is None else tuple(shape),
-            variable.strategy,
-            variable.shards,
-            dtype=variable.dtype,
-            trainable=False,
-            name=name,
-        )
-    slot.slot_of = variable
-    return compatibility.track_weight(optimizer, slot)
-
-
 _installed = False
 
 
@@ -237,26 +204,16 @@ def install() -> None:
     """
     global _installed
     if not _installed:
-        _install_slots()
+        slots.install()
+        _install_build()
         _install_steps()
         _install_loss_scale()
         _install_adafactor()
     _installed = True
 
 
-def _install_slots():
-    stock_slot = _TFOptimizer.add_variable_from_reference
+def _install_build():
     stock_build = _BaseOptimizer.build
-
-    def add_variable_from_reference(
-        self, reference_variable, name=None, initializer="zeros"
-    ):
-        if not isinstance(reference_variable, ExpertVariable):
-            return stock_slot(self, reference_variable, name, initializer)
-        path = reference_variable.path.replace("/", "_")
-        return make_slot(
-            self, reference_variable, f"{path}_{name or 'var'}", initializer
-        )
 
     def build(self, variables):
         kind = type(self).__name__
@@ -270,7 +227,6 @@ def _install_slots():
             )
         stock_build(self, variables)
 
-    _TFOptimizer.add_variable_from_reference = add_variable_from_reference
     _BaseOptimizer.build = build
 
 
@@ -356,16 +312,17 @@ def _build_adafactor(optimizer, variables):
                 f"{variable.path!r} of shape {shape}. Set `use_bias` of the experts "
                 "to False or use another optimizer."
             )
-        for slots, size in (
+        for factors, size in (
             (optimizer._r, shape[:-1]),
             (optimizer._c, (*shape[:-2], *shape[-1:])),
         ):
             if sharded:
-                slots.append(make_slot(optimizer, variable, variable.name, shape=size))
+                slot = slots.make_slot(optimizer, variable, variable.name, shape=size)
+                factors.append(slot)
             elif len(shape) < 2:
-                slots.append(keras.Variable(0, name=variable.name, trainable=False))
+                factors.append(keras.Variable(0, name=variable.name, trainable=False))
             else:
-                slots.append(
+                factors.append(
                     optimizer.add_variable(
                         shape=size, dtype=variable.dtype, name=variable.name
                     )

@@ -11,6 +11,7 @@ from keras_moe.distribution import (
     exchange,
     optimization,
     repairs,
+    slots,
     training,
 )
 from keras_moe.distribution.expert_variable import ExpertVariable
@@ -69,7 +70,7 @@ class ReplicatedPlacement(placement.Placement):
                 f"{variable.path!r} of shape {tuple(variable.shape)}. Factor the "
                 "kernels of the experts only."
             )
-        return optimization.make_slot(optimizer, variable, name, shape=shape)
+        return slots.make_slot(optimizer, variable, name, shape=shape)
 
     def at_home(self, owner, rows, counts, function):
         shards = self._shards_of(owner)
