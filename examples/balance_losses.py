@@ -38,11 +38,13 @@ def main():
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     arguments = parser.parse_args()
     folder = Path(arguments.output_dir)
-    tiny = (
-        {"units": 16, "hidden_units": 16, "min_count": 200, "sequence_length": 256}
-        if arguments.quick
-        else {}
-    )
+    tiny = {
+        "units": 16,
+        "hidden_units": 16,
+        "num_experts": 8,
+        "min_count": 200,
+        "sequence_length": 256,
+    }
     reports, loads = {}, {}
     for weight in (0.1, 0.0):
         print(f"\n=== weight of both losses: {weight} ===", flush=True)
@@ -52,7 +54,7 @@ def main():
             epochs=1 if arguments.quick else arguments.epochs,
             seed=arguments.seed,
             verbose=2,
-            **tiny,
+            **(tiny if arguments.quick else {}),
         )
         reports[weight] = train_lm.run(options)
         loads[weight] = np.array(reports[weight]["expert_counts"])

@@ -34,7 +34,7 @@ def main():
     child.start(settings["devices"])
     strategy = child.strategy_of(settings["devices"])
     results = {}
-    for name in ("flat", "hierarchical", "balanced", "language_model"):
+    for name in settings["models"]:
         if name == "language_model":
             keras.utils.clear_session()
             with strategy.scope():

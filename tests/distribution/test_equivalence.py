@@ -105,26 +105,24 @@ def test_synchronized_normalization_before_and_after():
     )
 
 
-def test_batches_that_do_not_divide():
-    # The last batch of each pass has 5 rows, then 1: two devices have none.
-    assert_equal_on_devices(
-        3,
-        [
-            {**ADAM, "examples": 29, "mask": True, "use_bias": True},
-            {**ADAM, **SEVEN, "examples": 25},
-            {**ADAM, **HIERARCHICAL, "examples": 25},
-        ],
-    )
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"examples": 29, "mask": True, "use_bias": True},
+        pytest.param({**SEVEN, "examples": 25}, marks=pytest.mark.exhaustive),
+        {**HIERARCHICAL, "examples": 25},
+    ],
+)
+def test_batches_that_do_not_divide(case):
+    # The last batch of each pass has 5 rows, or 1: then two devices have none.
+    assert_equal_on_devices(3, [{**ADAM, **case}])
 
 
-def test_more_devices_than_experts_or_groups():
-    assert_equal_on_devices(
-        3,
-        [
-            {**ADAM, "num_experts": 2},
-            {**ADAM, **HIERARCHICAL, "num_experts": 2},
-        ],
-    )
+@pytest.mark.parametrize(
+    "layer", [HIERARCHICAL, pytest.param(FLAT, marks=pytest.mark.exhaustive)]
+)
+def test_more_devices_than_experts_or_groups(layer):
+    assert_equal_on_devices(3, [{**ADAM, **layer, "num_experts": 2}])
 
 
 def test_translation_models():
@@ -134,13 +132,21 @@ def test_translation_models():
     )
 
 
-def test_several_processes():
-    cases = [
-        {**ADAM, **SEVEN},
-        {**SGD, **HIERARCHICAL},
-        {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}, **BALANCED},
-        {**ADAM, "normalized": True},
-    ]
+CLIPPED_ADAM = {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}}
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [{**CLIPPED_ADAM, **BALANCED}, {**SGD, **HIERARCHICAL}],
+        pytest.param(
+            [{**ADAM, **SEVEN}, {**ADAM, "normalized": True}],
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+    ids=["1", "2"],
+)
+def test_several_processes(cases):
     for results in children.run_workers("child", {"devices": 1, "cases": cases}):
         assert_equal(cases, results)
 
