@@ -9,6 +9,7 @@ little more than their rows. The graph does not grow with the number of experts.
 
 import tensorflow as tf
 
+from keras_moe.functional.dispatch import assignments_of_rows
 from keras_moe.types import DispatchPlan
 
 
@@ -79,9 +80,7 @@ def mix_in_blocks(network, tokens, gates, plan: DispatchPlan, *weights):
     slots = tf.gather(blocks.slots, plan.positions)  # (N, K)
     inputs = _tokens_into_blocks(tokens, tokens_of, slots)
     outputs = blocks.run(network, inputs, weights)
-    order = tf.scatter_nd(
-        tf.reshape(plan.positions, [-1, 1]), tf.range(rows), rows[tf.newaxis]
-    )
+    order = assignments_of_rows(plan)
     assignments = [_at_rows(order, own) for own in blocks.rows]
     return _combine_blocks(outputs, gates, blocks, tokens_of, assignments, slots)
 
