@@ -226,23 +226,25 @@ def _install_slices():
 def _install_adafactor():
     kind = keras.optimizers.Adafactor
     stock_build, stock_rms, stock_step = kind.build, kind._rms, kind.update_step
+    # Those of the variable at hand; an attribute would be saved in checkpoints.
+    slices = None
 
     def build(self, var_list):
         if self.built or not any(isinstance(v, LaidOutExperts) for v in var_list):
             return stock_build(self, var_list)
-        stock_build(self, var_list)
-        for i, variable in enumerate(var_list):
-            if isinstance(variable, LaidOutExperts):
-                _shard_factors(self, i, variable)
-        return None
+        _verify_factors(var_list)
+        return slots.build_adafactor(self, var_list)
 
     def update_step(self, gradient, variable, learning_rate):
+        nonlocal slices
         self._padded = padded_share(self, variable)
-        self._slices = _slices_of(self, gradient, variable)
-        stock_step(self, gradient, variable, learning_rate)
+        slices = _slices_of(self, gradient, variable)
+        try:
+            stock_step(self, gradient, variable, learning_rate)
+        finally:
+            slices = None
 
     def _rms(self, x):
-        slices = getattr(self, "_slices", None)
         if slices is not None and not isinstance(x, tf.Variable | keras.Variable):
             return _rms_of_slices(*slices)
         # The mean over real experts only: those of the padding are zero.
@@ -273,22 +275,16 @@ def padded_share(optimizer: Any, variable: Any) -> float:
     return (variable.value.shape[0] / variable.num_experts) ** 0.5
 
 
-def _shard_factors(optimizer, index, variable):
-    """Replaces the factors of one weight by sharded ones, in the same places."""
-    if len(variable.shape) < 3:
-        if variable.value.shape[0] == variable.num_experts:
-            return  # means over the experts are right without padding
-        raise ValueError(
-            "`optimizer` Adafactor takes means over the last two axes, of which one is "
-            f"that of the experts here. Received: {variable.path!r} of shape "
-            f"{tuple(variable.shape)} on {variable.mesh.size} devices. Set `use_bias` "
-            "of the experts to False, or take a number of experts that the devices "
-            "divide."
-        )
-    for factors in (optimizer._r, optimizer._c):
-        old = factors[index]
-        new = slots.make_slot(optimizer, variable, old.name, shape=tuple(old.shape))
-        optimizer._variables.pop()
-        where = next(i for i, v in enumerate(optimizer._variables) if v is old)
-        optimizer._variables[where] = new
-        factors[index] = new
+def _verify_factors(variables):
+    """Means over the experts themselves are right without padding only."""
+    for variable in variables:
+        if not isinstance(variable, LaidOutExperts) or len(variable.shape) >= 3:
+            continue
+        if variable.value.shape[0] != variable.num_experts:
+            raise ValueError(
+                "`optimizer` Adafactor takes means over the last two axes, of which "
+                f"one is that of the experts here. Received: {variable.path!r} of shape "
+                f"{tuple(variable.shape)} on {variable.mesh.size} devices. Set "
+                "`use_bias` of the experts to False, or take a number of experts that "
+                "the devices divide."
+            )

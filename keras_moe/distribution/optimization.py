@@ -299,32 +299,12 @@ def _is_part_of_experts(optimizer, variable):
 
 
 def _build_adafactor(optimizer, variables):
-    """As `Adafactor.build`, in the same order, with sharded rows and columns."""
-    _BaseOptimizer.build(optimizer, variables)
-    optimizer._r, optimizer._c, optimizer._v = [], [], []
     for variable in variables:
-        shape = tuple(variable.shape)
-        sharded = isinstance(variable, ExpertVariable)
-        if sharded and len(shape) < 3:
+        if isinstance(variable, ExpertVariable) and len(variable.shape) < 3:
             raise ValueError(
                 "`optimizer` Adafactor takes means over the last two axes, of which "
                 "one is that of the sharded experts here. Received: "
-                f"{variable.path!r} of shape {shape}. Set `use_bias` of the experts "
-                "to False or use another optimizer."
+                f"{variable.path!r} of shape {tuple(variable.shape)}. Set `use_bias` "
+                "of the experts to False or use another optimizer."
             )
-        for factors, size in (
-            (optimizer._r, shape[:-1]),
-            (optimizer._c, (*shape[:-2], *shape[-1:])),
-        ):
-            if sharded:
-                slot = slots.make_slot(optimizer, variable, variable.name, shape=size)
-                factors.append(slot)
-            elif len(shape) < 2:
-                factors.append(keras.Variable(0, name=variable.name, trainable=False))
-            else:
-                factors.append(
-                    optimizer.add_variable(
-                        shape=size, dtype=variable.dtype, name=variable.name
-                    )
-                )
-        optimizer._v.append(optimizer.add_variable_from_reference(variable, "velocity"))
+    slots.build_adafactor(optimizer, variables)

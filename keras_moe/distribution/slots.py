@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import keras
+
 from keras_moe.distribution import compatibility
 
 _installed = False
@@ -32,6 +34,36 @@ def make_slot(
             initializer, shape, dtype=variable.dtype, trainable=False, name=name
         )
     return compatibility.track_weight(optimizer, slot)
+
+
+def build_adafactor(optimizer: Any, variables: list) -> None:
+    """As `Adafactor.build`, in the same order, with rows and columns sharded too.
+
+    Args:
+        optimizer: A `keras.optimizers.Adafactor`, not built yet.
+        variables: Its weights. Those of rank 3 and more keep sharded factors.
+    """
+    compatibility.BaseOptimizer.build(optimizer, variables)
+    optimizer._r, optimizer._c, optimizer._v = [], [], []
+    for variable in variables:
+        shape = tuple(variable.shape)
+        sharded = hasattr(variable, "sharded_alike") and len(shape) >= 3
+        for factors, size in (
+            (optimizer._r, shape[:-1]),
+            (optimizer._c, (*shape[:-2], *shape[-1:])),
+        ):
+            if sharded:
+                slot = make_slot(optimizer, variable, variable.name, shape=size)
+                factors.append(slot)
+            elif len(shape) < 2:
+                factors.append(keras.Variable(0, name=variable.name, trainable=False))
+            else:
+                factors.append(
+                    optimizer.add_variable(
+                        shape=size, dtype=variable.dtype, name=variable.name
+                    )
+                )
+        optimizer._v.append(optimizer.add_variable_from_reference(variable, "velocity"))
 
 
 def install() -> None:
