@@ -8,6 +8,9 @@ import time
 import numpy as np
 import tensorflow as tf
 
+# Every side is a function of its own: TensorFlow would take that for retracing.
+tf.get_logger().setLevel("ERROR")
+
 
 def seconds(function, *arguments):
     """Time of one call, until its result is there."""

@@ -2,20 +2,28 @@
 
     python examples/benchmarks/layer_benchmark.py --picture layer.png
     python examples/benchmarks/layer_benchmark.py --peers    # tf-models-official, keras-hub
+    python examples/benchmarks/layer_benchmark.py --products # the experts' products alone
 
 The dense feed-forward layer has k times the hidden units of an expert, so it spends the
 same multiply-adds on a token as k experts: it is what a mixture could cost at best on one
-device. The two sides alternate in one run; a ratio above 1 means the mixture is faster.
+device. How near a machine lets it come to that depends on how fast it reads the weights of
+many experts; `--products` therefore compares with what no layer can leave out, the products
+of the experts, done by NumPy one expert at a time with as many threads as there are cores.
+The two sides alternate in one run; a ratio above 1 means the mixture is faster.
 `--quick` is a tiny run that only shows that everything works.
 """
 
 import argparse
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# One thread a product: the threads of `make_products` are over experts.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import keras
+import numpy as np
 import tensorflow as tf
 from alternating import compare, make_steps
 
@@ -56,6 +64,44 @@ def make_dense(units, hidden_units, k):
         return model(x, training=training), []
 
     return make_steps(call, [v.value for v in model.trainable_variables])
+
+
+def make_products(num_experts, tokens, units, hidden_units, k):
+    """The experts' products alone: rows lie in order, without gate, dispatch, combine."""
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return rng.standard_normal(shape, dtype="float32")
+
+    first = random(num_experts, units, hidden_units)
+    last = random(num_experts, hidden_units, units)
+    rows = random(num_experts, tokens * k // num_experts, units)
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def forward(_):
+        def run(e):
+            hidden = rows[e] @ first[e]
+            return np.maximum(hidden, 0, out=hidden) @ last[e]
+
+        return list(pool.map(run, range(num_experts)))
+
+    def training(_):
+        # As a step does it, gradients of the kernels are new arrays each time.
+        d_first, d_last = np.empty_like(first), np.empty_like(last)
+
+        def run(e):
+            hidden = rows[e] @ first[e]
+            np.maximum(hidden, 0, out=hidden)
+            d_outputs = hidden @ last[e]  # stands for the gradient of the outputs
+            np.matmul(hidden.T, d_outputs, out=d_last[e])
+            d_hidden = d_outputs @ last[e].T
+            d_hidden *= hidden > 0
+            np.matmul(rows[e].T, d_hidden, out=d_first[e])
+            return d_hidden @ first[e].T
+
+        return list(pool.map(run, range(num_experts)))
+
+    return {"forward": forward, "training": training}
 
 
 def make_tf_models(num_experts, units, hidden_units, k, tokens):
@@ -121,6 +167,17 @@ def against_dense(a):
     return ratios
 
 
+def against_products(a):
+    print(HEADER.format(other="products"))
+    x = tf.random.normal((a.tokens, a.units))
+    for num_experts in a.experts:
+        mixture = make_mixture(num_experts, a.units, a.hidden_units, a.k)
+        products = make_products(num_experts, a.tokens, a.units, a.hidden_units, a.k)
+        for step in ("forward", "training"):
+            name = f"{num_experts} | {step}"
+            row(name, products[step], mixture[step], x, a.pairs)
+
+
 def against_peers(a):
     tokens, small = a.tokens, min(a.tokens, 512)
     for name, make, experts, k, n, steps in (
@@ -183,6 +240,9 @@ def main():
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--peers", action="store_true", help="compare with packages")
+    parser.add_argument(
+        "--products", action="store_true", help="compare with bare products by NumPy"
+    )
     parser.add_argument("--picture", help="file to draw the ratios to")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
@@ -193,8 +253,8 @@ def main():
         f"{a.tokens} tokens, {a.units} units, {a.hidden_units} hidden units, k = {a.k}, "
         f"{a.pairs} pairs, TensorFlow {tf.__version__}, {os.cpu_count()} cores\n"
     )
-    if a.peers:
-        against_peers(a)
+    if a.peers or a.products:
+        (against_peers if a.peers else against_products)(a)
         return
     ratios = against_dense(a)
     if a.picture:

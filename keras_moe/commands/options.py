@@ -3,6 +3,8 @@
 import argparse
 from dataclasses import asdict, dataclass, field, fields
 
+DTYPES = ("float32", "float64", "mixed_bfloat16")
+
 
 def _option(default, help_text, *, choices=None):
     return field(default=default, metadata={"help": help_text, "choices": choices})
@@ -64,6 +66,12 @@ class TrainLMOptions:
     epochs: int = _option(3, "passes over the training text, at most")
     patience: int = _option(2, "epochs without a better validation before stopping")
     seed: int = _option(1, "random seed")
+    dtype: str = _option(
+        "float32",
+        "numbers of the model: float32, mixed_bfloat16, or float64, in which runs on "
+        "one and on several devices agree to many more digits",
+        choices=DTYPES,
+    )
     devices: int | None = _option(
         None,
         "devices of this machine to train on, each with its share of the experts: "

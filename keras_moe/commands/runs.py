@@ -1,5 +1,6 @@
 """The folder of a training run: its settings, its history, its checkpoints."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import keras
 
 from keras_moe import telemetry
+from keras_moe.commands.options import DTYPES
 
 SETTINGS, HISTORY, MODEL = "settings.json", "history.csv", "model.keras"
 TENSORBOARD, USAGE_PICTURE = "tensorboard", "expert_usage.png"
@@ -72,6 +74,27 @@ def verify_numbers(options, names):
             "`learning_rate` must be greater than 0. "
             f"Received: learning_rate={options.learning_rate}."
         )
+
+
+@contextlib.contextmanager
+def numbers_of(dtype: str):
+    """Inside, models are made of numbers of this type, losses and metrics too.
+
+    Raises:
+        ValueError: It is none of `options.DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"`dtype` must be one of {', '.join(DTYPES)}. Received: dtype={dtype!r}"
+        )
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_dtype_policy(dtype)
+    keras.config.set_floatx("float64" if dtype == "float64" else "float32")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
 
 
 class NoiseOfEpoch(keras.callbacks.Callback):

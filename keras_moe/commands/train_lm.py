@@ -41,7 +41,11 @@ def run(options: TrainLMOptions) -> dict:
     runs.verify_numbers(options, _COUNTS)
     if devices.launch_workers(options):
         return json.loads((Path(options.output_dir) / REPORT).read_text())
-    strategy = devices.make_strategy(options)
+    with runs.numbers_of(options.dtype):
+        return _run(options, devices.make_strategy(options))
+
+
+def _run(options, strategy):
     print("Reading the text ...", flush=True)
     corpus = _corpus(options)
     print(

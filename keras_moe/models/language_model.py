@@ -133,16 +133,21 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self.dropout = dropout
         self.stateful = bool(stateful)
         self.middle = as_middle(middle)
+        policy = self.dtype_policy
         self.embedding = keras.layers.Embedding(
-            vocabulary_size, units, name="embedding"
+            vocabulary_size, units, name="embedding", dtype=policy
         )
-        self.first_lstm = make_lstm(units, lstm_units, "first_lstm")
+        self.first_lstm = make_lstm(units, lstm_units, "first_lstm", policy)
         self.last_lstm = (
-            make_lstm(units, lstm_units, "last_lstm") if lstm_layers == 2 else None
+            make_lstm(units, lstm_units, "last_lstm", policy)
+            if lstm_layers == 2
+            else None
         )
         self.num_sampled = num_sampled
         self.softmax = self._make_softmax()
-        self.dropouts = [Dropout(dropout) for _ in range(len(self.stack) + 1)]
+        self.dropouts = [
+            Dropout(dropout, dtype=policy) for _ in range(len(self.stack) + 1)
+        ]
         self._stream_state = StreamState()
         self._traced_functions = TracedFunctions()
 

@@ -9,19 +9,26 @@ import tensorflow as tf
 from keras_moe.layers.recurrent import ProjectedLSTMCell
 
 
-def make_cell(units: int, lstm_units: int | None) -> keras.layers.Layer:
+def make_cell(units: int, lstm_units: int | None, dtype: Any) -> keras.layers.Layer:
     """An LSTM cell of `lstm_units` projected to `units`; None: not projected."""
     if lstm_units is None:
-        return keras.layers.LSTMCell(units)
-    return ProjectedLSTMCell(lstm_units, projection_units=units)
+        return keras.layers.LSTMCell(units, dtype=dtype)
+    return ProjectedLSTMCell(lstm_units, projection_units=units, dtype=dtype)
 
 
-def make_lstm(units: int, lstm_units: int | None, name: str) -> keras.layers.RNN:
+def make_lstm(
+    units: int, lstm_units: int | None, name: str, dtype: Any
+) -> keras.layers.RNN:
     """A layer of the cell of `make_cell`; returns sequences and its state."""
-    options = {"return_sequences": True, "return_state": True, "name": name}
+    options = {
+        "return_sequences": True,
+        "return_state": True,
+        "name": name,
+        "dtype": dtype,
+    }
     if lstm_units is None:
         return keras.layers.LSTM(units, **options)
-    return keras.layers.RNN(make_cell(units, lstm_units), **options)
+    return keras.layers.RNN(make_cell(units, lstm_units, dtype), **options)
 
 
 def softmax_dtype(compute_dtype: str) -> str:

@@ -156,13 +156,16 @@ class MoETranslator(Decoding, keras.Model):
         verify_distinct(self.encoder_middle, self.decoder_middle)
         self.source_embedding = self._make_embedding("source_embedding")
         self.target_embedding = self._make_embedding("target_embedding")
+        policy = self.dtype_policy
         self.encoder = [
-            make_lstm(units, lstm_units, f"encoder_lstm_{i}")
+            make_lstm(units, lstm_units, f"encoder_lstm_{i}", policy)
             for i in range(encoder_lstms)
         ]
-        first = AttentionLSTM(make_cell(units, lstm_units), name="decoder_lstm_0")
+        first = AttentionLSTM(
+            make_cell(units, lstm_units, policy), name="decoder_lstm_0", dtype=policy
+        )
         others = [
-            make_lstm(units, lstm_units, f"decoder_lstm_{i}")
+            make_lstm(units, lstm_units, f"decoder_lstm_{i}", policy)
             for i in range(1, decoder_lstms)
         ]
         self.decoder = [first, *others]
@@ -179,10 +182,15 @@ class MoETranslator(Decoding, keras.Model):
         self._searches = TracedFunctions()
 
     def _make_embedding(self, name):
-        return keras.layers.Embedding(self.vocabulary_size, self.units, name=name)
+        return keras.layers.Embedding(
+            self.vocabulary_size, self.units, name=name, dtype=self.dtype_policy
+        )
 
     def _make_dropouts(self, layers):
-        return [Dropout(self.dropout) for _ in range(len(layers) + 1)]
+        return [
+            Dropout(self.dropout, dtype=self.dtype_policy)
+            for _ in range(len(layers) + 1)
+        ]
 
     @property
     def moe_layers(self) -> list[MoE]:

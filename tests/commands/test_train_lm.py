@@ -151,6 +151,48 @@ def test_a_finished_run_is_not_trained_again(data_dir, tmp_path, capsys):
     assert (tmp_path / "run" / "saved_model" / "2").is_dir()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "variables", "floatx"),
+    [
+        ("float64", "float64", "float64"),
+        ("mixed_bfloat16", "float32", "float32"),
+    ],
+)
+def test_a_run_has_the_numbers_asked_for(
+    data_dir, tmp_path, monkeypatch, dtype, variables, floatx
+):
+    during = []
+    fit = keras.Model.fit
+
+    def watched_fit(self, *args, **kwargs):
+        slots = [v for v in self.optimizer.variables if v.path.endswith("momentum")]
+        during.append(({v.dtype for v in slots}, keras.config.floatx()))
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", watched_fit)
+    folder = tmp_path / "run"
+    report = train_lm.run(small(data_dir, folder, epochs=2, dtype=dtype))
+    assert during == [({variables}, floatx)]
+    assert report["test_perplexity"] < report["unigram_test_perplexity"]
+    # Nothing of it stays behind, and the files carry it with them.
+    assert keras.config.dtype_policy().name == keras.config.floatx() == "float32"
+    model = keras.saving.load_model(folder / "model.keras")
+    assert model.dtype_policy.name == dtype
+    assert {v.dtype for v in model.trainable_variables} == {variables}
+    loaded = tf.saved_model.load(str(folder / "saved_model" / "1"))
+    scores = loaded.signatures["score"](text=tf.constant(["w3 w4 w5"]))
+    assert np.isfinite(scores["token_log_probs"]).all()
+
+
+def test_other_numbers_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train-lm", "--dtype", "float8"])
+    assert "--dtype" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"mixed_bfloat16. Received: dtype='float8'"):
+        train_lm.run(TrainLMOptions(dtype="float8"))
+
+
 def test_a_run_with_other_settings_is_refused(data_dir, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

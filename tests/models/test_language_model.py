@@ -259,3 +259,24 @@ def test_bad_inputs_are_refused(tokens):
         models.MoELanguageModel(V, D, middle=narrow).build((None, None))
     with pytest.raises(ValueError, match="kind='transformer'"):
         models.middle_layers("transformer", units=4, hidden_units=4)
+
+
+@pytest.mark.parametrize("lstm_units", [None, 11])
+@pytest.mark.parametrize("num_sampled", [None, 4])
+def test_a_policy_is_that_of_every_layer_and_of_the_reloaded_model(
+    tokens, tmp_path, lstm_units, num_sampled
+):
+    model = make(
+        "none", lstm_units=lstm_units, num_sampled=num_sampled, dtype="float64"
+    )
+    dtypes = {v.dtype for v in model.trainable_variables}
+    assert dtypes == {"float64"}
+    assert model(tokens).dtype == tf.float64
+    model.save(tmp_path / "m.keras")
+    reloaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert {v.dtype for v in reloaded.trainable_variables} == {"float64"}
+    np.testing.assert_allclose(reloaded(tokens), model(tokens), rtol=1e-14)
+    mixed = make("none", lstm_units=lstm_units, dtype="mixed_bfloat16")
+    assert {v.dtype for v in mixed.trainable_variables} == {"float32"}
+    assert mixed.first_lstm.cell.compute_dtype == "bfloat16"
+    assert mixed(tokens).dtype == tf.float32

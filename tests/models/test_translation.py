@@ -386,3 +386,22 @@ def test_errors(batch):
     wide = layers.MoE(layers.FeedForwardExperts(4, 8, output_units=3), name="wide")
     with pytest.raises(ValueError, match="3 features, units=4"):
         build(9, 4, encoder_middle=wide).build(None)
+
+
+@pytest.mark.parametrize("lstm_units", [None, 11])
+def test_a_policy_is_that_of_every_layer_and_of_the_reloaded_model(
+    batch, tmp_path, lstm_units
+):
+    options = {"encoder_middle": None, "decoder_middle": None, "lstm_units": lstm_units}
+    model = small(dtype="float64", **options)
+    inputs = (batch[0], shifted(batch[1]))
+    assert {v.dtype for v in model.trainable_variables} == {"float64"}
+    assert model(inputs).dtype == tf.float64
+    model.save(tmp_path / "m.keras")
+    reloaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert {v.dtype for v in reloaded.trainable_variables} == {"float64"}
+    np.testing.assert_allclose(reloaded(inputs), model(inputs), rtol=1e-12)
+    mixed = small(dtype="mixed_bfloat16", **options)
+    assert {v.dtype for v in mixed.trainable_variables} == {"float32"}
+    assert {layer.compute_dtype for layer in mixed.encoder} == {"bfloat16"}
+    assert mixed(inputs).dtype == tf.float32
