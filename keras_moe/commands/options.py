@@ -165,6 +165,11 @@ class TrainMTOptions:
         1.0, "evens out the directions' shares: pairs to the power of 1/temperature"
     )
     epochs: int = _option(3, "passes over the training pairs, at most")
+    steps_per_epoch: int | None = _option(
+        None,
+        "batches of an epoch, after which the model is validated and kept; epochs go "
+        "through the training pairs one after another; default: all pairs",
+    )
     patience: int = _option(2, "epochs without a better validation before stopping")
     num_beams: int = _option(4, "hypotheses of the beam search")
     length_penalty: float = _option(0.6, "exponent of the length in a beam's score")

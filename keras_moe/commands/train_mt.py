@@ -37,6 +37,8 @@ def run(options: TrainMTOptions) -> dict:
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
     runs.verify_numbers(options, _COUNTS)
+    if options.steps_per_epoch is not None:
+        runs.verify_numbers(options, ("steps_per_epoch",))
     print("Reading the pairs ...", flush=True)
     directions = None if options.directions is None else options.directions.split(",")
     corpus = _corpus(options, directions)
@@ -169,11 +171,14 @@ def _train(options, corpus, vocabulary, folder, middle):
     def fit(announce, callbacks, **arguments):
         print("Encoding the pairs ...", flush=True)
         train, steps = _dataset(corpus, "train", vocabulary, options)
+        steps = options.steps_per_epoch or steps
         valid = _known(*_dataset(corpus, "valid", vocabulary, options))
         announce(steps)
         samples = SampleTranslations(corpus, print if options.verbose else None)
+        # A run that goes on, goes on with the pairs that come next.
+        seen = steps * len(runs.read_history(folder))
         model.fit(
-            train.repeat(),
+            train.repeat().skip(seen),
             steps_per_epoch=steps,
             validation_data=valid,
             callbacks=[*callbacks, samples],

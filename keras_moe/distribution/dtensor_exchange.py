@@ -176,7 +176,7 @@ class _Slots:
             rank = tf.reduce_sum(own * ranks, axis=-1)
             times = tf.reduce_sum(own * choice.chosen, axis=-1)
             self.places.append(tf.where(real, expert * num_slots + rank, 0))
-            share = 1.0 / tf.cast(tf.maximum(times, 1), tf.float32)
+            share = 1.0 / tf.cast(tf.maximum(times, 1), tf.float64)
             self.shares.append(tf.where(real, share, tf.zeros_like(share)))
 
     def rows_of(self, values):

@@ -93,6 +93,11 @@ def sum_gradients(gradients: list, variables: list) -> list:
     ]
 
 
+def exact_dtype(tensors: list) -> tf.DType:
+    """What to sum in: float64 if any of the tensors is, else float32."""
+    return tf.float64 if any(t.dtype == tf.float64 for t in tensors) else tf.float32
+
+
 def clip_gradients(optimizer: Any, gradients: list, variables: list) -> list:
     """Clips as the optimizer says, by the norms of the whole gradients.
 
@@ -122,11 +127,10 @@ def clip_gradients(optimizer: Any, gradients: list, variables: list) -> list:
 
 
 def _squared_norms(gradients, variables):
-    """Sum of squares of each whole gradient: `()` float32, alike on all replicas."""
+    """Sum of squares of each whole gradient: `()` float, alike on all replicas."""
     # As in Keras, rows of `tf.IndexedSlices` count one by one.
-    squares = [
-        tf.cast(tf.reduce_sum(tf.square(_values(g))), tf.float32) for g in gradients
-    ]
+    dtype = exact_dtype(gradients)
+    squares = [tf.cast(tf.reduce_sum(tf.square(_values(g))), dtype) for g in gradients]
     own = [i for i, v in enumerate(variables) if isinstance(v, ExpertVariable)]
     if own:
         summed = placement.for_call().sum(tf.stack([squares[i] for i in own]))

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_moe import placement
 from keras_moe.distribution import compatibility
 from keras_moe.distribution.expert_variable import ExpertVariable
+from keras_moe.distribution.optimization import exact_dtype
 
 _installed = False
 
@@ -95,20 +96,22 @@ def _install_means():
         ):
             return stock(values, sample_weight, mask, reduction, dtype)
 
-        def total(of):
-            return tf.cast(stock(of, sample_weight, mask, "sum", dtype), tf.float32)
+        exact = exact_dtype([values])
 
-        divisor = tf.constant(1.0)
+        def total(of):
+            return tf.cast(stock(of, sample_weight, mask, "sum", dtype), exact)
+
+        divisor = tf.constant(1.0, exact)
         if reduction == "mean_with_sample_weight":
             divisor = total(tf.ones_like(values))
         elif reduction != "sum":
-            divisor = _num_counted(values, mask)
+            divisor = _num_counted(values, mask, exact)
         own = total(values)
         whole, divisor = tf.unstack(
             place.sum(tf.stack([tf.stop_gradient(own), divisor]))
         )
         if reduction == "sum":
-            divisor = tf.constant(1.0)
+            divisor = tf.constant(1.0, exact)
         # The value is that of the global batch on every replica, so that what Keras
         # reports is; the gradient is that of the examples here.
         own = tf.math.divide_no_nan(own, divisor)
@@ -118,13 +121,13 @@ def _install_means():
     module.reduce_weighted_values = reduce_weighted_values
 
 
-def _num_counted(values, mask):
+def _num_counted(values, mask, dtype):
     """How many values the mean is over: all, or those that are not masked."""
-    count = tf.cast(tf.size(values), tf.float32)
+    count = tf.cast(tf.size(values), dtype)
     if mask is None:
         return count
-    mask = tf.cast(mask, tf.float32)
-    size = tf.cast(tf.size(mask), tf.float32)
+    mask = tf.cast(mask, dtype)
+    size = tf.cast(tf.size(mask), dtype)
     return tf.math.divide_no_nan(count, size) * tf.reduce_sum(mask)
 
 

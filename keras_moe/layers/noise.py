@@ -57,5 +57,4 @@ class Dropout(keras.layers.Dropout):
             inputs.dtype,
         )
         kept = tf.reshape(uniform, tf.shape(inputs)) >= self.rate
-        scale = tf.cast(1 / (1 - self.rate), inputs.dtype)
-        return tf.where(kept, inputs * scale, tf.zeros_like(inputs))
+        return tf.where(kept, inputs * (1 / (1 - self.rate)), tf.zeros_like(inputs))

@@ -119,22 +119,26 @@ def test_every_kind_of_model_trains(data_dir, tmp_path, changes):
     assert list(report["directions"]) == ["en-fr"]
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_where_it_was_cut_and_is_not_repeated(data_dir, tmp_path):
-    options = small(data_dir, tmp_path, directions="en-fr")
+class _Cut(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 0:
+            raise KeyboardInterrupt
 
-    class Cut(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            if epoch == 0:
-                raise KeyboardInterrupt
 
+def run_cut_after_one_epoch(options, monkeypatch):
     callbacks = runs.callbacks
-    runs.callbacks = lambda *args: [*callbacks(*args), Cut()]
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "callbacks", lambda *args: [*callbacks(*args), _Cut()])
         with pytest.raises(KeyboardInterrupt):
             train_mt.run(options)
-    finally:
-        runs.callbacks = callbacks
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_cut_and_is_not_repeated(
+    data_dir, tmp_path, monkeypatch
+):
+    options = small(data_dir, tmp_path, directions="en-fr")
+    run_cut_after_one_epoch(options, monkeypatch)
     report = train_mt.run(options)
     assert [row["epoch"] for row in runs.read_history(tmp_path)] == [0, 1]
     again = train_mt.run(options)
@@ -142,6 +146,20 @@ def test_a_run_goes_on_where_it_was_cut_and_is_not_repeated(data_dir, tmp_path):
     assert again["test_perplexity"] == pytest.approx(report["test_perplexity"])
     with pytest.raises(ValueError, match="units: 32 there, 16 now"):
         train_mt.run(small(data_dir, tmp_path, directions="en-fr", units=16))
+
+
+@pytest.mark.slow
+def test_epochs_of_a_few_steps_see_the_pairs_that_come_next(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    changes = {"directions": "en-fr", "steps_per_epoch": 3, "batch_tokens": 128}
+    whole = train_mt.run(small(data_dir, tmp_path / "whole", **changes))
+    assert "3 steps an epoch" in capsys.readouterr().out
+    cut = small(data_dir, tmp_path / "cut", **changes)
+    run_cut_after_one_epoch(cut, monkeypatch)
+    resumed = train_mt.run(cut)
+    for name in ("test_perplexity", "valid_perplexity"):
+        assert resumed[name] == pytest.approx(whole[name], rel=1e-4)
 
 
 def test_experts_are_counted_by_the_target_language(data_dir, tmp_path):
@@ -167,6 +185,7 @@ def test_bad_options_end_with_a_message(data_dir, tmp_path, capsys):
         (["--data-dir", str(data_dir), "--directions", "en-nl"], "en-nl"),
         (["--data-dir", str(data_dir), "--tfds", "wmt14_translate/de-en"], "wmt14"),
         (["--data-dir", str(data_dir), "--epochs", "0"], "epochs=0"),
+        (["--data-dir", str(data_dir), "--steps-per-epoch", "0"], "steps_per_epoch=0"),
         (["--data-dir", str(data_dir), "--temperature", "0.5"], "temperature=0.5"),
         (["--data-dir", str(data_dir), "--vocabulary-size", "100"], "size=100"),
     ):

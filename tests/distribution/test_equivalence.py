@@ -132,6 +132,15 @@ def test_translation_models():
     )
 
 
+def test_in_float64_nothing_on_the_way_has_fewer_digits():
+    # Dropout, noise, masks, the loss over all replicas, the norm of all gradients.
+    case = {**CLIPPED_ADAM, **HIERARCHICAL, "model": "translation", "dtype": "float64"}
+    result = children.run("child", {"devices": 2, "cases": [{**case, "steps": 5}]})[0]
+    assert result["moved"] > 0.001
+    assert result["losses"] <= 1e-13, result
+    assert result["weights"] <= 1e-11, result
+
+
 CLIPPED_ADAM = {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}}
 
 
