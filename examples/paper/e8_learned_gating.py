@@ -4,7 +4,8 @@
 
 The mixture of 64 experts against one whose gate keeps its random weights, without noise
 and losses. There are 32 features of pure noise in what the mixture is given, seen by gate
-and experts: a random gate follows the noise. With `--more`, both on the plain task, too.
+and experts: a random gate follows the noise. With `--more`, both on the plain task, too,
+and with embeddings that start as loud as the noise nearly is ("loud").
 
 There a random gate is easily mistaken for no learning: what the gate sees is learned, and
 so it can be led. The row "random, blocked" takes that away: no gradient goes through it.
@@ -17,7 +18,7 @@ random gate (table 9 in one number).
 """
 
 import experiment
-from arms import Arm
+from arms import Arm, LoudArm
 
 DISTRACTORS = 32
 FROZEN = {"gate": "frozen", "importance_weight": 0.0, "load_weight": 0.0}
@@ -34,10 +35,14 @@ def plan(seed, without):
 
 
 def more(seed):
+    hard = {"distractors": DISTRACTORS, "seed": seed}
     return {
         "trained, 64": Arm(seed=seed),
         "random, 64": Arm(**FROZEN, seed=seed),
         "random, blocked, 64": Arm(**{**FROZEN, "gate": "blocked"}, seed=seed),
+        "trained, 64, distractors, loud": LoudArm(**hard),
+        "random, 64, distractors, loud": LoudArm(**FROZEN, **hard),
+        "trained, 4, distractors, loud": LoudArm(num_experts=4, **hard),
     }
 
 

@@ -55,8 +55,8 @@ class FeedForwardExperts(keras.layers.Layer):
         and, with `use_bias`, `bias_0`, ... of shape `(num_experts, out)`.
 
     Raises:
-        ValueError: A size is not positive; `counts` is missing; inputs have no
-            known feature dimension, or a first dimension other than
+        ValueError: A size is not positive; `counts` is missing; `gates` come
+            without `plan` or the reverse; inputs have no known feature dimension, or a first dimension other than
             `num_experts` for rank 3.
 
     Example:
@@ -145,6 +145,12 @@ class FeedForwardExperts(keras.layers.Layer):
     def call(self, inputs, counts=None, gates=None, plan=None):
         kernels = [tf.convert_to_tensor(kernel) for kernel in self.kernels]
         biases = [tf.convert_to_tensor(bias) for bias in self.biases] or None
+        if (plan is None) != (gates is None):
+            missing, given = ("gates", "plan") if gates is None else ("plan", "gates")
+            raise ValueError(
+                f"`{missing}` of {type(self).__name__} must come with `{given}`. "
+                f"Received: {missing}=None. Pass both of a `GatingResult`, or neither."
+            )
         if plan is None:
             return functional.feed_forward_experts(
                 inputs, kernels, biases, counts, self.activation, self.recompute

@@ -87,7 +87,7 @@ def _recurrent(kind, time):
 
 def writes_files(settings):
     """Trains, writes every format, and says what the model predicts."""
-    case = child.Case(num_experts=7, optimizer="Adam")
+    case = child.Case(num_experts=7, optimizer=settings["optimizer"])
     strategy = _strategy(settings)
     model = child.build(case, strategy)
     child.train(model, case, 2)
@@ -104,7 +104,7 @@ def writes_files(settings):
 
 def reads_files(settings):
     """Loads what `writes_files` wrote; predictions and further losses apart."""
-    case = child.Case(num_experts=7, optimizer="Adam")
+    case = child.Case(num_experts=7, optimizer=settings["optimizer"])
     strategy = _strategy(settings)
     folder = Path(settings["folder"])
     expected = np.load(folder / "predictions.npy")

@@ -127,16 +127,19 @@ def test_recurrent_layers_train_over_128_time_steps(layer):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
+    ("first", "second", "optimizer"),
     [
-        ("mirrored", "dtensor"),
-        pytest.param("dtensor", "mirrored", marks=pytest.mark.exhaustive),
+        ("mirrored", "dtensor", "Adam"),
+        # State of other shapes than the weights'.
+        ("dtensor", "mirrored", "Adafactor"),
+        pytest.param("dtensor", "mirrored", "Adam", marks=pytest.mark.exhaustive),
+        pytest.param("mirrored", "dtensor", "Adafactor", marks=pytest.mark.exhaustive),
     ],
 )
-def test_files_of_one_engine_load_under_the_other(first, second, tmp_path):
-    folder = str(tmp_path)
-    run(4, job="writes_files", engine=first, folder=folder)
-    found = run(2, job="reads_files", engine=second, folder=folder)
+def test_files_of_one_engine_load_under_the_other(first, second, optimizer, tmp_path):
+    settings = {"folder": str(tmp_path), "optimizer": optimizer}
+    run(4, job="writes_files", engine=first, **settings)
+    found = run(2, job="reads_files", engine=second, **settings)
     for form, result in found.items():
         assert result["predictions"] <= 1e-6, form
 

@@ -142,3 +142,14 @@ def test_forget_gates_begin_open():
     cell = layers.ProjectedLSTMCell(2, projection_units=1)
     cell.build((None, 3))
     np.testing.assert_array_equal(cell.bias, [0, 0, 1, 1, 0, 0, 0, 0])
+
+
+def test_gates_and_plan_come_together(rng):
+    tokens = rng.normal(size=(6, 3)).astype("float32")
+    result = layers.NoisyTopKGating(k=2, num_experts=4)(tokens)
+    experts = layers.FeedForwardExperts(4, hidden_units=8)
+    assert experts(tokens, gates=result.gates, plan=result.plan).shape == (6, 3)
+    with pytest.raises(ValueError, match=r"`gates` of .* must come with `plan`"):
+        experts(tokens, plan=result.plan)
+    with pytest.raises(ValueError, match=r"`plan` of .* must come with `gates`"):
+        experts(tokens, gates=result.gates)
