@@ -56,8 +56,8 @@ class FeedForwardExperts(keras.layers.Layer):
 
     Raises:
         ValueError: A size is not positive; `counts` is missing; `gates` come
-            without `plan` or the reverse; inputs have no known feature dimension, or a first dimension other than
-            `num_experts` for rank 3.
+            without `plan` or the reverse; inputs have no known feature
+            dimension, or a first dimension other than `num_experts` for rank 3.
 
     Example:
 

@@ -113,23 +113,18 @@ def recorded(script, without):
 CAUSES = {
     ("e1_capacity", "capacity"): 2,
     ("e2_balancing_losses", "losses"): 5,
-    ("e3_balance_on_text", "losses"): 4,
-    ("e4_hierarchical", "experts"): 1,
+    ("e3_balance_on_text", "losses"): 6,
+    ("e4_hierarchical", "experts"): 2,
     ("e5_data_size", "data"): 1,
     ("e6_factored_adam", "factors"): 1,
     ("e6_factored_adam", "updates"): 1,
     ("e7_balanced_gating", "balance"): 2,
-    ("e8_learned_gating", "learning"): 3,
+    ("e8_learned_gating", "learning"): 4,
 }
 # What has not been run yet. Take out what has been: a test insists.
-NOT_RECORDED = {
-    ("e3_balance_on_text", None),
-    ("e3_balance_on_text", "losses"),
-    ("e4_hierarchical", "experts"),
-    ("e6_factored_adam", "updates"),
-}
+NOT_RECORDED: set[tuple[str, str | None]] = set()
 # Checks that fail with all causes in place; the record says so, too.
-CONTRARY = {"e8_learned_gating": 2}
+CONTRARY = {"e3_balance_on_text": 1}
 EVERYTHING = [*((script, None) for script in SCRIPTS), *CAUSES]
 
 
