@@ -134,32 +134,24 @@ def run_cut_after_one_epoch(options, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_was_cut_and_is_not_repeated(
-    data_dir, tmp_path, monkeypatch
-):
-    options = small(data_dir, tmp_path, directions="en-fr")
-    run_cut_after_one_epoch(options, monkeypatch)
-    report = train_mt.run(options)
-    assert [row["epoch"] for row in runs.read_history(tmp_path)] == [0, 1]
-    again = train_mt.run(options)
-    assert again["training_seconds"] == report["training_seconds"]
-    assert again["test_perplexity"] == pytest.approx(report["test_perplexity"])
-    with pytest.raises(ValueError, match="units: 32 there, 16 now"):
-        train_mt.run(small(data_dir, tmp_path, directions="en-fr", units=16))
-
-
-@pytest.mark.slow
-def test_epochs_of_a_few_steps_see_the_pairs_that_come_next(
+def test_a_cut_run_goes_on_with_the_pairs_that_come_next_and_is_not_repeated(
     data_dir, tmp_path, monkeypatch, capsys
 ):
     changes = {"directions": "en-fr", "steps_per_epoch": 3, "batch_tokens": 128}
     whole = train_mt.run(small(data_dir, tmp_path / "whole", **changes))
     assert "3 steps an epoch" in capsys.readouterr().out
-    cut = small(data_dir, tmp_path / "cut", **changes)
-    run_cut_after_one_epoch(cut, monkeypatch)
-    resumed = train_mt.run(cut)
+    folder = tmp_path / "cut"
+    options = small(data_dir, folder, **changes)
+    run_cut_after_one_epoch(options, monkeypatch)
+    report = train_mt.run(options)
+    assert [row["epoch"] for row in runs.read_history(folder)] == [0, 1]
     for name in ("test_perplexity", "valid_perplexity"):
-        assert resumed[name] == pytest.approx(whole[name], rel=1e-4)
+        assert report[name] == pytest.approx(whole[name], rel=1e-4)
+    again = train_mt.run(options)
+    assert again["training_seconds"] == report["training_seconds"]
+    assert again["test_perplexity"] == pytest.approx(report["test_perplexity"])
+    with pytest.raises(ValueError, match="units: 32 there, 16 now"):
+        train_mt.run(small(data_dir, folder, **changes, units=16))
 
 
 def test_experts_are_counted_by_the_target_language(data_dir, tmp_path):
