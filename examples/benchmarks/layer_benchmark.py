@@ -239,8 +239,9 @@ def main():
         "--pairs", type=int, default=7, help="pairs of alternating measurements"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--peers", action="store_true", help="compare with packages")
-    parser.add_argument(
+    against = parser.add_mutually_exclusive_group()
+    against.add_argument("--peers", action="store_true", help="compare with packages")
+    against.add_argument(
         "--products", action="store_true", help="compare with bare products by NumPy"
     )
     parser.add_argument("--picture", help="file to draw the ratios to")

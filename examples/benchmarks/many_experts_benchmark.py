@@ -12,7 +12,6 @@ that only shows that everything works.
 
 import argparse
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -84,9 +83,7 @@ def many_against_few(a):
         reading = read_once(layer)
         for tokens in a.tokens:
             x = tf.random.normal((tokens, a.units))
-            start = time.perf_counter()
-            many["forward"](x)
-            first = time.perf_counter() - start
+            first = seconds(many["forward"], x)
             (few_s, many_s), (low, middle, high) = compare(
                 few["forward"], many["forward"], (x,), a.pairs
             )
@@ -97,9 +94,7 @@ def many_against_few(a):
                 flush=True,
             )
             if tokens == a.tokens[0]:
-                start = time.perf_counter()
-                seconds(many["training"], x)
-                firsts.append((num_experts, first, time.perf_counter() - start))
+                firsts.append((num_experts, first, seconds(many["training"], x)))
     print("\n| experts | first call, forward (s) | training (s) |\n|---|---|---|")
     for num_experts, forward, training in firsts:
         print(f"| {num_experts:,} | {forward:.1f} | {training:.1f} |", flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from keras_moe import data, models, serving, telemetry
+from keras_moe import checks, data, models, serving, telemetry
 from keras_moe.commands import pictures, runs
 from keras_moe.commands.language_experts import (
     experts_by_language,
@@ -38,7 +38,7 @@ def run(options: TrainMTOptions) -> dict:
     """
     runs.verify_numbers(options, _COUNTS)
     if options.steps_per_epoch is not None:
-        runs.verify_numbers(options, ("steps_per_epoch",))
+        checks.verify_positive_int(options.steps_per_epoch, "steps_per_epoch")
     print("Reading the pairs ...", flush=True)
     directions = None if options.directions is None else options.directions.split(",")
     corpus = _corpus(options, directions)
