@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ from keras_moe.commands import runs, train_mt
 from keras_moe.commands.language_experts import experts_by_language
 from keras_moe.commands.options import TrainMTOptions
 
-EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "train_translation.py"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+EXAMPLE = EXAMPLES / "train_translation.py"
 WORDS = {
     "en": ["one", "two", "six", "ten", "red", "sun"],
     "fr": ["un", "deux", "six", "dix", "rouge", "soleil"],
@@ -62,7 +64,7 @@ def small(data_dir, folder, **changes):
 
 
 @pytest.mark.slow
-def test_the_whole_job(data_dir, tmp_path, capsys):
+def test_the_whole_job(data_dir, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     options = small(data_dir, folder, baseline=True, epochs=4, test_sentences=8)
     report = train_mt.run(options)
@@ -99,6 +101,12 @@ def test_the_whole_job(data_dir, tmp_path, capsys):
         texts=tf.constant(texts), target_languages=tf.constant(["fr"])
     )
     assert [t.decode() for t in answer["translations"].numpy()] == wanted
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    gate_noise = importlib.import_module("gate_noise")
+    gate_noise.main([str(folder / "model.keras"), "--data-dir", str(data_dir)])
+    printed = capsys.readouterr().out
+    assert f"| no noise | {report['test_perplexity']:.3f} |" in printed
+    assert "| noise in decoder_moe | " in printed
 
 
 @pytest.mark.slow

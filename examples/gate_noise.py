@@ -1,0 +1,126 @@
+"""How much of what trained gates choose is noise.
+
+    python -m keras_moe train-mt --output-dir runs/translation
+    python examples/gate_noise.py runs/translation/model.keras
+
+For each noisy gate of a translation model, over test pairs: the standard deviation of its
+noise, the spread of its logits without noise, and how many of the choices without noise
+the noise leaves as they were. Then the perplexity without noise in the gates, as at
+inference, and with it, as in training (no dropout in either). A gate whose noise is as
+large as the spread of its logits has not learnt to choose: its load is even in training
+because it is drawn by lot, and uneven at inference.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_moe import data, functional
+from keras_moe.data.translation import split_direction
+from keras_moe.layers import NoisyTopKGating
+
+
+class Observed:
+    """Stands before a gate's `call`: notes its inputs, and may turn on its noise."""
+
+    def __init__(self, gating):
+        self.gating = gating
+        self.call = gating.call
+        self.noisy = False
+        self.rows = []
+        gating.call = self
+
+    def __call__(self, inputs, mask=None, training=None, noise=None):
+        if not self.noisy:
+            self.rows.append(self._measure(inputs))
+        return self.call(inputs, mask=mask, training=self.noisy)
+
+    def _measure(self, inputs):
+        """`(tokens, 3)`: noise, spread of the logits, share of choices kept."""
+        gating = self.gating
+        clean = tf.matmul(inputs, gating.gate_kernel)
+        stddev = functional.noise_stddev(
+            tf.matmul(inputs, gating.noise_kernel), gating.noise_epsilon
+        )
+        noise = gating.draw_noise(tf.shape(clean)[0])
+        noisy = functional.noisy_logits(clean, stddev, noise)
+        with_noise, without = (
+            tf.reduce_sum(
+                tf.one_hot(tf.math.top_k(h, gating.k).indices, h.shape[1]), axis=1
+            )
+            for h in (noisy, clean)
+        )
+        kept = tf.reduce_sum(with_noise * without, axis=1) / gating.k
+        columns = [
+            tf.reduce_mean(stddev, axis=1),
+            tf.math.reduce_std(clean, axis=1),
+            kept,
+        ]
+        return tf.stack(columns, axis=1).numpy()
+
+
+def perplexity(model, batches):
+    """Of all subwords, end of sentence included."""
+    log_prob = sum(model.score(*batch).numpy().sum() for batch in batches)
+    return np.exp(-log_prob / sum((target.numpy() != 0).sum() for _, target in batches))
+
+
+def encoded(model, corpus, sentences, batch_size=100):
+    """Batches of test pairs as ids, at most `sentences` of each direction."""
+    batches = []
+    for direction, pairs in corpus.pairs["test"].items():
+        language = split_direction(direction)[1]
+        # Evenly spread: files may be sorted by length.
+        step = max(1, len(pairs[0]) // sentences)
+        sources, targets = (list(side[::step])[:sentences] for side in pairs)
+        for i in range(0, len(sources), batch_size):
+            texts = sources[i : i + batch_size]
+            source = model.vocabulary.encode_source(texts, [language] * len(texts))
+            target = model.vocabulary.encode_target(targets[i : i + batch_size])
+            batches.append((source.to_tensor(), target.to_tensor()))
+    return batches
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="model.keras that train-mt wrote")
+    parser.add_argument("--data-dir", help="as for train-mt")
+    parser.add_argument("--directions", help="as for train-mt")
+    parser.add_argument(
+        "--sentences", type=int, default=200, help="test pairs of each direction"
+    )
+    arguments = parser.parse_args(arguments)
+    keras.utils.set_random_seed(1)
+    model = keras.saving.load_model(arguments.model, compile=False)
+    directions = arguments.directions and arguments.directions.split(",")
+    corpus = data.load_translation_corpus(arguments.data_dir, directions=directions)
+    batches = encoded(model, corpus, arguments.sentences)
+    observed = {
+        layer.name: Observed(layer.gating)
+        for layer in model.moe_layers
+        if isinstance(layer.gating, NoisyTopKGating)
+    }
+    if not observed:
+        raise SystemExit(f"{arguments.model} has no noisy gate.")
+    results = {"no noise": perplexity(model, batches)}
+    print("| gate | noise | spread of logits | choices that the noise leaves |")
+    print("|---|---|---|---|")
+    for name, gate in observed.items():
+        noise, spread, kept = np.concatenate(gate.rows).mean(axis=0)
+        print(f"| {name} | {noise:.2f} | {spread:.2f} | {kept:.0%} |")
+    for name, gate in observed.items():
+        gate.noisy = True
+        results[f"noise in {name}"] = perplexity(model, batches)
+        gate.noisy = False
+    print("\n| | perplexity |\n|---|---|")
+    for title, value in results.items():
+        print(f"| {title} | {value:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
