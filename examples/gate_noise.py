@@ -64,15 +64,21 @@ class Observed:
         return tf.stack(columns, axis=1).numpy()
 
 
-def perplexity(model, batches):
-    """Of all subwords, end of sentence included."""
+def total_loss(model, batches):
+    """Log losses of all subwords and their number, ends of sentences included."""
     log_prob = sum(model.score(*batch).numpy().sum() for batch in batches)
-    return np.exp(-log_prob / sum((target.numpy() != 0).sum() for _, target in batches))
+    return np.array([-log_prob, sum((t.numpy() != 0).sum() for _, t in batches)])
+
+
+def perplexity(model, batches):
+    """Of all subwords."""
+    loss, subwords = total_loss(model, batches)
+    return np.exp(loss / subwords)
 
 
 def encoded(model, corpus, sentences, batch_size=100):
-    """Batches of test pairs as ids, at most `sentences` of each direction."""
-    batches = []
+    """Batches of test pairs as ids by direction, at most `sentences` of each."""
+    batches = {direction: [] for direction in corpus.pairs["test"]}
     for direction, pairs in corpus.pairs["test"].items():
         language = split_direction(direction)[1]
         # Evenly spread: files may be sorted by length.
@@ -82,7 +88,7 @@ def encoded(model, corpus, sentences, batch_size=100):
             texts = sources[i : i + batch_size]
             source = model.vocabulary.encode_source(texts, [language] * len(texts))
             target = model.vocabulary.encode_target(targets[i : i + batch_size])
-            batches.append((source.to_tensor(), target.to_tensor()))
+            batches[direction].append((source.to_tensor(), target.to_tensor()))
     return batches
 
 
@@ -99,7 +105,8 @@ def main(arguments=None):
     model = keras.saving.load_model(arguments.model, compile=False)
     directions = arguments.directions and arguments.directions.split(",")
     corpus = data.load_translation_corpus(arguments.data_dir, directions=directions)
-    batches = encoded(model, corpus, arguments.sentences)
+    found = encoded(model, corpus, arguments.sentences)
+    batches = [batch for direction in found.values() for batch in direction]
     observed = {
         layer.name: Observed(layer.gating)
         for layer in model.moe_layers

@@ -1,6 +1,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,15 @@ def test_the_whole_job(data_dir, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert f"| no noise | {report['test_perplexity']:.3f} |" in printed
     assert "| noise in decoder_moe | " in printed
+    source_information = importlib.import_module("source_information")
+    paths = [str(f / "model.keras") for f in (folder, folder)]
+    source_information.main([*paths, "--data-dir", str(data_dir)])
+    (first, second) = capsys.readouterr().out.split("model.keras")[1:]
+    assert first.rstrip().removesuffix(str(folder) + "/").rstrip() == second.rstrip()
+    own, other, told = map(float, re.findall(r"\| all .*", first)[0].split("|")[2:5])
+    np.testing.assert_allclose(own, report["test_perplexity"], atol=0.006)
+    assert told > 0.05  # it translates
+    np.testing.assert_allclose(told, np.log(other / own), atol=0.02)
 
 
 @pytest.mark.slow
