@@ -92,20 +92,30 @@ def encoded(model, corpus, sentences, batch_size=100):
     return batches
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="model.keras that train-mt wrote")
+def pairs_parser(description):
+    """A parser with the options that say which test pairs."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data-dir", help="as for train-mt")
     parser.add_argument("--directions", help="as for train-mt")
     parser.add_argument(
         "--sentences", type=int, default=200, help="test pairs of each direction"
     )
+    return parser
+
+
+def read_corpus(arguments):
+    """What the options of `pairs_parser` name."""
+    directions = arguments.directions and arguments.directions.split(",")
+    return data.load_translation_corpus(arguments.data_dir, directions=directions)
+
+
+def main(arguments=None):
+    parser = pairs_parser(__doc__.splitlines()[0])
+    parser.add_argument("model", help="model.keras that train-mt wrote")
     arguments = parser.parse_args(arguments)
     keras.utils.set_random_seed(1)
     model = keras.saving.load_model(arguments.model, compile=False)
-    directions = arguments.directions and arguments.directions.split(",")
-    corpus = data.load_translation_corpus(arguments.data_dir, directions=directions)
-    found = encoded(model, corpus, arguments.sentences)
+    found = encoded(model, read_corpus(arguments), arguments.sentences)
     batches = [batch for direction in found.values() for batch in direction]
     observed = {
         layer.name: Observed(layer.gating)

@@ -8,7 +8,6 @@ subword, is what the source tells the model; the rest of its perplexity it owes 
 target words before. Models of equal perplexity can differ in it, and then in BLEU.
 """
 
-import argparse
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -16,9 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
-from gate_noise import encoded, total_loss
-
-from keras_moe import data
+from gate_noise import encoded, pairs_parser, read_corpus, total_loss
 
 
 def losses(model, batches):
@@ -28,23 +25,15 @@ def losses(model, batches):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = pairs_parser(__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", help="model.keras that train-mt wrote")
-    parser.add_argument("--data-dir", help="as for train-mt")
-    parser.add_argument("--directions", help="as for train-mt")
-    parser.add_argument(
-        "--sentences", type=int, default=200, help="test pairs of each direction"
-    )
     arguments = parser.parse_args(arguments)
-    directions = arguments.directions and arguments.directions.split(",")
-    corpus = data.load_translation_corpus(arguments.data_dir, directions=directions)
+    corpus = read_corpus(arguments)
     for path in arguments.models:
         model = keras.saving.load_model(path, compile=False)
+        pairs = encoded(model, corpus, arguments.sentences)
         rows = {
-            direction: losses(model, batches)
-            for direction, batches in encoded(
-                model, corpus, arguments.sentences
-            ).items()
+            direction: losses(model, batches) for direction, batches in pairs.items()
         }
         rows["all"] = sum(rows.values())
         print(f"\n{path}\n")
