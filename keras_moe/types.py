@@ -1,4 +1,4 @@
-"""Tuples that travel between the gate, the dispatcher and the experts.
+"""What travels between the gate (router), the dispatcher and the experts.
 
 Axis letters, used in docstrings and as suffixes of local names:
 
@@ -15,9 +15,16 @@ R    replicas
 ===  ==========================================================
 """
 
-from typing import NamedTuple
+import warnings
+from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+
+def at_least_float32(*dtypes: Any) -> tf.DType:
+    """float64 if one of the types is that, else float32: what sums and softmaxes take."""
+    exact = any(tf.as_dtype(dtype) == tf.float64 for dtype in dtypes)
+    return tf.float64 if exact else tf.float32
 
 
 class GateStatistics(NamedTuple):
@@ -37,28 +44,21 @@ class GateStatistics(NamedTuple):
     counts: tf.Tensor
 
 
-class DispatchPlan(NamedTuple):
+class DispatchPlan:
     """Which token goes to which expert, and where its answer comes back.
 
-    The rank of `token_indices` tells the two kinds of plan apart. A dropless
-    plan lists assignments sorted by expert; its shapes depend on the data. A
-    capacity plan gives every expert the same number of slots, so that all
-    shapes are static, and drops what does not fit.
+    The base of the plans of `keras_moe.functional`: `SortedPlan` and `RaggedPlan`
+    drop nothing, `CapacityPlan` has static shapes. Every plan has
 
     Attributes:
-        token_indices: int32. Dropless: `(M,)`, the token of every assignment,
-            sorted by expert and, within an expert, by token. Capacity:
-            `(E, C)`, the token in every slot, `-1` where a slot is empty.
+        token_indices: int32, the token in every row of the experts.
         counts: `(E,)` int32. Rows of each expert that hold a token.
-        positions: int32. The row that holds the answer for each assignment,
-            counted over all experts (over all slots in a capacity plan, with
-            `-1` for a dropped assignment). `(N, K)` if each token has exactly
-            K assignments; `(M,)` in token order if their number varies.
-        expert_indices: int32, shape of `positions`. The chosen expert of each
-            assignment.
-        overflow: `()` int32. Assignments dropped for want of capacity; always
-            0 in a dropless plan.
+        positions: int32. The row that holds the answer for each assignment.
+        expert_indices: int32, shape of `positions`. The expert of each assignment.
+        overflow: `()` int32. Assignments dropped for want of capacity.
     """
+
+    __slots__ = ()
 
     token_indices: tf.Tensor
     counts: tf.Tensor
@@ -66,19 +66,86 @@ class DispatchPlan(NamedTuple):
     expert_indices: tf.Tensor
     overflow: tf.Tensor
 
+    def dispatch(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Copies tokens `(N, D)` to the rows of their experts."""
+        raise NotImplementedError
 
-class GatingResult(NamedTuple):
-    """What a gating layer returns.
+    def combine(
+        self, expert_outputs: tf.Tensor, gates: tf.Tensor, num_tokens: Any = None
+    ) -> tf.Tensor:
+        """Sums the answers of each token's experts, weighted by its gates."""
+        raise NotImplementedError
+
+
+class _GatingFields(NamedTuple):
+    gates: tf.Tensor
+    expert_indices: tf.Tensor
+    statistics: GateStatistics
+    token_indices: Any
+    auxiliary_losses: tuple[tf.Tensor, ...]
+
+
+class GatingResult(_GatingFields):
+    """What a gating layer returns: which experts take a token, and their weights.
 
     Attributes:
-        gates: float, shape of `plan.positions`. Weight of each assignment.
-        plan: The `DispatchPlan`.
+        gates: Float `(N, K)`, or `(M,)` if tokens have different numbers of
+            experts. Weight of each assignment.
+        expert_indices: int32 within [0, E), shape of `gates`. The expert of each
+            assignment. (On a mesh of devices -1 stands for none.)
         statistics: The `GateStatistics` of the batch.
+        token_indices: `(M,)` int32, ascending: the token of each assignment. Left
+            out, `()`, for gates of shape `(N, K)`.
         auxiliary_losses: Losses of the gate's own, each `()` float and weighted
             already; the surrounding layer adds them as they are. Usually none.
     """
 
-    gates: tf.Tensor
-    plan: DispatchPlan
-    statistics: GateStatistics
-    auxiliary_losses: tuple[tf.Tensor, ...] = ()
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        gates: Any,
+        expert_indices: Any,
+        statistics: Any,
+        token_indices: Any = (),
+        auxiliary_losses: tuple = (),
+    ):
+        if isinstance(expert_indices, DispatchPlan):
+            plan = expert_indices
+            _deprecated(
+                "A GatingResult made of a plan",
+                "GatingResult(gates, expert_indices, statistics), or "
+                "functional.make_gating_result",
+            )
+            expert_indices = plan.expert_indices
+            if expert_indices.shape.rank == 1:
+                token_indices = tf.gather(plan.token_indices, plan.positions)
+        return super().__new__(
+            cls, gates, expert_indices, statistics, token_indices, auxiliary_losses
+        )
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether tokens have different numbers of experts."""
+        return not isinstance(self.token_indices, tuple)
+
+    @property
+    def plan(self) -> DispatchPlan:
+        """Deprecated: the dropless plan of these assignments.
+
+        Write `functional.make_plan(result)`, or read `expert_indices` and
+        `token_indices`, which stand in the result itself.
+        """
+        from keras_moe.functional import make_plan
+
+        _deprecated(
+            "GatingResult.plan",
+            "result.expert_indices, or functional.make_plan(result)",
+        )
+        return make_plan(self)
+
+
+def _deprecated(what: str, instead: str) -> None:
+    warnings.warn(
+        f"{what} is deprecated. Write {instead}.", DeprecationWarning, stacklevel=3
+    )

@@ -1,6 +1,10 @@
 """Imports point one way, and internals stay in one place."""
 
 import ast
+import importlib
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,11 @@ PACKAGE = Path(keras_moe.__file__).parent  # the installed one, where it is
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others.
-CORE = {"types", "checks", "placement", "_version"}
+CORE = {"types", "checks", "engine", "_version"}
 ALLOWED = {
-    "types": set(),
+    "types": {"functional"},  # by a deprecated property, when it is read
     "checks": set(),
-    "placement": set(),
+    "engine": set(),
     "_version": set(),
     "functional": CORE,
     "optimizers": CORE,
@@ -95,6 +99,50 @@ def test_oracles_import_neither_the_package_nor_tensorflow():
     for path in found:
         roots = {name.split(".")[0] for name in imports(path)}
         assert not roots & {"keras_moe", "tensorflow", "keras"}, path
+
+
+def test_importing_the_package_reaches_inside_no_library():
+    """The two engines do, and are imported when such a strategy is seen."""
+    code = (
+        "import sys, keras_moe; "
+        "print(*(m for m in sys.modules if m.startswith('keras_moe.')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = done.stdout.split()
+    assert "keras_moe.layers.moe" in loaded
+    inside = []
+    for path in FILES:
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        if name.removesuffix(".__init__") in loaded and any(
+            each.startswith(("keras.src", "tensorflow.python", "tensorflow.dtensor"))
+            for each in imports(path)
+        ):
+            inside.append(name)
+    assert not inside
+    assert not [m for m in loaded if m.startswith("keras_moe.distribution.mirrored")]
+    assert not [m for m in loaded if m.startswith("keras_moe.distribution.dtensor")]
+
+
+def test_no_name_hides_a_module():
+    """`import keras_moe.part.module as m` gives the module."""
+    for path in FILES:
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        if parts[-1] in ENTRY_POINTS:
+            continue
+        importlib.import_module(".".join(parts))
+        package = importlib.import_module(".".join(parts[:-1]))
+        assert isinstance(getattr(package, parts[-1]), types.ModuleType), parts
+
+
+def test_one_place_of_functional_asks_where_it_runs():
+    asking = [
+        path.name
+        for path in (PACKAGE / "functional").glob("*.py")
+        if any(name.startswith("keras_moe.engine") for name in imports(path))
+    ]
+    assert asking == ["ops.py"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -66,7 +66,7 @@ def main():
         for tokens in a.tokens:
             x = tf.random.normal((tokens, a.units))
             # The weights the gate chooses, side by side, each expert once.
-            chosen = tf.unique(tf.reshape(layer.route(x).plan.expert_indices, [-1]))[0]
+            chosen = tf.unique(tf.reshape(layer.route(x).expert_indices, [-1]))[0]
             # Of the tensors: a gather from a variable would make TensorFlow copy the
             # whole variable whenever it is read from then on.
             first, last = (

@@ -17,7 +17,7 @@ from topic_bigram import (
 )
 
 from keras_moe import layers, telemetry
-from keras_moe.layers.routing import recorded_routing, routing_tensors
+from keras_moe.layers.routing_record import recorded_routing, routing_tensors
 from keras_moe.optimizers import FactoredAdam
 
 K = 4

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_moe.layers.routing import recorded_routing
+from keras_moe.layers.routing_record import recorded_routing
 
 
 def balance_in_training(model, batches):

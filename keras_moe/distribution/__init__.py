@@ -1,13 +1,21 @@
-"""Where experts live and how tokens travel, on several devices."""
+"""Expert parallelism: where experts live and how tokens travel, on several devices.
 
-from typing import Any
+Two engines: `mirrored`, for `tf.distribute` strategies of several replicas, and
+`dtensor`, for DTensor layouts. Each is imported when such a strategy is first seen:
+they reach inside TensorFlow and Keras, which one device does not need.
+"""
 
-from keras_moe import placement
-from keras_moe.distribution.description import Description, Share, describe
-from keras_moe.distribution.dtensor import DTensorStrategy
-from keras_moe.distribution.dtensor_mesh import create_mesh
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from keras_moe import engine
 from keras_moe.distribution.launcher import launch
-from keras_moe.distribution.replicated import placement_of
+
+if TYPE_CHECKING:
+    from keras_moe.distribution.description import Description, Share, describe
+    from keras_moe.distribution.dtensor.mesh import create_mesh
+    from keras_moe.distribution.dtensor.strategy import DTensorStrategy
 
 __all__ = [
     "DTensorStrategy",
@@ -18,11 +26,32 @@ __all__ = [
     "launch",
 ]
 
+_HOMES = {
+    "DTensorStrategy": "dtensor.strategy",
+    "Description": "description",
+    "Share": "description",
+    "create_mesh": "dtensor.mesh",
+    "describe": "description",
+}
 
-def _placement_of(strategy: Any) -> placement.Placement:
-    if isinstance(strategy, DTensorStrategy):
-        return strategy.placement
-    return placement_of(strategy)
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-placement.register(_placement_of)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _engine_of(strategy: Any) -> engine.Engine:
+    dtensor = sys.modules.get(f"{__name__}.dtensor.strategy")
+    if dtensor is not None and isinstance(strategy, dtensor.DTensorStrategy):
+        return strategy.engine
+    from keras_moe.distribution.mirrored.engine import engine_of
+
+    return engine_of(strategy)
+
+
+engine.register(_engine_of)

@@ -9,12 +9,13 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.distribution import compatibility
-from keras_moe.distribution.dtensor_description import (
+from keras_moe.distribution.dtensor.description import (
     Layouts,
     describe_layouts,
     is_on_mesh,
 )
-from keras_moe.distribution.expert_variable import ExpertVariable
+from keras_moe.distribution.messages import as_table
+from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
 from keras_moe.distribution.topology import exchange_bytes, shard_bytes
 
 
@@ -71,20 +72,13 @@ class Description(NamedTuple):
                     f"{share.slot_bytes:,} B",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            )
-            for row in rows
-        ]
-        lines.append(
+        notes = [
             f"On each of {self.num_replicas} replicas besides: "
             f"{self.replicated_bytes:,} B of weights and optimizer state."
-        )
+        ]
         for layer, sent in self.traffic.items():
-            lines.append(f"{layer}: {sent:,} B leave a replica in a training step.")
-        return "\n".join(line.rstrip() for line in lines)
+            notes.append(f"{layer}: {sent:,} B leave a replica in a training step.")
+        return as_table(rows, notes)
 
 
 def describe(

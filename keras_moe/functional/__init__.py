@@ -5,25 +5,38 @@ from keras_moe.functional.attention import (
     attention_scores,
     masked_softmax,
 )
-from keras_moe.functional.balancing import (
-    batchwise_mask,
-    masked_gating,
-    threshold_loss,
-    threshold_mask,
-    tokens_per_expert,
+from keras_moe.functional.capacity import (
+    CapacityDispatcher,
+    CapacityPlan,
+    expert_capacity,
+    make_capacity_plan,
 )
-from keras_moe.functional.dispatch import (
+from keras_moe.functional.dispatching import (
+    Dispatcher,
+    Mixed,
+    RaggedPlan,
+    SortedPlan,
     combine,
     dispatch,
-    expert_capacity,
     gates_of_rows,
-    make_capacity_plan,
     make_dispatch_plan,
-    make_gating_result,
+    make_plan,
+    mix_by_plan,
 )
-from keras_moe.functional.experts import feed_forward_experts
+from keras_moe.functional.experts import (
+    default_computation,
+    mix_experts,
+    run_experts,
+    verify_computation,
+)
+from keras_moe.functional.feed_forward import (
+    feed_forward_experts,
+    feed_forward_network,
+    mix_feed_forward_experts,
+)
 from keras_moe.functional.gating import (
     largest_logits,
+    make_gating_result,
     noise_stddev,
     noisy_logits,
     prob_in_top_k,
@@ -44,7 +57,6 @@ from keras_moe.functional.losses import (
     load_loss,
     max_over_mean,
 )
-from keras_moe.functional.mixture import mix_feed_forward_experts
 from keras_moe.functional.random import normal_rows, uniform_rows
 from keras_moe.functional.recurrent import (
     MoELSTMResult,
@@ -57,18 +69,33 @@ from keras_moe.functional.sampled_softmax import (
     sampled_cross_entropy,
     unbiased_candidates,
 )
+from keras_moe.functional.strict_balance import (
+    batchwise_mask,
+    masked_gating,
+    threshold_loss,
+    threshold_mask,
+    tokens_per_expert,
+)
 
 __all__ = [
+    "CapacityDispatcher",
+    "CapacityPlan",
+    "Dispatcher",
+    "Mixed",
     "MoELSTMResult",
+    "RaggedPlan",
+    "SortedPlan",
     "attention_keys",
     "attention_scores",
     "batchwise_mask",
     "combine",
     "cv_squared",
+    "default_computation",
     "dispatch",
     "expert_capacity",
     "expert_counts",
     "feed_forward_experts",
+    "feed_forward_network",
     "gate_entropy",
     "gates_of_rows",
     "hierarchical_gates",
@@ -82,9 +109,12 @@ __all__ = [
     "make_capacity_plan",
     "make_dispatch_plan",
     "make_gating_result",
+    "make_plan",
     "masked_gating",
     "masked_softmax",
     "max_over_mean",
+    "mix_by_plan",
+    "mix_experts",
     "mix_feed_forward_experts",
     "mixed_product",
     "moe_lstm",
@@ -92,6 +122,7 @@ __all__ = [
     "noisy_logits",
     "normal_rows",
     "prob_in_top_k",
+    "run_experts",
     "sampled_cross_entropy",
     "softmax_gating",
     "threshold_loss",
@@ -100,5 +131,6 @@ __all__ = [
     "top_k_gating",
     "unbiased_candidates",
     "uniform_rows",
+    "verify_computation",
     "verify_recurrent_gating",
 ]

@@ -9,8 +9,7 @@ little more than their rows. The graph does not grow with the number of experts.
 
 import tensorflow as tf
 
-from keras_moe.functional.dispatch import assignments_of_rows
-from keras_moe.types import DispatchPlan
+from keras_moe.functional.dispatching import SortedPlan
 
 
 class _Blocks:
@@ -68,7 +67,7 @@ def run_in_blocks(network, counts, x, *weights):
     return _out_of_blocks(outputs, blocks)
 
 
-def mix_in_blocks(network, tokens, gates, plan: DispatchPlan, *weights):
+def mix_in_blocks(network, tokens, gates, plan: SortedPlan, *weights):
     """Runs `(N, D)` tokens through their experts and sums the answers.
 
     Tokens go straight to their slots, and answers from their slots to the sums: the
@@ -80,7 +79,7 @@ def mix_in_blocks(network, tokens, gates, plan: DispatchPlan, *weights):
     slots = tf.gather(blocks.slots, plan.positions)  # (N, K)
     inputs = _tokens_into_blocks(tokens, tokens_of, slots)
     outputs = blocks.run(network, inputs, weights)
-    order = assignments_of_rows(plan)
+    order = plan.assignments_of_rows()
     assignments = [_at_rows(order, own) for own in blocks.rows]
     return _combine_blocks(outputs, gates, blocks, tokens_of, assignments, slots)
 

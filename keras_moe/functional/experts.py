@@ -5,98 +5,178 @@ rows of each expert (dropless), or as `(E, C, D)` with the same number of slots
 for every expert (static shapes). There are three ways to compute them:
 
 * static: one batched product over `(E, C, D)`;
-* expert by expert, for up to `MOST_UNROLLED_EXPERTS` experts: one plain product
-  for each, no padding; the graph grows with E;
-* blocks, for more experts: rows are padded into one block for each expert and
-  multiplied in one batched product; what exceeds a block spills into further ones.
-  The graph does not grow with E, and weight gradients are written once.
+* `"unrolled"`: each expert by itself, no padding; the graph grows with E;
+* `"blocks"`: rows are padded into one block for each expert and multiplied in one
+  batched product; what exceeds a block spills into further ones. The graph does not
+  grow with E, and weight gradients are written once.
+
+With `dispatch`, experts and `combine` one after the other the rows of all experts lie
+side by side three times: `(M, D)` before and after the experts, and `(N, K, D)` in the
+order of the tokens, and again for the gradients. On a processor each of these is read
+from and written to main memory, and takes new pages of it. `mix_experts` gathers an
+expert's rows for it alone, small enough for the cache, and only their weighted outputs
+are put together, in the order of the tokens.
+
+What one expert computes is a function `network(rows, *weights)`: it maps rows
+`(e, R, D)` of e experts and their part of every weight, `(e, ...)`, to `(e, R, out)`.
 """
 
 from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from keras_moe.functional.blocks import run_in_blocks
+from keras_moe.functional.blocks import mix_in_blocks, run_in_blocks
+from keras_moe.functional.dispatching import SortedPlan
+from keras_moe.types import DispatchPlan
 
-Activation = Callable[[tf.Tensor], tf.Tensor]
+Network = Callable[..., tf.Tensor]
 
-# Up to here a product for each expert is at least as fast as padded blocks, and the
-# graph is traced in seconds; beyond, its size and the stacking of weight gradients
-# cost more than padding does.
-MOST_UNROLLED_EXPERTS = 256
+COMPUTATIONS = ("unrolled", "blocks")
+
+# Up to so many experts they are unrolled. On CPUs (measured): beyond, the size of the
+# graph and stacking the weight gradients cost more than padding does. On other devices
+# never: the rows of unrolled experts are put together by an operation that computes in
+# the host's memory.
+_MOST_UNROLLED = {"CPU": 256}
 
 
-def feed_forward_experts(
-    expert_inputs: tf.Tensor,
-    kernels: Sequence[tf.Tensor],
-    biases: Sequence[tf.Tensor] | None = None,
-    counts: tf.Tensor | None = None,
-    activation: Activation = tf.nn.relu,
-    recompute: bool = False,
-) -> tf.Tensor:
-    """Runs E feed-forward networks, each on its own rows.
-
-    $E_i(x) = \\mathrm{act}(\\cdots \\mathrm{act}(x W_{i,1}) \\cdots) W_{i,L}$
-
-    The activation follows every kernel but the last.
+def default_computation(num_experts: int, device_type: str | None = None) -> str:
+    """How the rows of so many experts are computed if nobody says.
 
     Args:
+        num_experts: E.
+        device_type: `"CPU"` or another type of device. None means `"GPU"` if there
+            is one, else `"CPU"`. Defaults to `None`.
+
+    Returns:
+        `"unrolled"` or `"blocks"`.
+    """
+    if device_type is None:
+        device_type = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+    most = _MOST_UNROLLED.get(device_type, 0)
+    return "unrolled" if num_experts <= most else "blocks"
+
+
+def verify_computation(computation: str | None) -> str | None:
+    """Returns `computation`, or raises unless it is None or a known one."""
+    if computation is not None and computation not in COMPUTATIONS:
+        raise ValueError(
+            f"`computation` must be None or one of {COMPUTATIONS}. Received: "
+            f"computation={computation!r}. None chooses by the number of experts."
+        )
+    return computation
+
+
+def run_experts(
+    network: Network,
+    expert_inputs: tf.Tensor,
+    weights: Sequence[tf.Tensor],
+    counts: tf.Tensor | None = None,
+    *,
+    recompute: bool = False,
+    computation: str | None = None,
+) -> tf.Tensor:
+    """Runs E networks of one form, each with its own weights on its own rows.
+
+    Args:
+        network: Maps rows `(e, R, D)` and the part of every weight that belongs to
+            these e experts, `(e, ...)`, to `(e, R, out)`, row by row.
         expert_inputs: `(M, D)` sorted by expert, or `(E, C, D)`.
-        kernels: L tensors `(E, in, out)`; the first `in` is D.
-        biases: L tensors `(E, out)`, or None for no bias (the paper).
+        weights: Tensors `(E, ...)`.
         counts: `(E,)` int32, rows of each expert, with sum M. Needed for
             `(M, D)`, not used for `(E, C, D)`.
-        activation: Function of a tensor, element by element.
         recompute: Whether hidden activations are computed again in the backward
             pass instead of being kept (appendix D): same gradients, less
-            memory, about a third more operations. Up to
-            `MOST_UNROLLED_EXPERTS` experts the backward pass holds those of one
-            expert at a time; otherwise those of all experts of one layer.
+            memory, about a third more operations. Unrolled, the backward pass holds
+            those of one expert at a time; otherwise those of all experts of one
+            layer.
+        computation: `"unrolled"`, each expert by itself, or `"blocks"`, one
+            batched product; None takes `default_computation`.
 
     Returns:
         `(M, out)` or `(E, C, out)`. An expert without rows costs nothing.
 
     Raises:
-        ValueError: `counts` is missing for `(M, D)`.
+        ValueError: `counts` is missing for `(M, D)`, or `computation` is unknown.
 
     Reference:
-        Shazeer et al. 2017, section 2 and appendix C.1.
+        Shazeer et al. 2017, section 2 and appendix D.
     """
     if expert_inputs.shape.rank == 2 and counts is None:
         raise ValueError(
             "`counts` is needed for expert inputs of rank 2, to know which rows are "
             f"whose. Received: expert_inputs.shape={expert_inputs.shape}, counts=None."
         )
-    network = network_of(len(kernels), activation)
-    weights = [*kernels, *(biases or ())]
+    verify_computation(computation)
     if expert_inputs.shape.rank == 3:
         run = recomputed(network) if recompute else network
         return run(expert_inputs, *weights)
-    if weights[0].shape[0] == 0:  # no experts live on this device: no rows either
+    num_experts = weights[0].shape[0]
+    if num_experts == 0:  # no experts live on this device: no rows either
         nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
         return nothing[0]
-    if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
-        if recompute:
-            return _one_by_one_recomputed(network, counts, expert_inputs, *weights)
-        return _one_by_one(expert_inputs, kernels, biases, counts, activation)
+    if (computation or default_computation(num_experts)) == "unrolled":
+        parts = split_by_expert(expert_inputs, counts, num_experts)
+        return _concat(_run_each(network, parts, weights, recompute))
     run = recomputed(network) if recompute else network
     return run_in_blocks(run, counts, expert_inputs, *weights)
 
 
-def network_of(num_kernels, activation):
-    """A function that runs experts on `(E, rows, D)` with their kernels and biases."""
+def mix_experts(
+    network: Network,
+    inputs: tf.Tensor,
+    gates: tf.Tensor,
+    plan: DispatchPlan,
+    weights: Sequence[tf.Tensor],
+    *,
+    recompute: bool = False,
+    computation: str | None = None,
+) -> tf.Tensor:
+    """Runs every token through its experts and sums their answers.
 
-    def network(x, *weights):
-        last = num_kernels - 1
-        for i in range(num_kernels):
-            x = tf.matmul(x, weights[i])
-            if len(weights) > num_kernels:
-                x = x + weights[num_kernels + i][:, tf.newaxis, :]
-            if i < last:
-                x = activation(x)
-        return x
+    $y = \\sum_i G(x)_i E_i(x)$
 
-    return network
+    The same as `plan.combine(run_experts(..., plan.dispatch(inputs), ...), gates)`,
+    and computed so unless the plan is a `SortedPlan`; otherwise with less memory
+    traffic.
+
+    Args:
+        network: As for `run_experts`.
+        inputs: `(N, D)`, the tokens.
+        gates: Float, shape of `plan.positions`.
+        plan: From `make_dispatch_plan` or `make_capacity_plan`.
+        weights: Tensors `(E, ...)`.
+        recompute: As for `run_experts`.
+        computation: As for `run_experts`.
+
+    Returns:
+        `(N, out)`. Zero for a token without expert. The same in every run.
+
+    Raises:
+        ValueError: `computation` is unknown.
+
+    Reference:
+        Shazeer et al. 2017, equation 1.
+    """
+    verify_computation(computation)
+    if not isinstance(plan, SortedPlan):
+        rows = run_experts(
+            network,
+            plan.dispatch(inputs),
+            weights,
+            plan.counts,
+            recompute=recompute,
+            computation=computation,
+        )
+        return plan.combine(rows, gates, tf.shape(inputs)[0])
+    num_experts = weights[0].shape[0]
+    gates = tf.cast(gates, weights[0].dtype)
+    if (computation or default_computation(num_experts)) == "blocks":
+        run = recomputed(network) if recompute else network
+        return mix_in_blocks(run, inputs, gates, plan, *weights)
+    rows = _Rows(plan, num_experts)
+    parts = _run_each(network, _gather_to_each(inputs, rows), weights, recompute)
+    return _combine_parts(parts, gates, rows)
 
 
 def _no_expert(weight):
@@ -104,7 +184,7 @@ def _no_expert(weight):
     return tf.reduce_sum(weight, axis=0, keepdims=True)
 
 
-def recomputed(function):
+def recomputed(function: Network) -> Network:
     """`function`, of which only the arguments are kept for the backward pass.
 
     `tf.recompute_grad` would add a zero to every argument, so it would copy all
@@ -139,88 +219,112 @@ def _concat(parts):
     return parts[0] if len(parts) == 1 else tf.concat(parts, axis=0)
 
 
-def _one_by_one(x, kernels, biases, counts, activation):
-    """Split, run each expert on its rows, concatenate.
+def _of_each(parts, weights):
+    """For each expert its rows and weights, as a batch of one.
 
-    Splitting along the first axis shares memory, and so does taking one
-    expert's kernel from the stack, so only inputs and outputs are copied.
+    Splitting along the first axis shares memory. A batch of one element, since the
+    gradient with regard to the rows is then a batched product too: on CPU the plain
+    product with a transposed kernel repacks it and takes 1.4 (512 rows) to 2.3 times
+    (64 rows) as long.
     """
-    parts = split_by_expert(x, counts, kernels[0].shape[0])
-    return _concat(run_one_by_one(parts, kernels, biases, activation))
+    own = zip(*(tf.split(weight, len(parts)) for weight in weights), strict=True)
+    return [[part[tf.newaxis], *mine] for part, mine in zip(parts, own, strict=True)]
 
 
-def run_one_by_one(parts, kernels, biases, activation):
+def _run_each(network, parts, weights, recompute):
     """Each expert's network on its own rows, one part for each expert."""
-    for i, kernel in enumerate(kernels):
-        parts = products(kernel, parts)
-        if biases:
-            own = tf.unstack(biases[i])
-            parts = [part + bias for part, bias in zip(parts, own, strict=True)]
-        if i < len(kernels) - 1:
-            parts = [activation(part) for part in parts]
-    return parts
+    if recompute:
+        return _run_each_recomputed(network, parts, weights)
+    return [network(*own)[0] for own in _of_each(parts, weights)]
 
 
-def products(kernels, parts):
-    """Each part times its kernel, with one gradient for all of them.
-
-    The gradient with regard to the rows is taken as a batched product of one
-    element: on CPU the plain product with a transposed kernel repacks it and takes
-    1.4 (512 rows) to 2.3 times (64 rows) as long.
-    """
+def _run_each_recomputed(network, parts, weights):
+    """The same; the backward pass holds the activations of one expert."""
+    num_experts = len(parts)
 
     @tf.custom_gradient
-    def run(kernels, *parts):
+    def run(*arguments):
+        parts, weights = arguments[:num_experts], arguments[num_experts:]
+
         def grad(*upstream):
-            dys = [tf.convert_to_tensor(dy) for dy in upstream]  # no slices
-            d_kernels = [
-                tf.matmul(part, dy, transpose_a=True)
-                for part, dy in zip(parts, dys, strict=True)
-            ]
-            d_parts = [
-                tf.matmul(dy[tf.newaxis], kernel, transpose_b=True)[0]
-                for dy, kernel in zip(dys, tf.split(kernels, len(parts)), strict=True)
-            ]
-            return tf.stack(d_kernels), *d_parts
-
-        own = tf.unstack(kernels)
-        return tuple(tf.matmul(*pair) for pair in zip(parts, own, strict=True)), grad
-
-    return list(run(kernels, *parts))
-
-
-def _one_by_one_recomputed(network, counts, x, *weights):
-    """`_one_by_one`; the backward pass holds the activations of one expert."""
-    num_experts = weights[0].shape[0]
-
-    def arguments(x, *weights):
-        """For each expert `(1, rows, D)` and its weights, as a batch of one."""
-        rows = [part[tf.newaxis] for part in split_by_expert(x, counts, num_experts)]
-        return list(
-            zip(rows, *(tf.split(w, num_experts) for w in weights), strict=True)
-        )
-
-    @tf.custom_gradient
-    def run(x, *weights):
-        def grad(dy):
             gradients = []
-            before = [dy]
-            upstream = split_by_expert(dy, counts, num_experts)
-            for own, d_rows in zip(arguments(x, *weights), upstream, strict=True):
+            dys = [tf.convert_to_tensor(dy) for dy in upstream]  # no slices
+            before = dys[:1]
+            for own, dy in zip(_of_each(parts, weights), dys, strict=True):
                 # An expert waits for the gradients of the one before it.
                 with tf.control_dependencies(before):
                     inputs = [tf.identity(each) for each in own]
                 with tf.GradientTape() as tape:
                     tape.watch(inputs)
                     outputs = network(*inputs)
-                before = tape.gradient(outputs, inputs, d_rows[tf.newaxis])
+                before = tape.gradient(
+                    outputs, inputs, dy[tf.newaxis], unconnected_gradients="zero"
+                )
                 gradients.append(before)
-            d_x, *d_weights = zip(*gradients, strict=True)
-            return _concat([each[0] for each in d_x]), *(
+            d_parts, *d_weights = zip(*gradients, strict=True)
+            return *(each[0] for each in d_parts), *(
                 _concat(list(each)) for each in d_weights
             )
 
-        outputs = [network(*own)[0] for own in arguments(x, *weights)]
-        return _concat(outputs), grad
+        return tuple(network(*own)[0] for own in _of_each(parts, weights)), grad
 
-    return run(x, *weights)
+    return list(run(*parts, *weights))
+
+
+class _Rows:
+    """Which rows belong to which expert, and where they come from."""
+
+    def __init__(self, plan, num_experts):
+        self._counts, self._num_experts = plan.counts, num_experts
+        self._shape = tf.unstack(tf.shape(plan.positions))  # N and K
+        self._order = plan.assignments_of_rows()
+        self._assignments = self.split(self._order)
+        self.tokens = self.split(plan.token_indices)
+
+    def split(self, values):
+        """`(M, ...)` -> one part for each expert."""
+        return split_by_expert(values, self._counts, self._num_experts)
+
+    def of_gates(self, gates):
+        """`(N, K)` -> for each expert `(rows, 1)`."""
+        return self.split(tf.gather(tf.reshape(gates, [-1, 1]), self._order))
+
+    def together(self, parts):
+        """`(rows, ...)` of each expert -> `(N, K, ...)`.
+
+        Every assignment has one row, so the order of writing does not matter.
+        """
+        flat = tf.raw_ops.ParallelDynamicStitch(indices=self._assignments, data=parts)
+        return tf.reshape(flat, [*self._shape, *flat.shape[1:]])
+
+
+def _gather_to_each(inputs, rows):
+    @tf.custom_gradient
+    def gather(x):
+        def grad(*upstream):
+            # Each token's K rows, summed.
+            return tf.reduce_sum(rows.together(list(upstream)), axis=1)
+
+        return tuple(tf.gather(x, tokens) for tokens in rows.tokens), grad
+
+    return list(gather(inputs))
+
+
+def _combine_parts(parts, gates, rows):
+    @tf.custom_gradient
+    def weighted_sum(gates, *parts):
+        of_parts = rows.of_gates(gates)
+
+        def grad(dy):
+            d_gates, d_parts = [], []
+            own = zip(parts, of_parts, rows.tokens, strict=True)
+            for part, gates_of_part, tokens in own:
+                d_rows = tf.gather(dy, tokens)
+                d_gates.append(tf.reduce_sum(d_rows * part, axis=1))
+                d_parts.append(d_rows * gates_of_part)
+            return rows.together(d_gates), *d_parts
+
+        weighted = [a * b for a, b in zip(parts, of_parts, strict=True)]
+        return tf.reduce_sum(rows.together(weighted), axis=1), grad
+
+    return weighted_sum(gates, *parts)

@@ -1,12 +1,16 @@
-"""Softmax and noisy top-k gates (section 2.1 and appendix A).
+"""Softmax and noisy top-k gates (routers; section 2.1 and appendix A).
 
 Pure functions. Random noise is an argument, never drawn here. Gate maths runs
 in float32 at least: half-precision logits are cast up.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
-from keras_moe import checks, placement
+from keras_moe import checks
+from keras_moe.functional import losses, ops
+from keras_moe.types import GateStatistics, GatingResult
 
 # Logits are clipped to this range, so that infinite logits (an expert that a
 # caller has masked out, or an overflow of half precision) give gates of 0 or 1
@@ -24,10 +28,7 @@ def as_gate_logits(logits: tf.Tensor) -> tf.Tensor:
         Tensor of the same shape, float32 or float64, within +-1e30. NaN stays
         NaN.
     """
-    logits = tf.convert_to_tensor(logits)
-    if logits.dtype not in (tf.float32, tf.float64):
-        logits = tf.cast(logits, tf.float32)
-    return _clip(logits, _LOGIT_LIMIT)
+    return _clip(ops.cast_up(logits), _LOGIT_LIMIT)
 
 
 def _clip(x, limit):
@@ -127,7 +128,7 @@ def largest_logits(logits: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
     """
     logits = as_gate_logits(logits)
     _verify_k_below(k, logits.shape[-1])
-    return placement.for_call().top_k(logits, k + 1)
+    return ops.top_k(logits, k + 1)
 
 
 def top_k_gating(
@@ -165,14 +166,14 @@ def top_k_gating(
     logits = as_gate_logits(logits)
     k = checks.verify_k(k, logits.shape[-1])
     if largest is None:
-        kept, expert_indices = placement.for_call().top_k(logits, k)
+        kept, expert_indices = ops.top_k(logits, k)
     else:
         kept, expert_indices = (each[..., :k] for each in largest)
     if normalization == "selected":
         return tf.nn.softmax(kept, axis=-1), expert_indices
     if normalization == "all":
         probabilities = tf.nn.softmax(logits, axis=-1)
-        kept = placement.for_call().pick(probabilities, expert_indices)
+        kept = ops.pick(probabilities, expert_indices)
         return kept, expert_indices
     raise ValueError(
         '`normalization` must be "selected" or "all". '
@@ -217,7 +218,7 @@ def prob_in_top_k(
     noisy_logits = as_gate_logits(noisy_logits)
     num_experts = noisy_logits.shape[-1]
     _verify_k_below(k, num_experts)
-    top_values, top_indices = largest or placement.for_call().top_k(noisy_logits, k + 1)
+    top_values, top_indices = largest or ops.top_k(noisy_logits, k + 1)
     threshold_if_in = top_values[..., k : k + 1]
     threshold_if_out = top_values[..., k - 1 : k]
     last_kept = top_indices[..., k - 1 : k]
@@ -260,3 +261,63 @@ def _normal_cdf(difference, stddev):
         return d_difference, -z * d_difference
 
     return 0.5 * tf.math.erfc(-z * tf.constant(0.5**0.5, z.dtype)), grad
+
+
+def make_gating_result(
+    gates: tf.Tensor,
+    expert_indices: tf.Tensor,
+    num_experts: int,
+    *,
+    token_indices: tf.Tensor | None = None,
+    load: tf.Tensor | None = None,
+    mask: tf.Tensor | None = None,
+) -> GatingResult:
+    """Wraps chosen experts and their gates into what a gating layer returns.
+
+    Args:
+        gates: Float, `(N, K)`, or `(M,)` if tokens have different numbers of
+            experts.
+        expert_indices: int32 within [0, E), shape of `gates`.
+        num_experts: E.
+        token_indices: `(M,)` int32, ascending: the token of each assignment.
+            Only for gates of shape `(M,)`.
+        load: `(E,)` float, a smooth load that carries a gradient. None takes
+            the hard counts.
+        mask: `(N,)` bool or None. Tokens marked False are left out of the
+            statistics.
+
+    Returns:
+        A `GatingResult` over all N tokens.
+
+    Raises:
+        ValueError: The rank of `expert_indices` does not fit.
+    """
+    expert_indices = tf.cast(expert_indices, tf.int32)
+    verify_assignments(expert_indices, token_indices)
+    counted = expert_indices
+    if mask is not None:
+        kept = (
+            mask[:, tf.newaxis]
+            if token_indices is None
+            else tf.gather(mask, token_indices)
+        )
+        counted = tf.where(kept, expert_indices, -1)
+    counts = losses.expert_counts(counted, num_experts)
+    statistics = GateStatistics(
+        importance=losses.importance(gates, counted, num_experts),
+        load=tf.cast(counts, gates.dtype) if load is None else load,
+        counts=counts,
+    )
+    tokens = () if token_indices is None else tf.cast(token_indices, tf.int32)
+    return GatingResult(gates, expert_indices, statistics, tokens)
+
+
+def verify_assignments(expert_indices: tf.Tensor, token_indices: Any) -> None:
+    """Raises unless experts are `(N, K)`, or `(M,)` with the tokens they are for."""
+    rank = expert_indices.shape.rank
+    if rank not in (1, 2) or (rank == 1) != (token_indices is not None):
+        raise ValueError(
+            "`expert_indices` must be (N, K) without `token_indices`, or (M,) with "
+            f"it. Received: expert_indices.shape={expert_indices.shape}, "
+            f"token_indices={'None' if token_indices is None else 'given'}."
+        )

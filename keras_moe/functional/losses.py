@@ -7,7 +7,8 @@ batch, over every replica, before they are squared.
 
 import tensorflow as tf
 
-from keras_moe import checks, placement
+from keras_moe import checks
+from keras_moe.functional import ops
 
 _EPSILON = 1e-10
 
@@ -32,7 +33,7 @@ def importance(
     Reference:
         Shazeer et al. 2017, equation 6.
     """
-    return placement.for_call().sum_by_expert(gates, expert_indices, num_experts)
+    return ops.sum_by_expert(gates, expert_indices, num_experts)
 
 
 def load(prob_in_top_k: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
@@ -68,7 +69,7 @@ def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
         `(E,)` int32. No gradient.
     """
     ones = tf.ones_like(expert_indices)
-    return placement.for_call().sum_by_expert(ones, expert_indices, num_experts)
+    return ops.sum_by_expert(ones, expert_indices, num_experts)
 
 
 def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
@@ -87,9 +88,7 @@ def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
     Reference:
         Shazeer et al. 2017, equations 7 and 11.
     """
-    values = tf.convert_to_tensor(values)
-    if values.dtype not in (tf.float32, tf.float64):
-        values = tf.cast(values, tf.float32)
+    values = ops.cast_up(values)
     mean = tf.reduce_mean(values)
     variance = tf.reduce_mean(tf.square(values - mean))
     return variance / (tf.square(mean) + epsilon)

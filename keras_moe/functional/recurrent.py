@@ -18,9 +18,14 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.functional.dispatch import combine, dispatch, make_dispatch_plan
-from keras_moe.functional.experts import feed_forward_experts
-from keras_moe.types import DispatchPlan, GateStatistics, GatingResult
+from keras_moe.functional.dispatching import make_dispatch_plan, make_plan
+from keras_moe.functional.feed_forward import feed_forward_experts
+from keras_moe.types import (
+    DispatchPlan,
+    GateStatistics,
+    GatingResult,
+    at_least_float32,
+)
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 Route = Callable[..., GatingResult]
@@ -92,8 +97,8 @@ def mixed_product(
     Reference:
         Shazeer et al. 2017, equation 1, with linear experts.
     """
-    rows = feed_forward_experts(dispatch(inputs, plan), [kernels], counts=plan.counts)
-    return combine(rows, gates, plan, num_tokens=tf.shape(inputs)[0])
+    rows = feed_forward_experts(plan.dispatch(inputs), [kernels], counts=plan.counts)
+    return plan.combine(rows, gates, tf.shape(inputs)[0])
 
 
 def moe_lstm(
@@ -210,7 +215,7 @@ def _result(hidden, h, c, importance, load, counts):
 def _zero_sums(kernels):
     """Importance, load, counts before the first step."""
     num_experts = kernels.shape[0]
-    dtype = tf.float64 if kernels.dtype == tf.float64 else tf.float32
+    dtype = at_least_float32(kernels.dtype)
     zeros = tf.zeros([num_experts], dtype)
     return [zeros, zeros, tf.zeros([num_experts], tf.int32)]
 
@@ -289,7 +294,8 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
         u = tf.concat([inputs.read(t), h], axis=-1)
         chosen = route(u, noise_t, mask_t)
         verify_recurrent_gating(chosen)
-        z = mixed_product(u, tf.stop_gradient(kernels), chosen.gates, chosen.plan)
+        plan = make_plan(chosen)
+        z = mixed_product(u, tf.stop_gradient(kernels), chosen.gates, plan)
         h_new, c_new = lstm_step(z + added.read(t), c, *functions)
         if mask_t is not None:
             h_new = tf.where(mask_t[:, tf.newaxis], h_new, h)
@@ -305,7 +311,7 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
             sums,
             hidden.write(t, h_new),
             gates.write(t, tf.stop_gradient(chosen.gates)),
-            experts.write(t, chosen.plan.expert_indices),
+            experts.write(t, chosen.expert_indices),
         )
 
     sums = _zero_sums(kernels)
@@ -358,11 +364,10 @@ def verify_recurrent_gating(chosen: GatingResult) -> None:
         ValueError: Tokens have different numbers of experts, or the gate has
             losses of its own.
     """
-    if chosen.plan.positions.shape.rank != 2 or chosen.auxiliary_losses:
+    if chosen.is_ragged or chosen.auxiliary_losses:
         raise ValueError(
             "`gating` of a recurrent mixture must give every token the same number "
             "of experts and have no losses of its own. Received: a gate with "
-            f"positions of rank {chosen.plan.positions.shape.rank} and "
-            f"{len(chosen.auxiliary_losses)} auxiliary losses. Use NoisyTopKGating, "
-            "TopKGating or SoftmaxGating."
+            f"gates of shape {chosen.gates.shape} and {len(chosen.auxiliary_losses)} "
+            "auxiliary losses. Use NoisyTopKGating, TopKGating or SoftmaxGating."
         )

@@ -4,20 +4,21 @@ from keras_moe.layers.attention import MultiplicativeAttention
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.expert_list import ExpertList
-from keras_moe.layers.experts import FeedForwardExperts
+from keras_moe.layers.experts import Experts, FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.moe_lstm import MoELSTM
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
-from keras_moe.layers.recurrent import ProjectedLSTMCell
+from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 
 __all__ = [
     "AttentionLSTM",
     "BalancedGating",
     "ExpertList",
+    "Experts",
     "FeedForwardExperts",
     "HierarchicalGating",
     "HierarchicalMoE",

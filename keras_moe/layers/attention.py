@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional
+from keras_moe.types import at_least_float32
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -132,8 +133,8 @@ class MultiplicativeAttention(keras.layers.Layer):
         mask = None if memory_mask is None else tf.cast(memory_mask, tf.bool)
         mask = None if mask is None else mask[:, tf.newaxis]
         # A half-precision softmax loses the small weights of long sources.
-        at_least = tf.float64 if scores.dtype == tf.float64 else tf.float32
-        weights = functional.masked_softmax(tf.cast(scores, at_least), mask)
+        exact = tf.cast(scores, at_least_float32(scores.dtype))
+        weights = functional.masked_softmax(exact, mask)
         return tf.cast(weights, scores.dtype)
 
     def compute_mask(self, query, previous_mask=None):

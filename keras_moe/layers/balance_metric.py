@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import functional, placement
+from keras_moe import engine, functional
 from keras_moe.types import GateStatistics
 
 _TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
@@ -150,7 +150,7 @@ class BalanceMetric(keras.metrics.Metric):
 
         Tensors of another graph (a prediction, an export) are of no use here.
         """
-        pending = self._pending.pop(placement.current_replica(), None)
+        pending = self._pending.pop(engine.current_replica(), None)
         if pending is None:
             return None
         graph, values = pending
@@ -161,7 +161,7 @@ class BalanceMetric(keras.metrics.Metric):
         if tf.executing_eagerly():  # now, or a long loop would hold all its calls
             made = values()
             values = lambda: made  # noqa: E731
-        self._pending[placement.current_replica()] = (_current_graph(), values)
+        self._pending[engine.current_replica()] = (_current_graph(), values)
 
 
 def _current_graph():
@@ -186,18 +186,18 @@ def add_balance(
         entropy: Gives those of `functional.gate_entropy`, if they are known.
     """
     importance, load, counts = statistics
-    place = placement.for_call()
-    if place.num_replicas > 1 and layer.num_experts > 1:
+    replicas = engine.current().replicas
+    if replicas.number > 1 and layer.num_experts > 1:
         # Over the global batch: the squared variation is not linear.
         counts = tf.cast(counts, importance.dtype)
         importance, load, counts = tf.unstack(
-            place.sum(tf.stack([importance, load, counts]))
+            replicas.sum(tf.stack([importance, load, counts]))
         )
         # Each replica notes its share: its own figures are then those of all, and
         # so is the sum over the replicas, which Python reads.
         statistics = GateStatistics(
             *(
-                tf.cast(x, tf.float64) / place.num_replicas
+                tf.cast(x, tf.float64) / replicas.number
                 for x in (importance, load, counts)
             )
         )

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional, placement
+from keras_moe import checks, engine, functional
 from keras_moe.layers.gating import _Gating
 from keras_moe.types import GatingResult
 
@@ -128,7 +128,7 @@ class BalancedGating(_Gating):
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         real = None
-        if placement.for_call().static_shapes:
+        if engine.current().static_shapes:
             return self._dense(inputs, mask, training)
         if mask is not None:
             # Padding must not compete with real tokens for a place.
@@ -176,19 +176,19 @@ class BalancedGating(_Gating):
         if not training:
             return functional.threshold_mask(softmax_gates, thresholds), ()
         # The batch is that of all devices.
-        place = placement.for_call()
-        num_tokens = tf.reduce_sum(place.gather(tf.shape(softmax_gates)[0]))
+        here = engine.current()
+        num_tokens = tf.reduce_sum(here.replicas.gather(tf.shape(softmax_gates)[0]))
         if mask is not None:
             num_tokens = tf.reduce_sum(tf.cast(mask, tf.int32))
         m = functional.tokens_per_expert(num_tokens, self.num_experts, self.k)
         # Gates are not negative: what pads the columns of several devices loses.
-        selected = place.over_columns(
+        selected = here.operations.over_columns(
             softmax_gates, lambda gates: functional.batchwise_mask(gates, m), -1.0
         )
         if not self.threshold_loss_weight:
             return selected, ()
         loss = functional.threshold_loss(softmax_gates, thresholds, m, selected)
-        mean = place.sum(loss) / tf.cast(tf.maximum(num_tokens, 1), loss.dtype)
+        mean = here.replicas.sum(loss) / tf.cast(tf.maximum(num_tokens, 1), loss.dtype)
         return selected, (self.threshold_loss_weight * mean,)
 
     def get_config(self):

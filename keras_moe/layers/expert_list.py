@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, placement
+from keras_moe import checks, engine
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -94,7 +94,7 @@ class ExpertList(keras.layers.Layer):
         return len(self.experts)
 
     def build(self, input_shape):
-        placement.verify_one_device(self)
+        engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         for expert in self.experts:
             if not expert.built:

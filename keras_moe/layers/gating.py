@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_moe import checks, functional
 from keras_moe.layers.noise import draw_rows
-from keras_moe.types import GatingResult
+from keras_moe.types import GatingResult, at_least_float32
 
 
 class _Gating(keras.layers.Layer):
@@ -25,8 +25,9 @@ class _Gating(keras.layers.Layer):
         # policy that computes in half precision is replaced by its variables'
         # type, which also keeps Keras from casting the inputs down.
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
-        if policy.compute_dtype != "float64":
-            policy = keras.dtype_policies.DTypePolicy("float32")
+        policy = keras.dtype_policies.DTypePolicy(
+            at_least_float32(policy.compute_dtype).name
+        )
         super().__init__(dtype=policy, **kwargs)
         if num_experts is not None:
             num_experts = checks.verify_positive_int(num_experts, "num_experts")
@@ -72,6 +73,16 @@ class _Gating(keras.layers.Layer):
             "num_experts": self.num_experts,
             "gate_initializer": keras.initializers.serialize(self.gate_initializer),
         }
+
+
+def k_of(gating: Any) -> int | None:
+    """Experts for each token, on average; None if the gate does not say.
+
+    Args:
+        gating: A gate, its own or a user's.
+    """
+    k = getattr(gating, "k", None)
+    return k if isinstance(k, int) else None
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

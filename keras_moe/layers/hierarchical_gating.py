@@ -6,9 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional, placement
+from keras_moe import checks, engine, functional
 from keras_moe.layers.gating import NoisyTopKGating, _Gating
-from keras_moe.layers.hierarchical_static import hierarchical_gating
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
@@ -69,8 +68,8 @@ class HierarchicalGating(_Gating):
     Example:
 
     >>> gating = keras_moe.layers.HierarchicalGating(4, k=(2, 1), num_experts=12)
-    >>> gates, plan, *_ = gating(np.ones((3, 8), "float32"))
-    >>> gates.shape.as_list()
+    >>> result = gating(np.ones((3, 8), "float32"))
+    >>> result.gates.shape.as_list()
     [3, 2]
 
     Reference:
@@ -111,7 +110,7 @@ class HierarchicalGating(_Gating):
         verify_groups(self.num_experts, self.num_groups, self.k)
 
     def _add_kernel(self, name, features, initializer):
-        return placement.for_weights().add_group_weight(
+        return engine.for_weights().weights.add_group_weight(
             self,
             (self.num_groups, features, self.num_experts // self.num_groups),
             PerExpertInitializer(initializer),
@@ -127,11 +126,12 @@ class HierarchicalGating(_Gating):
             self.primary_gating.build(input_shape)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
-        if placement.for_call().static_shapes:
-            return hierarchical_gating(self, inputs, mask, training)
+        otherwise = engine.current().hierarchical_gating
+        if otherwise is not None:
+            return otherwise(self, inputs, mask, training)
         primary = self.primary_gating(inputs, mask=mask, training=training)
-        plan = primary.plan
-        rows = functional.dispatch(inputs, plan)  # (M, D), sorted by group
+        plan = functional.make_plan(primary)
+        rows = plan.dispatch(inputs)  # (M, D), sorted by group
         row_mask = None if mask is None else tf.gather(mask, plan.token_indices)
         groups = tf.repeat(tf.range(self.num_groups), plan.counts)
         gates, indices, load = self.secondary(
@@ -150,12 +150,11 @@ class HierarchicalGating(_Gating):
             load = functional.hierarchical_load(
                 primary.statistics.load, load, primary.statistics.counts
             )
-        tokens = None
-        if plan.positions.shape.rank == 1:
-            tokens = tf.repeat(tf.gather(plan.token_indices, pairs), self.k[1])
-            shape = tf.constant([-1])
+        tokens, shape = None, [-1]
+        if primary.is_ragged:
+            tokens = tf.repeat(primary.token_indices, self.k[1])
         else:
-            shape = tf.constant([-1, plan.positions.shape[1] * self.k[1]])
+            shape.append(primary.gates.shape[1] * self.k[1])
         result = functional.make_gating_result(
             tf.reshape(gates, shape),
             tf.reshape(expert_indices, shape),

@@ -6,10 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, placement
+from keras_moe import checks, engine
 from keras_moe.layers.balance_metric import add_balance
-from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.group_exchange import mix_at_groups
+from keras_moe.layers.experts import Experts
 from keras_moe.layers.hierarchical_gating import (
     HierarchicalGating,
     verify_groups,
@@ -120,16 +119,16 @@ class HierarchicalMoE(MoE):
         self.primary_gating = primary_gating
 
     def build(self, input_shape):
-        num_replicas = placement.for_weights().num_replicas
-        if num_replicas > 1 and not isinstance(self.experts, FeedForwardExperts):
+        num_replicas = engine.for_weights().replicas.number
+        if isinstance(self.experts, Experts):
+            self._keep_groups_together(num_replicas)
+        elif num_replicas > 1:
             raise ValueError(
                 "`experts` of HierarchicalMoE must be FeedForwardExperts on several "
-                "devices, which hold one group's weights together. Received: "
-                f"{type(self.experts).__name__} on {num_replicas} replicas. Use "
-                "FeedForwardExperts, or `MoE`."
+                "devices, or other `Experts`, which hold one group's weights "
+                f"together. Received: {type(self.experts).__name__} on "
+                f"{num_replicas} replicas. Use FeedForwardExperts, or `MoE`."
             )
-        if isinstance(self.experts, FeedForwardExperts):
-            self._keep_groups_together(num_replicas)
         super().build(input_shape)
 
     def _keep_groups_together(self, num_replicas):
@@ -148,16 +147,17 @@ class HierarchicalMoE(MoE):
         self.experts.group_size = group_size
 
     def _mix(self, tokens, mask, training):
-        if placement.for_call().num_replicas == 1:
+        here = engine.current()
+        if here.hierarchical_mixture is None:
             return super()._mix(tokens, mask, training)
         if self.on_routing is not None:
             raise ValueError(
                 f"{self.name}: the routing of a hierarchical mixture is not known on "
                 "the device of a token. Received: recorded_routing on "
-                f"{placement.for_call().num_replicas} replicas. Record it outside of "
+                f"{here.replicas.number} replicas. Record it outside of "
                 "`strategy.run`."
             )
-        outputs, statistics, losses = mix_at_groups(self, tokens, training)
+        outputs, statistics, losses = here.hierarchical_mixture(self, tokens, training)
         add_balance(self, statistics, tf.constant(0))
         for loss in losses:
             self.add_loss(loss)

@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer: gate, dispatch, experts, combine, losses."""
+"""The Mixture-of-Experts layer: gate (router), dispatch, experts, combine, losses."""
 
 import warnings
 from collections.abc import Callable
@@ -8,11 +8,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional, placement
+from keras_moe import checks, engine, functional
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
-from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating, TopKGating
-from keras_moe.layers.routing import RoutingRecord
+from keras_moe.layers.gating import NoisyTopKGating, TopKGating, k_of
+from keras_moe.layers.routing_record import RoutingRecord
 from keras_moe.types import GatingResult
 
 
@@ -167,13 +166,12 @@ class MoE(keras.layers.Layer):
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
-        place = placement.for_weights()
-        several = place.num_replicas > 1 or place.static_shapes
-        if self.capacity_factor is not None and several:
+        here = engine.for_weights()
+        if self.capacity_factor is not None and here.several_devices:
             raise ValueError(
                 "`capacity_factor` must be None on several devices, where experts "
                 "take all their tokens. Received: capacity_factor="
-                f"{self.capacity_factor} on {place.num_replicas} replicas. Leave it "
+                f"{self.capacity_factor} on {here.replicas.number} replicas. Leave it "
                 "out."
             )
         if not self.gating.built:
@@ -190,8 +188,7 @@ class MoE(keras.layers.Layer):
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None
-        keeps_padding = placement.for_call().static_shapes
-        if mask is None or self.capacity_factor is not None or keeps_padding:
+        if mask is None or self._dispatcher().static_shapes:
             outputs, result = self._mix(tokens, mask, training)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
@@ -208,48 +205,26 @@ class MoE(keras.layers.Layer):
         outputs.set_shape(self.compute_output_shape(inputs.shape))
         return self.activation(outputs)
 
+    def _dispatcher(self) -> functional.Dispatcher:
+        """What moves tokens to experts where this call runs."""
+        elsewhere = engine.current().dispatcher
+        if elsewhere is not None:
+            return elsewhere(k_of(self.gating))
+        if self.capacity_factor is not None:
+            return functional.CapacityDispatcher(self.capacity_factor)
+        return functional.Dispatcher()
+
     def _mix(self, tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
-        result = self._route(tokens, mask, training)
-        gates, plan, statistics, auxiliary_losses = result
-        place = placement.for_call()
-        if place.static_shapes:
-            outputs = place.mix(self, tokens, result, mask)
-        elif place is placement.ONE_DEVICE and type(self.experts) is FeedForwardExperts:
-            outputs = self.experts(tokens, gates=gates, plan=plan)
-        else:
-            rows = functional.dispatch(tokens, plan)
-            rows = place.run_experts(self.experts, rows, plan.counts)
-            num_tokens = tf.shape(tokens)[0]
-            outputs = functional.combine(rows, gates, plan, num_tokens=num_tokens)
-        entropy = partial(functional.gate_entropy, gates, tf.shape(tokens)[0], mask)
-        add_balance(self, statistics, plan.overflow, entropy)
-        for loss in auxiliary_losses:
+        result = self.gating(tokens, mask=mask, training=training)
+        outputs, overflow = self._dispatcher().mix(self.experts, tokens, result, mask)
+        entropy = partial(
+            functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask
+        )
+        add_balance(self, result.statistics, overflow, entropy)
+        for loss in result.auxiliary_losses:
             self.add_loss(loss)
         return outputs, result
-
-    def _route(self, tokens, mask, training) -> GatingResult:
-        result = self.gating(tokens, mask=mask, training=training)
-        if self.capacity_factor is None:
-            return result
-        plan = result.plan
-        if plan.positions.shape.rank != 2:
-            raise ValueError(
-                f"{self.name}: `capacity_factor` needs a gate that gives every token "
-                f"the same number of experts. Received: capacity_factor="
-                f"{self.capacity_factor} with {type(self.gating).__name__}. Leave "
-                "`capacity_factor` out."
-            )
-        capacity = functional.expert_capacity(
-            tf.shape(tokens)[0],
-            self.num_experts,
-            plan.positions.shape[-1],
-            self.capacity_factor,
-        )
-        plan = functional.make_capacity_plan(
-            plan.expert_indices, self.num_experts, capacity, mask
-        )
-        return result._replace(plan=plan)
 
     def route(self, inputs, training: bool = False) -> GatingResult:
         """Which experts take which tokens, without running them.
@@ -261,8 +236,8 @@ class MoE(keras.layers.Layer):
 
         Returns:
             A `GatingResult` over the flattened tokens: `gates` and
-            `plan.expert_indices` are `(tokens, k)`, or `(assignments,)` for a
-            gate that gives tokens different numbers of experts.
+            `expert_indices` are `(tokens, k)`, or `(assignments,)` for a gate
+            that gives tokens different numbers of experts.
         """
         inputs = tf.convert_to_tensor(inputs)
         if not self.built:
@@ -329,8 +304,9 @@ def share_num_experts(gating, num_experts):
             "out of the gate, or make them equal; a gate cannot be shared by layers "
             "with different numbers of experts."
         )
-    if isinstance(getattr(gating, "k", None), int):
-        checks.verify_k(gating.k, num_experts)
+    k = k_of(gating)
+    if k is not None:
+        checks.verify_k(k, num_experts)
 
 
 def _flatten_mask(mask, inputs):

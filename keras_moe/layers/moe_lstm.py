@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional, placement
+from keras_moe import checks, engine, functional
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.moe import default_name
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
@@ -173,7 +173,7 @@ class MoELSTM(keras.layers.RNN):
         return self.cell.gating
 
     def build(self, sequences_shape, initial_state_shape=None):
-        placement.verify_one_device(self)
+        engine.verify_one_device(self)
         checks.verify_input_shape(sequences_shape, type(self).__name__)
         super().build(sequences_shape, initial_state_shape)
         if self.num_experts > 1 and not hasattr(self, "balance"):

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional, placement
+from keras_moe import checks, engine, functional
 from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.moe import share_num_experts
@@ -108,7 +108,7 @@ class MoELSTMCell(keras.layers.Layer):
         self.supports_jit = False  # experts have as many rows as chose them
 
     def build(self, input_shape):
-        placement.verify_one_device(self)
+        engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.kernel = self.add_weight(
             name="kernel",
@@ -146,7 +146,8 @@ class MoELSTMCell(keras.layers.Layer):
         chosen = self.gating(u, training=training)
         functional.verify_recurrent_gating(chosen)
         kernel = tf.convert_to_tensor(self.kernel)
-        z = functional.mixed_product(u, kernel, chosen.gates, chosen.plan)
+        plan = functional.make_plan(chosen)
+        z = functional.mixed_product(u, kernel, chosen.gates, plan)
         h, c = functional.lstm_step(
             z + self.bias, c, self.activation, self.recurrent_activation
         )

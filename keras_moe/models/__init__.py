@@ -1,9 +1,9 @@
 """Ready models."""
 
-from keras_moe.models.baselines import middle_layers
-from keras_moe.models.beam_search import beam_search
+from keras_moe.models.beams import beam_search
 from keras_moe.models.counting import Count, count
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.models.middle import middle_layers
 from keras_moe.models.preset_models import (
     build_language_model,
     build_translation_model,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_moe.models.baselines import num_deep_layers
+from keras_moe.models.middle import num_deep_layers
 from keras_moe.models.presets import Preset
 
 # Not in the paper's operations and parameters of its language models.

@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.layers.routing import recorded_routing, routing_arrays
-from keras_moe.models.decoding import continue_tokens
+from keras_moe.layers.routing_record import recorded_routing, routing_arrays
+from keras_moe.models.continuation import continue_tokens
 from keras_moe.models.language_model_checks import verify_tokens
 from keras_moe.models.sampling import verify_sampling
 

@@ -7,8 +7,8 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.noise import Dropout
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import (
@@ -19,12 +19,12 @@ from keras_moe.models.language_model_checks import (
 from keras_moe.models.parts import (
     TracedFunctions,
     make_lstm,
-    softmax_dtype,
     verify_width,
     zero_states,
 )
 from keras_moe.models.sampled_training import SampledTraining, with_softmax_inputs
 from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
+from keras_moe.types import at_least_float32
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -152,7 +152,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self._traced_functions = TracedFunctions()
 
     def _make_softmax(self):
-        dtype = softmax_dtype(self.compute_dtype)
+        dtype = at_least_float32(self.compute_dtype).name
         options: dict[str, Any] = {"dtype": dtype, "name": "softmax"}
         if self.num_sampled is None:
             return keras.layers.Dense(self.vocabulary_size, **options)

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe.layers.recurrent import ProjectedLSTMCell
+from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 
 
 def make_cell(units: int, lstm_units: int | None, dtype: Any) -> keras.layers.Layer:
@@ -29,11 +29,6 @@ def make_lstm(
     if lstm_units is None:
         return keras.layers.LSTM(units, **options)
     return keras.layers.RNN(make_cell(units, lstm_units, dtype), **options)
-
-
-def softmax_dtype(compute_dtype: str) -> str:
-    """Type of logits and their softmax: float32 at least."""
-    return "float64" if compute_dtype == "float64" else "float32"
 
 
 def zero_states(layers: Iterable, batch_size: Any, dtype: str) -> list:

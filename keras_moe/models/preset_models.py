@@ -6,8 +6,8 @@ import keras
 
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
-from keras_moe.models.baselines import middle_layers
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.models.middle import middle_layers
 from keras_moe.models.presets import Preset
 from keras_moe.models.translation import MoETranslator
 from keras_moe.models.translation_layers import translation_middle

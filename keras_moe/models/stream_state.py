@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import placement
+from keras_moe import engine
 
 _ONE_SIZE = (
     "A stateful MoELanguageModel needs batches of one size within a stream. "
@@ -30,13 +30,13 @@ class StreamState:
     def read(self, initial_state):
         """The states to go on with, or `initial_state` at the start of a stream."""
         zeros = tf.nest.flatten(initial_state)
-        replica, place = placement.current_replica(), placement.for_call()
-        if place.static_shapes:
+        replica, here = engine.current_replica(), engine.current()
+        if here.static_shapes:
             return tf.nest.pack_sequence_as(initial_state, self._read_static(zeros))
         if replica not in self._started:
-            self._started[replica] = place.local_variable(lambda: False, ())
+            self._started[replica] = here.weights.local_variable(lambda: False, ())
             self._variables[replica] = [
-                place.local_variable(
+                here.weights.local_variable(
                     partial(tf.zeros, (0, each.shape[-1]), each.dtype),
                     (None, each.shape[-1]),
                 )
@@ -53,11 +53,11 @@ class StreamState:
 
     def _read_static(self, zeros):
         """The same where shapes are static: each number of rows has variables."""
-        place, rows = placement.for_call(), zeros[0].shape[0]
+        here, rows = engine.current(), zeros[0].shape[0]
         if rows not in self._started:
-            self._started[rows] = place.local_variable(lambda: False, ())
+            self._started[rows] = here.weights.local_variable(lambda: False, ())
             self._variables[rows] = [
-                place.local_variable(
+                here.weights.local_variable(
                     partial(tf.zeros, each.shape, each.dtype), each.shape
                 )
                 for each in zeros
@@ -81,8 +81,8 @@ class StreamState:
 
     def write(self, state):
         """Stores the states to go on with. No gradient goes further back."""
-        replica = placement.current_replica()
-        if placement.for_call().static_shapes:
+        replica = engine.current_replica()
+        if engine.current().static_shapes:
             replica = tf.nest.flatten(state)[0].shape[0]
         self._started[replica].assign(True)
         for variable, value in zip(

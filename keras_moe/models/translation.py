@@ -10,14 +10,13 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.layers.attention_lstm import AttentionLSTM
+from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.noise import Dropout
-from keras_moe.layers.routing import recorded_routing, routing_arrays
+from keras_moe.layers.routing_record import recorded_routing, routing_arrays
 from keras_moe.models.parts import (
     TracedFunctions,
     make_cell,
     make_lstm,
-    softmax_dtype,
     verify_width,
     zero_states,
 )
@@ -29,6 +28,7 @@ from keras_moe.models.translation_checks import (
     verify_vocabulary,
 )
 from keras_moe.models.translation_decoding import PAD_ID, Decoding
+from keras_moe.types import at_least_float32
 
 # So improbable that its probability and its gradient are exactly 0.
 _NEVER = -1e9
@@ -176,7 +176,7 @@ class MoETranslator(Decoding, keras.Model):
         self.softmax = keras.layers.Dense(
             vocabulary_size,
             bias_initializer=_BiasWithoutPadding(),
-            dtype=softmax_dtype(self.compute_dtype),
+            dtype=at_least_float32(self.compute_dtype).name,
             name="softmax",
         )
         self._searches = TracedFunctions()

@@ -10,7 +10,7 @@ from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
-from keras_moe.models.baselines import middle_layers
+from keras_moe.models.middle import middle_layers
 
 KINDS = ("moe", "moe_1_wide", "none")
 GATINGS = ("noisy_top_k", "balanced")

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, placement
+from keras_moe import checks, engine
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -178,8 +178,8 @@ class FactoredAdam(keras.optimizers.Adam):
         Returns:
             A variable of zeros, placed where `variable` is.
         """
-        place = placement.of_weight(variable)
-        return place.add_slot(self, variable, shape, f"{variable.name}_{name}")
+        weights = engine.of_weight(variable).weights
+        return weights.add_slot(self, variable, shape, f"{variable.name}_{name}")
 
     def slots_of(self, variable) -> list:
         """The state of one variable, once built.

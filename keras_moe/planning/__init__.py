@@ -3,7 +3,7 @@
 from keras_moe.planning.cluster import Cluster, cluster_names, load_cluster
 from keras_moe.planning.memory import Memory, activation_numbers, memory_of
 from keras_moe.planning.placing import Placement, place
-from keras_moe.planning.plan import Plan, plan
+from keras_moe.planning.planner import Plan, plan
 from keras_moe.planning.traffic import Work
 
 __all__ = [

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from keras_moe.planning.plan import Plan
+from keras_moe.planning.planner import Plan
 
 _PARTS = ("embedding", "lstm", "gating", "experts", "attention", "softmax")
 

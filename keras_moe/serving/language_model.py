@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from keras_moe.layers.routing import recorded_routing
-from keras_moe.models.decoding import continue_tokens
+from keras_moe.layers.routing_record import recorded_routing
+from keras_moe.models.continuation import continue_tokens
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.serving.signature import routing_outputs, signature
 from keras_moe.serving.text import TextCodec

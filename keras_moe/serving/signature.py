@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe.layers.routing import RoutingRecord, routing_tensors
+from keras_moe.layers.routing_record import RoutingRecord, routing_tensors
 
 
 def signature(

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.routing import recorded_routing
+from keras_moe.layers.routing_record import recorded_routing
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.models.translation import MoETranslator
 from keras_moe.serving.language_model import language_model_signatures

@@ -4,7 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe.layers.routing import recorded_routing
+from keras_moe.layers.routing_record import recorded_routing
 from keras_moe.models.translation import MoETranslator
 from keras_moe.serving.signature import routing_outputs, signature
 

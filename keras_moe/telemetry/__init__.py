@@ -1,6 +1,6 @@
 """What the experts do: callbacks, metrics and scores."""
 
-from keras_moe.telemetry.expert_specialisation import ExpertSpecialisation
+from keras_moe.telemetry.expert_specialization import ExpertSpecialisation
 from keras_moe.telemetry.expert_usage import ExpertUsage, UsageRecord
 from keras_moe.telemetry.information import (
     LabelInformation,

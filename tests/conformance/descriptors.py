@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_moe import layers, models
+from tests import own_layers
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,15 @@ def _random_gate(k=2, **kwargs):
     )
 
 
-def _expert_list(**kwargs):
+def _moe_of(experts, **fixed):
+    def make(**kwargs):
+        own = experts(dtype=kwargs.get("dtype"))
+        return layers.MoE(own, _random_gate(), **fixed, **kwargs)
+
+    return make
+
+
+def _expert_list(kind=layers.ExpertList, **kwargs):
     dense = keras.layers.Dense(6, dtype=kwargs.get("dtype"))
     deep = keras.Sequential(
         [
@@ -81,7 +90,7 @@ def _expert_list(**kwargs):
         ]
     )
     other = keras.layers.Dense(6, "relu", dtype=kwargs.get("dtype"))
-    return layers.ExpertList([dense, deep, other], **kwargs)
+    return kind([dense, deep, other], **kwargs)
 
 
 def _language_model(**kwargs):
@@ -240,6 +249,49 @@ DESCRIPTORS = [
         layers.ExpertList,
         dynamic_axes=(1,),
         supports_xla=True,
+    ),
+    Descriptor(
+        "Experts, a user's gated ones",
+        lambda **kw: own_layers.GatedExperts(3, 8, **kw),
+        (3, 4, 5),
+        layers.Experts,
+        dynamic_axes=(1,),
+        supports_xla=True,
+    ),
+    Descriptor(
+        "MoE of a user's gated experts",
+        _moe_of(lambda **kw: own_layers.GatedExperts(6, 8, recompute=True, **kw)),
+        (3, 5, 4),
+        layers.Experts,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoE of a user's gated experts, in blocks",
+        _moe_of(lambda **kw: own_layers.GatedExperts(6, 8, computation="blocks", **kw)),
+        (3, 5, 4),
+        layers.Experts,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoE of a user's gated experts, with capacity",
+        _moe_of(lambda **kw: own_layers.GatedExperts(6, 8, **kw), capacity_factor=3.0),
+        (3, 5, 4),
+        layers.Experts,
+        supports_xla=True,
+    ),
+    Descriptor(
+        "MoE of a subclass of FeedForwardExperts",
+        _moe_of(lambda **kw: own_layers.ResidualExperts(6, 8, use_bias=True, **kw)),
+        (3, 5, 4),
+        layers.FeedForwardExperts,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoE of a subclass of ExpertList",
+        _moe_of(lambda **kw: _expert_list(own_layers.HalvedExpertList, **kw)),
+        (3, 5, 6),
+        layers.ExpertList,
+        dynamic_axes=(0, 1),
     ),
     Descriptor(
         "HierarchicalGating",

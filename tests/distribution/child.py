@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_moe
+from tests import own_layers
 
 VOCABULARY, TIME, WIDTH, BATCH = 20, 6, 16, 24
 
@@ -67,7 +68,9 @@ def mixture(case: Case, name: str = "moe"):
     experts = layers.FeedForwardExperts(
         case.num_experts, hidden_units=24, use_bias=case.use_bias
     )
-    if case.layer == "flat":
+    if case.layer == "gated":
+        experts = own_layers.GatedExperts(case.num_experts, hidden_units=24)
+    if case.layer in ("flat", "gated"):
         gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
         return layers.MoE(experts, gating, name=name)
     if case.layer == "hierarchical":

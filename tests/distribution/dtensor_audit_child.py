@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from keras_moe import distribution, placement
-from keras_moe.distribution import dtensor_mesh
+from keras_moe import distribution, engine
+from keras_moe.distribution.dtensor import mesh as dtensor_mesh
 from tests.distribution import child
 
 
@@ -134,7 +134,7 @@ def random_numbers_are_those_of_one_device(settings):
             return strategy.run(lambda b: layer(b, training=True) * b, (batch,))
 
         values.append(step(strategy.lay_out(x)).numpy())
-    assert placement.for_call() is placement.ONE_DEVICE
+    assert engine.current() is engine.ONE_DEVICE
     return {"apart": float(np.max(np.abs(values[0] - values[1])))}
 
 

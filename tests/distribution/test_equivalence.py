@@ -63,6 +63,10 @@ def test_mixtures_train_as_on_one_device(num_devices):
     )
 
 
+def test_experts_of_a_user_are_sharded_too():
+    assert_equal_on_devices(2, [{**ADAM, **SEVEN, "layer": "gated", "steps": 6}])
+
+
 def test_balanced_gates_see_the_global_batch():
     assert_equal_on_devices(
         3, [{**ADAM, **BALANCED}, {**ADAM, **BALANCED, **SEVEN, "mask": True}]

@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe import layers, optimizers, placement
-from keras_moe.distribution import replicated
+from keras_moe import engine, layers, optimizers
+from keras_moe.distribution.mirrored.engine import MirroredEngine
 
 
-class Two(placement.Placement):
-    num_replicas = 2
+class TwoReplicas(engine.Replicas):
+    number = 2
+
+
+class Two(engine.Engine):
+    replicas = TwoReplicas()
 
 
 @pytest.mark.parametrize(
@@ -21,7 +25,7 @@ class Two(placement.Placement):
     ],
 )
 def test_layers_of_one_device_refuse_several(make, name, monkeypatch):
-    monkeypatch.setattr(placement, "for_weights", Two)
+    monkeypatch.setattr(engine, "for_weights", Two)
     layer = make()
     with pytest.raises(
         ValueError, match=f"`{name}` runs on one device only.*2 replicas"
@@ -30,14 +34,14 @@ def test_layers_of_one_device_refuse_several(make, name, monkeypatch):
 
 
 def test_capacity_is_refused_on_several_devices(monkeypatch):
-    monkeypatch.setattr(placement, "for_weights", Two)
+    monkeypatch.setattr(engine, "for_weights", Two)
     layer = layers.MoE(layers.FeedForwardExperts(4, 3), capacity_factor=2.0)
     with pytest.raises(ValueError, match=r"capacity_factor=2.0 on 2 replicas"):
         layer.build(tf.TensorShape((None, 3)))
 
 
 def test_hierarchical_mixture_of_other_experts_is_refused(monkeypatch):
-    monkeypatch.setattr(placement, "for_weights", Two)
+    monkeypatch.setattr(engine, "for_weights", Two)
     experts = layers.ExpertList([keras.layers.Dense(3) for _ in range(4)])
     layer = layers.HierarchicalMoE(experts, 2, k=(1, 1))
     with pytest.raises(ValueError, match=r"Received: ExpertList on 2 replicas"):
@@ -46,8 +50,8 @@ def test_hierarchical_mixture_of_other_experts_is_refused(monkeypatch):
 
 def test_a_factor_over_sharded_experts_is_refused():
     variable = keras.Variable(np.zeros((4, 3)), name="bias")
-    place = replicated.ReplicatedPlacement(tf.distribute.get_strategy())
+    weights = MirroredEngine(tf.distribute.get_strategy()).weights
     with pytest.raises(
         ValueError, match=r"FactoredAdam .*\(3,\) for 'bias' .*\(4, 3\)"
     ):
-        place.add_slot(optimizers.FactoredAdam(), variable, (3,), "column")
+        weights.add_slot(optimizers.FactoredAdam(), variable, (3,), "column")

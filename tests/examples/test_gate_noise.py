@@ -57,15 +57,15 @@ def test_noise_spread_and_choices_kept(script, gating, level):
     np.testing.assert_allclose(rows[:, 2].mean(), wanted, atol=0.03)
     # As at inference, whatever it was called with.
     best = np.sort(np.argsort(logits)[:, -2:])
-    np.testing.assert_array_equal(np.sort(result.plan.expert_indices), best)
+    np.testing.assert_array_equal(np.sort(result.expert_indices), best)
 
 
 def test_noise_can_be_turned_on(script, gating):
     gating.noise_kernel.assign(np.full((9, 8), 5.0) * (np.arange(9) == 8)[:, None])
     x = inputs_of(500)
     observed = script.Observed(gating)
-    clean = gating(x).plan.expert_indices.numpy()
+    clean = gating(x).expert_indices.numpy()
     observed.noisy = True
-    noisy = gating(x).plan.expert_indices.numpy()
+    noisy = gating(x).expert_indices.numpy()
     assert np.mean(np.sort(clean) != np.sort(noisy)) > 0.3
     assert len(observed.rows) == 1  # of the call without noise

@@ -3,7 +3,6 @@ import pytest
 import tensorflow as tf
 
 import keras_moe.functional as F
-from keras_moe.functional import experts as experts_module
 from tests.helpers import assert_value_and_gradients, dense_gates
 from tests.oracles import mixture as oracle
 
@@ -30,33 +29,30 @@ def plan_of(kind, indices):
     return F.make_capacity_plan(indices, E, n)
 
 
-def mix(plan, x, gates, *kernels):
+def mix(plan, x, gates, *kernels, **way):
     expert_inputs = F.dispatch(x, plan)
-    outputs = F.feed_forward_experts(expert_inputs, kernels, None, plan.counts)
+    outputs = F.feed_forward_experts(expert_inputs, kernels, None, plan.counts, **way)
     if plan.positions.shape.rank == 1:
         gates = tf.reshape(gates, [-1])
     return F.combine(outputs, gates, plan, num_tokens=tf.shape(x)[0])
 
 
-@pytest.fixture(params=["expert by expert", "blocks"])
-def plan_of_experts(request, monkeypatch):
+@pytest.fixture(params=["unrolled", "blocks"])
+def way(request):
     """Both ways to compute sorted rows, whatever the number of experts."""
-    most = 0 if request.param == "blocks" else 1000
-    monkeypatch.setattr(experts_module, "MOST_UNROLLED_EXPERTS", most)
+    return {"computation": request.param}
 
 
-@pytest.mark.usefixtures("plan_of_experts")
 @pytest.mark.parametrize("kind", ["dropless", "ragged", "capacity"])
-def test_dispatch_experts_combine_equal_oracle(case, kind):
+def test_dispatch_experts_combine_equal_oracle(way, case, kind):
     plan = plan_of(kind, case["indices"])
     assert_value_and_gradients(
-        lambda x, g, *w: mix(plan, x, g, *w),
+        lambda x, g, *w: mix(plan, x, g, *w, **way),
         lambda x, g, *w: oracle.mixture(x, dense_gates(g, case["indices"], E), w),
         [case["x"], case["gates"], *case["kernels"]],
     )
 
 
-@pytest.mark.usefixtures("plan_of_experts")
 @pytest.mark.parametrize(
     "counts",
     [
@@ -67,7 +63,7 @@ def test_dispatch_experts_combine_equal_oracle(case, kind):
         [0, 0, 0, 0, 0, 0],
     ],
 )
-def test_several_hidden_layers_with_biases_equal_oracle(rng, counts):
+def test_several_hidden_layers_with_biases_equal_oracle(way, rng, counts):
     sizes = [D, 4, 3, 2]
     kernels = [
         rng.normal(size=(E, a, b)) for a, b in zip(sizes, sizes[1:], strict=False)
@@ -86,7 +82,7 @@ def test_several_hidden_layers_with_biases_equal_oracle(rng, counts):
         ).reshape(len(x), 2)
 
     assert_value_and_gradients(
-        lambda x, *w: F.feed_forward_experts(x, w[:3], w[3:], counts, tf.tanh),
+        lambda x, *w: F.feed_forward_experts(x, w[:3], w[3:], counts, tf.tanh, **way),
         expected,
         [rows, *kernels, *biases],
     )
@@ -213,10 +209,9 @@ def test_the_graph_of_many_experts_does_not_grow_with_their_number():
     assert abs(sizes[0] - sizes[1]) < 5
 
 
-def test_blocks_in_a_graph_equal_single_experts_whatever_the_balance(rng, monkeypatch):
+def test_blocks_in_a_graph_equal_single_experts_whatever_the_balance(rng):
     # Skewed and balanced counts through one traced function: the choice of
     # blocks is made when it runs.
-    monkeypatch.setattr(experts_module, "MOST_UNROLLED_EXPERTS", 0)
     kernels = [tf.constant(rng.normal(size=(E, D, D)))]
 
     @tf.function(
@@ -228,7 +223,7 @@ def test_blocks_in_a_graph_equal_single_experts_whatever_the_balance(rng, monkey
     def run(x, counts):
         with tf.GradientTape() as tape:
             tape.watch([x, *kernels])
-            y = F.feed_forward_experts(x, kernels, None, counts)
+            y = F.feed_forward_experts(x, kernels, None, counts, computation="blocks")
         return y, *tape.gradient(y, [x, *kernels])
 
     for counts in (
@@ -251,11 +246,10 @@ def test_blocks_in_a_graph_equal_single_experts_whatever_the_balance(rng, monkey
         np.testing.assert_allclose(d_kernel, expected, atol=1e-9)
 
 
-@pytest.mark.usefixtures("plan_of_experts")
-def test_all_tokens_to_one_expert(case):
+def test_all_tokens_to_one_expert(way, case):
     indices = np.full((N, 1), 3, "int32")
     plan = F.make_dispatch_plan(indices, E)
-    outputs = mix(plan, case["x"], np.ones((N, 1)), case["kernels"][0])
+    outputs = mix(plan, case["x"], np.ones((N, 1)), case["kernels"][0], **way)
     np.testing.assert_allclose(outputs, case["x"] @ case["kernels"][0][3], rtol=1e-12)
 
 
@@ -263,7 +257,7 @@ def test_an_expert_whose_gate_underflows_still_gets_its_token():
     gates, indices = F.top_k_gating(tf.constant([[0.0, -200.0, -300.0]]), 2)
     assert gates.numpy()[0, 1] == 0.0
     result = F.make_gating_result(gates, indices, 3)
-    np.testing.assert_array_equal(result.plan.counts, [1, 1, 0])
+    np.testing.assert_array_equal(F.make_plan(result).counts, [1, 1, 0])
     np.testing.assert_array_equal(result.statistics.counts, [1, 1, 0])
 
 

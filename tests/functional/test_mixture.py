@@ -5,7 +5,6 @@ import pytest
 import tensorflow as tf
 
 import keras_moe.functional as F
-from keras_moe.functional import experts as experts_module
 from tests.helpers import assert_value_and_gradients, dense_gates
 from tests.oracles import mixture as oracle
 
@@ -34,23 +33,22 @@ def plan_of(kind, indices):
     return F.make_capacity_plan(indices, E, 2 * len(indices))
 
 
-@pytest.fixture(params=[0, 1000], ids=["blocks", "expert by expert"])
-def way(request, monkeypatch):
+@pytest.fixture(params=["blocks", "unrolled"])
+def way(request):
     """Both ways to run experts, whatever their number."""
-    monkeypatch.setattr(experts_module, "MOST_UNROLLED_EXPERTS", request.param)
+    return {"computation": request.param}
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("kind", ["dropless", "ragged", "capacity"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_it_equals_the_oracle(case, kind, recompute):
+def test_it_equals_the_oracle(way, case, kind, recompute):
     plan = plan_of(kind, case["indices"])
 
     def mix(x, gates, *weights):
         gates = tf.reshape(gates, [-1]) if kind == "ragged" else gates
         kernels, biases = weights[:2], weights[2:]
         return F.mix_feed_forward_experts(
-            x, gates, plan, kernels, biases, tf.nn.tanh, recompute
+            x, gates, plan, kernels, biases, tf.nn.tanh, recompute, **way
         )
 
     def expected(x, gates, *weights):
@@ -61,34 +59,31 @@ def test_it_equals_the_oracle(case, kind, recompute):
     assert_value_and_gradients(mix, expected, arrays)
 
 
-@pytest.mark.usefixtures("way")
-def test_without_biases_relu_is_the_activation(case):
+def test_without_biases_relu_is_the_activation(way, case):
     plan = plan_of("dropless", case["indices"])
     assert_value_and_gradients(
-        lambda x, g, *w: F.mix_feed_forward_experts(x, g, plan, w),
+        lambda x, g, *w: F.mix_feed_forward_experts(x, g, plan, w, **way),
         lambda x, g, *w: oracle.mixture(x, dense_gates(g, case["indices"], E), w),
         [case["x"], case["gates"], *case["kernels"]],
     )
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_experts", [1, E])
-def test_an_empty_batch(case, num_experts):
+def test_an_empty_batch(way, case, num_experts):
     kernels = [tf.constant(w[:num_experts]) for w in case["kernels"]]
     gates = tf.zeros((0, 1), tf.float64)
     plan = F.make_dispatch_plan(np.zeros((0, 1), "int32"), num_experts)
     with tf.GradientTape() as tape:
         tape.watch(kernels)
         y = F.mix_feed_forward_experts(
-            tf.zeros((0, D), tf.float64), gates, plan, kernels
+            tf.zeros((0, D), tf.float64), gates, plan, kernels, **way
         )
     assert y.shape == (0, D + 1)
     for gradient in tape.gradient(y, kernels, unconnected_gradients="zero"):
         assert not np.any(gradient)
 
 
-@pytest.mark.usefixtures("way")
-def test_one_graph_serves_any_number_of_tokens_and_any_skew(case, rng):
+def test_one_graph_serves_any_number_of_tokens_and_any_skew(way, case, rng):
     kernels = [tf.constant(w, tf.float32) for w in case["kernels"]]
 
     @tf.function(
@@ -100,7 +95,7 @@ def test_one_graph_serves_any_number_of_tokens_and_any_skew(case, rng):
     )
     def mix(x, gates, indices):
         plan = F.make_dispatch_plan(indices, E)
-        return F.mix_feed_forward_experts(x, gates, plan, kernels)
+        return F.mix_feed_forward_experts(x, gates, plan, kernels, **way)
 
     for n, most in ((0, E), (1, E), (7, K), (64, K), (64, E)):
         x = rng.normal(size=(n, D)).astype("float32")
@@ -114,8 +109,7 @@ def test_one_graph_serves_any_number_of_tokens_and_any_skew(case, rng):
         np.testing.assert_allclose(mix(x, gates, indices), wanted, atol=1e-4)
 
 
-@pytest.mark.usefixtures("way")
-def test_second_derivatives(case):
+def test_second_derivatives(way, case):
     """Of a gradient penalty: what replaces stock operations has gradients too."""
     plan = plan_of("dropless", case["indices"])
     arrays = [case["x"], case["gates"], *case["kernels"]]
@@ -142,7 +136,9 @@ def test_second_derivatives(case):
         return tf.stack(rows)
 
     def in_one(x, gates, *kernels):
-        return F.mix_feed_forward_experts(x, gates, plan, kernels, None, tf.nn.tanh)
+        return F.mix_feed_forward_experts(
+            x, gates, plan, kernels, None, tf.nn.tanh, **way
+        )
 
     gradients = []
     for mix in (in_one, loops):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe import layers
+from keras_moe import functional, layers
 from keras_moe.layers.initializers import PerExpertInitializer
 from tests.oracles import mixture as oracle
 
@@ -147,9 +147,10 @@ def test_forget_gates_begin_open():
 def test_gates_and_plan_come_together(rng):
     tokens = rng.normal(size=(6, 3)).astype("float32")
     result = layers.NoisyTopKGating(k=2, num_experts=4)(tokens)
+    plan = functional.make_plan(result)
     experts = layers.FeedForwardExperts(4, hidden_units=8)
-    assert experts(tokens, gates=result.gates, plan=result.plan).shape == (6, 3)
+    assert experts(tokens, gates=result.gates, plan=plan).shape == (6, 3)
     with pytest.raises(ValueError, match=r"`gates` of .* must come with `plan`"):
-        experts(tokens, plan=result.plan)
+        experts(tokens, plan=plan)
     with pytest.raises(ValueError, match=r"`plan` of .* must come with `gates`"):
         experts(tokens, gates=result.gates)

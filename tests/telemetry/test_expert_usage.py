@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from keras_moe import layers, telemetry
-from keras_moe.layers.routing import recorded_routing
+from keras_moe.layers.routing_record import recorded_routing
 
 FEATURES = 6
 

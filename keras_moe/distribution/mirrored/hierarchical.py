@@ -4,12 +4,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe import functional, placement
+from keras_moe import functional
+from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
+from keras_moe.distribution.topology import make_shards
 from keras_moe.types import GateStatistics
 
 
 def mix_at_groups(
-    layer: Any, tokens: tf.Tensor, training: bool | None
+    engine: Any, layer: Any, tokens: tf.Tensor, training: bool | None
 ) -> tuple[tf.Tensor, GateStatistics, tuple]:
     """Runs each secondary mixture where its group lives (section 3.1).
 
@@ -18,6 +20,7 @@ def mix_at_groups(
     them run at the group, and one row comes back.
 
     Args:
+        engine: The `MirroredEngine`.
         layer: A built `HierarchicalMoE`.
         tokens: `(N, D)`, those of this replica; no padding among them.
         training: Whether the gates add their noise.
@@ -28,11 +31,11 @@ def mix_at_groups(
             global batch: a replica knows its own experts, the rest is zero.
         losses: Those of the primary gate.
     """
-    gating, place = layer.gating, placement.for_call()
+    gating = layer.gating
     primary = gating.primary_gating(tokens, training=training)
-    plan = primary.plan
-    rows = functional.dispatch(tokens, plan)
-    gates = functional.gates_of_rows(primary.gates, plan)
+    plan = functional.make_plan(primary)
+    rows = plan.dispatch(tokens)
+    gates = plan.gates_of_rows(primary.gates)
     # The gate travels in two columns: in half precision one would round it.
     coarse = tf.cast(gates, rows.dtype)
     fine = tf.cast(gates - tf.cast(coarse, gates.dtype), rows.dtype)
@@ -49,11 +52,10 @@ def mix_at_groups(
         )
         return outputs
 
-    answers = place.at_home(gating, rows, plan.counts, secondary)
-    outputs = functional.combine(
-        answers, tf.ones_like(primary.gates), plan, num_tokens=tf.shape(tokens)[0]
-    )
-    statistics = _spread(layer, place, primary.statistics, **seen)
+    dispatcher = MirroredDispatcher(engine)
+    answers = dispatcher.at_home(gating, rows, plan.counts, secondary)
+    outputs = plan.combine(answers, tf.ones_like(primary.gates), tf.shape(tokens)[0])
+    statistics = _spread(layer, engine.replicas, primary.statistics, **seen)
     return outputs, statistics, primary.auxiliary_losses
 
 
@@ -77,9 +79,9 @@ def _mix_here(layer, rows, gates, first_row, counts, training):
     # A replica without groups sees no rows. It runs the same operations, so that
     # its exchanges come in the order of the others'.
     result = functional.make_gating_result(gates, expert_indices, max(num_experts, 1))
-    inputs = functional.dispatch(rows, result.plan)
-    outputs = layer.experts(inputs, counts=result.plan.counts[:num_experts])
-    outputs = functional.combine(outputs, gates, result.plan)
+    plan = functional.make_plan(result)
+    outputs = layer.experts(plan.dispatch(rows), counts=plan.counts[:num_experts])
+    outputs = plan.combine(outputs, gates)
     importance = result.statistics.importance[:num_experts]
     counts = result.statistics.counts[:num_experts]
     if load is None:
@@ -87,14 +89,14 @@ def _mix_here(layer, rows, gates, first_row, counts, training):
     return outputs, importance, load, counts
 
 
-def _spread(layer, place, primary, importance, load, counts):
+def _spread(layer, replicas, primary, importance, load, counts):
     """Statistics over all experts, zero but for those that live here."""
-    own = place.own_entries(layer.num_groups)
+    own = make_shards(layer.num_groups, replicas.number).experts_of(replicas.index)
     size = layer.num_experts // layer.num_groups
     if load.shape.rank == 2:  # smooth, of the secondary gates
-        sent = tf.reduce_sum(place.gather(primary.counts), axis=0)
+        sent = tf.reduce_sum(replicas.gather(primary.counts), axis=0)
         load = functional.hierarchical_load(
-            place.sum(primary.load)[own.start : own.stop],
+            replicas.sum(primary.load)[own.start : own.stop],
             load,
             sent[own.start : own.stop],
         )

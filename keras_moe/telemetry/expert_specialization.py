@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_moe import checks
 from keras_moe.layers.moe import MoE
-from keras_moe.layers.routing import recorded_routing, routing_tensors
+from keras_moe.layers.routing_record import recorded_routing, routing_tensors
 from keras_moe.telemetry.specialization import Routed, Specialization, specialization
 from keras_moe.telemetry.specialization_page import as_csv, as_html, as_text
 

@@ -54,6 +54,12 @@ def sharded_layout(mesh: dtensor.Mesh, rank: int, axis: int = 0) -> dtensor.Layo
     return dtensor.Layout(specs, mesh)
 
 
+def replicated(value: tf.Tensor, mesh: dtensor.Mesh | None = None) -> tf.Tensor:
+    """The same DTensor, whole on every device of a mesh, by default that of the step."""
+    mesh = mesh or current_mesh()
+    return dtensor.relayout(value, dtensor.Layout.replicated(mesh, value.shape.rank))
+
+
 def whole(value: Any) -> tf.Tensor:
     """A DTensor as one plain tensor. With several clients all of them have to ask.
 
@@ -309,6 +315,7 @@ __all__ = [
     "current_mesh",
     "in_step",
     "lay_out",
+    "replicated",
     "sharded_layout",
     "step",
     "whole",

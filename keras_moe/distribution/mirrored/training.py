@@ -5,10 +5,11 @@ import weakref
 import keras
 import tensorflow as tf
 
-from keras_moe import placement
+from keras_moe import engine
 from keras_moe.distribution import compatibility
-from keras_moe.distribution.expert_variable import ExpertVariable
-from keras_moe.distribution.optimization import exact_dtype
+from keras_moe.distribution.messages import KEEP_XLA_OFF, does_not_work
+from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
+from keras_moe.types import at_least_float32
 
 _installed = False
 
@@ -41,9 +42,9 @@ def _install_losses():
     def replica():
         if compatibility.in_stateless_scope():
             return None
-        if placement.for_call() is placement.ONE_DEVICE:
+        if engine.current() is engine.ONE_DEVICE:
             return None
-        return placement.current_replica()
+        return engine.current_replica()
 
     def add_loss(self, loss):
         number = replica()
@@ -86,17 +87,17 @@ def _install_means():
         reduction="sum_over_batch_size",
         dtype=None,
     ):
-        place = placement.for_call()
+        here = engine.current()
         reduction = module.standardize_reduction(reduction)
         if (
-            not getattr(place, "has_experts", False)
+            not getattr(here, "has_experts", False)
             or tf.executing_eagerly()
             or reduction in (None, "none")
             or values.shape.rank == 0
         ):
             return stock(values, sample_weight, mask, reduction, dtype)
 
-        exact = exact_dtype([values])
+        exact = at_least_float32(values.dtype)
 
         def total(of):
             return tf.cast(stock(of, sample_weight, mask, "sum", dtype), exact)
@@ -108,14 +109,14 @@ def _install_means():
             divisor = _num_counted(values, mask, exact)
         own = total(values)
         whole, divisor = tf.unstack(
-            place.sum(tf.stack([tf.stop_gradient(own), divisor]))
+            here.replicas.sum(tf.stack([tf.stop_gradient(own), divisor]))
         )
         if reduction == "sum":
             divisor = tf.constant(1.0, exact)
         # The value is that of the global batch on every replica, so that what Keras
         # reports is; the gradient is that of the examples here.
         own = tf.math.divide_no_nan(own, divisor)
-        share = tf.math.divide_no_nan(whole, divisor) / place.num_replicas
+        share = tf.math.divide_no_nan(whole, divisor) / here.replicas.number
         return tf.cast(own + tf.stop_gradient(share - own), values.dtype)
 
     module.reduce_weighted_values = reduce_weighted_values
@@ -139,14 +140,16 @@ def _install_refusals():
         if any(isinstance(v, ExpertVariable) for v in self.variables):
             for name, wanted, remedy in (
                 ("run_eagerly", self.run_eagerly, "leave it False"),
-                ("jit_compile", self.jit_compile, 'leave it "auto" or set it False'),
+                ("jit_compile", self.jit_compile, KEEP_XLA_OFF),
                 ("steps_per_execution", self.steps_per_execution > 1, "set it to 1"),
             ):
                 if wanted:
-                    raise ValueError(
-                        f"`{name}` of `compile` does not work with sharded experts. "
-                        f"Received: {name}={getattr(self, name)!r} for "
-                        f"{self.name!r}; {remedy}."
+                    raise does_not_work(
+                        name,
+                        getattr(self, name),
+                        self.name,
+                        "with sharded experts",
+                        remedy,
                     )
         return stock(self, step_function)
 

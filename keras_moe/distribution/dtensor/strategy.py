@@ -7,16 +7,15 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from keras_moe.distribution import (
-    compatibility,
-    dtensor_mesh,
-    dtensor_training,
-)
-from keras_moe.distribution.dtensor_placement import DTensorPlacement
-from keras_moe.distribution.dtensor_variables import (
+from keras_moe.distribution import compatibility
+from keras_moe.distribution.dtensor import mesh as meshes
+from keras_moe.distribution.dtensor import training
+from keras_moe.distribution.dtensor.engine import MeshEngine
+from keras_moe.distribution.dtensor.variables import (
     LaidOutVariable,
     lay_out,
     on_host,
+    replicated,
     sharded_layout,
     step,
     whole,
@@ -62,12 +61,12 @@ class DTensorStrategy(tf.distribute.Strategy):
     """
 
     def __init__(self, mesh: dtensor.Mesh):
-        dtensor_mesh.verify_mesh(mesh)
-        dtensor_mesh.verify_settings(mesh)
+        meshes.verify_mesh(mesh)
+        meshes.verify_settings(mesh)
         self.mesh = mesh
-        self.placement = DTensorPlacement(mesh)
+        self.engine = MeshEngine(mesh)
         super().__init__(_Extended(self, mesh))
-        dtensor_training.install()
+        training.install()
 
     def lay_out(self, batch: Any) -> Any:
         """Lays out the arrays of a batch on the mesh; what is laid out stays so.
@@ -152,9 +151,7 @@ class _Extended(tf.distribute.StrategyExtended):
     def _replicated(self, value):
         if not isinstance(value, tf.Tensor):
             return value
-        return dtensor.relayout(
-            value, dtensor.Layout.replicated(self._mesh, value.shape.rank)
-        )
+        return replicated(value, self._mesh)
 
     def _update(self, var, fn, args, kwargs, group):
         return self._update_non_slot(var, fn, (var, *args), kwargs, group)

@@ -21,9 +21,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import placement
+from keras_moe import engine
 from keras_moe.distribution import compatibility, slots
-from keras_moe.distribution.expert_variable import ExpertVariable
+from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
+from keras_moe.types import at_least_float32
 
 # Optimizers whose step for an element depends on all others of its weight.
 _REFUSED = ("Lamb", "Muon", "ScheduleFreeAdamW", "MultiOptimizer")
@@ -38,7 +39,7 @@ def _has_experts(optimizer) -> bool:
 
 def _is_ours(optimizer) -> bool:
     """Whether this is a replica's step of a model with sharded experts."""
-    return placement.for_call() is not placement.ONE_DEVICE and _has_experts(optimizer)
+    return engine.current() is not engine.ONE_DEVICE and _has_experts(optimizer)
 
 
 def part_here(variable: Any) -> Any:
@@ -46,7 +47,7 @@ def part_here(variable: Any) -> Any:
     if isinstance(variable, ExpertVariable):
         return variable.part_of_replica()
     value = variable.value if isinstance(variable, keras.Variable) else variable
-    strategy = placement.for_call().strategy  # type: ignore[attr-defined]
+    strategy = engine.current().strategy  # type: ignore[attr-defined]
     return strategy.experimental_local_results(value)[
         compatibility.local_replica(strategy)
     ]
@@ -85,17 +86,12 @@ def sum_gradients(gradients: list, variables: list) -> list:
     shared = [g for g, is_own in zip(gradients, own, strict=True) if not is_own]
     summed = iter(())
     if shared:
-        strategy = placement.for_call().strategy  # type: ignore[attr-defined]
+        strategy = engine.current().strategy  # type: ignore[attr-defined]
         summed = iter(compatibility.all_reduce_gradients(strategy, shared))
     return [
         tf.convert_to_tensor(g) if is_own else next(summed)
         for g, is_own in zip(gradients, own, strict=True)
     ]
-
-
-def exact_dtype(tensors: list) -> tf.DType:
-    """What to sum in: float64 if any of the tensors is, else float32."""
-    return tf.float64 if any(t.dtype == tf.float64 for t in tensors) else tf.float32
 
 
 def clip_gradients(optimizer: Any, gradients: list, variables: list) -> list:
@@ -129,11 +125,11 @@ def clip_gradients(optimizer: Any, gradients: list, variables: list) -> list:
 def _squared_norms(gradients, variables):
     """Sum of squares of each whole gradient: `()` float, alike on all replicas."""
     # As in Keras, rows of `tf.IndexedSlices` count one by one.
-    dtype = exact_dtype(gradients)
+    dtype = at_least_float32(*(g.dtype for g in gradients))
     squares = [tf.cast(tf.reduce_sum(tf.square(_values(g))), dtype) for g in gradients]
     own = [i for i, v in enumerate(variables) if isinstance(v, ExpertVariable)]
     if own:
-        summed = placement.for_call().sum(tf.stack([squares[i] for i in own]))
+        summed = engine.current().replicas.sum(tf.stack([squares[i] for i in own]))
         for i, square in zip(own, tf.unstack(summed, num=len(own)), strict=True):
             squares[i] = square
     return squares
@@ -266,7 +262,7 @@ def _install_loss_scale():
         if not _is_ours(self.inner_optimizer):
             return finite
         bad = tf.cast(tf.logical_not(finite), tf.float32)
-        return tf.equal(placement.for_call().sum(bad), 0.0)
+        return tf.equal(engine.current().replicas.sum(bad), 0.0)
 
     kind.check_finite = check_finite
 
@@ -291,7 +287,7 @@ def _install_adafactor():
         x = tf.convert_to_tensor(x)
         square = tf.reduce_sum(tf.square(x))
         sums = tf.stack([square, tf.cast(tf.size(x), square.dtype)])
-        square, size = tf.unstack(placement.for_call().sum(sums))
+        square, size = tf.unstack(engine.current().replicas.sum(sums))
         return tf.sqrt(square / size)
 
     kind.build, kind._rms, kind.update_step = build, _rms, update_step

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from keras_moe.distribution.dtensor_variables import sharded_layout
+from keras_moe.distribution.dtensor.variables import sharded_layout
 
 # Slots of an expert, in multiples of its fair share.
 _FACTORS = (1.5, 3.0)

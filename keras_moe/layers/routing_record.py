@@ -59,16 +59,16 @@ def routing_tensors(record: RoutingRecord) -> tuple[tf.Tensor, tf.Tensor]:
             token has fewer, and where it is padding.
         gates: The same shape, float, 0 there.
     """
-    plan, gates = record.result.plan, record.result.gates
-    experts = plan.expert_indices
+    result = record.result
+    gates, experts = result.gates, result.expert_indices
     num_tokens = tf.reduce_prod(record.leading_shape)
     seen = (
         num_tokens
         if record.token_indices is None
         else tf.shape(record.token_indices)[0]
     )
-    if plan.positions.shape.rank == 1:
-        rows = tf.gather(plan.token_indices, plan.positions)
+    if result.is_ragged:
+        rows = result.token_indices
 
         def padded(values, filling):
             ragged = tf.RaggedTensor.from_value_rowids(values, rows, seen)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_moe.distribution.dtensor_variables import LaidOutVariable
+from keras_moe.distribution.dtensor.variables import LaidOutVariable
+from keras_moe.distribution.messages import as_table
 
 
 class LaidOut(NamedTuple):
@@ -57,17 +58,8 @@ class Layouts(NamedTuple):
                     f"{each.device_bytes:,}",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            )
-            for row in rows
-        ]
-        lines.append(
-            f"Each of {self.num_devices} devices holds {self.device_bytes:,} bytes."
-        )
-        return "\n".join(line.rstrip() for line in lines)
+        note = f"Each of {self.num_devices} devices holds {self.device_bytes:,} bytes."
+        return as_table(rows, [note])
 
 
 def is_on_mesh(model: keras.Model) -> bool:

@@ -7,7 +7,8 @@ learned. Both are constants to the gradient.
 
 import tensorflow as tf
 
-from keras_moe import checks, placement
+from keras_moe import checks
+from keras_moe.functional import ops
 from keras_moe.functional.gating import as_gate_logits
 
 
@@ -64,20 +65,7 @@ def batchwise_mask(gates: tf.Tensor, m: tf.Tensor | int) -> tf.Tensor:
         Shazeer et al. 2017, equation 18.
     """
     gates = _verify_gates(gates)
-    columns_EN = tf.transpose(gates)
-    if placement.for_call().static_shapes:
-        order = tf.argsort(columns_EN, axis=-1, direction="DESCENDING", stable=True)
-        ranks = tf.argsort(order, axis=-1)  # the inverse permutation
-        return tf.transpose(ranks < tf.cast(m, tf.int32))
-    num_experts, num_tokens = tf.unstack(tf.shape(columns_EN))
-    m = tf.minimum(tf.cast(m, tf.int32), num_tokens)
-    _, tokens_Em = tf.math.top_k(columns_EN, k=m)
-    experts_Em = tf.zeros_like(tokens_Em) + tf.range(num_experts)[:, tf.newaxis]
-    chosen = tf.reshape(tf.stack([tokens_Em, experts_Em], axis=-1), [-1, 2])
-    # Indices are unique, so the scatter is deterministic.
-    ones = tf.ones_like(chosen[:, 0])
-    mask = tf.scatter_nd(chosen, ones, tf.stack([num_tokens, num_experts])) > 0
-    return tf.ensure_shape(mask, gates.shape)
+    return ops.largest_of_columns(gates, tf.cast(m, tf.int32))
 
 
 def threshold_mask(gates: tf.Tensor, thresholds: tf.Tensor) -> tf.Tensor:
@@ -186,9 +174,7 @@ def _verify_gates(gates):
             "`gates` must be (tokens, experts). Received: "
             f"gates.shape={gates.shape}. Flatten the leading dimensions."
         )
-    if gates.dtype not in (tf.float32, tf.float64):
-        gates = tf.cast(gates, tf.float32)
-    return gates
+    return ops.cast_up(gates)
 
 
 def _verify_thresholds(thresholds, gates):

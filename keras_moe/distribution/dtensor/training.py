@@ -17,13 +17,14 @@ import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from keras_moe import placement
 from keras_moe.distribution import compatibility, slots
-from keras_moe.distribution.dtensor_variables import (
+from keras_moe.distribution.dtensor.variables import (
     LaidOutExperts,
     current_mesh,
     in_step,
 )
+from keras_moe.distribution.messages import KEEP_XLA_OFF, does_not_work
+from keras_moe.engine import Engine
 
 _installed = False
 
@@ -42,9 +43,8 @@ def install() -> None:
 
 
 def _is_ours(model):
-    strategy = model._distribute_strategy
-    place = getattr(strategy, "placement", None)
-    return isinstance(place, placement.Placement) and place.static_shapes
+    engine = getattr(model._distribute_strategy, "engine", None)
+    return isinstance(engine, Engine) and engine.static_shapes
 
 
 def _install_functions():
@@ -113,10 +113,7 @@ def _verify_compiled(model):
             "or use `tf.distribute.MirroredStrategy`."
         )
     if model.jit_compile is True:
-        raise ValueError(
-            "`jit_compile` of `compile` does not work on a mesh. Received: "
-            f'jit_compile=True for {model.name!r}; leave it "auto" or set it False.'
-        )
+        raise does_not_work("jit_compile", True, model.name, "on a mesh", KEEP_XLA_OFF)
 
 
 def _install_recurrence():

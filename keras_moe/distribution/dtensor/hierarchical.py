@@ -10,7 +10,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import functional, placement
+from keras_moe import functional
+from keras_moe.distribution.dtensor.variables import replicated
 from keras_moe.types import GatingResult
 
 
@@ -29,7 +30,7 @@ def hierarchical_gating(
         The `GatingResult`.
     """
     primary = layer.primary_gating(inputs, mask=mask, training=training)
-    groups = primary.plan.expert_indices  # (N, K1)
+    groups = primary.expert_indices  # (N, K1)
     num_groups, k1 = layer.num_groups, groups.shape[1]
     size = layer.num_experts // num_groups
     members = [
@@ -89,7 +90,6 @@ def _logits(inputs, kernel, members):
 
 def _noise(layer, groups, members, size, mask):
     """`(N, K1, b)`: the rows that one device draws for rows sorted by group."""
-    place = placement.for_call()
     drawn = keras.random.normal(
         (groups.shape[0] * groups.shape[1], size),
         dtype=layer.compute_dtype,
@@ -98,12 +98,12 @@ def _noise(layer, groups, members, size, mask):
     chosen = tf.cast(tf.add_n(members), tf.int32)  # (N, G)
     if mask is not None:
         chosen *= tf.cast(mask, tf.int32)[:, tf.newaxis]
-    chosen = place.replicated(chosen)
+    chosen = replicated(chosen)
     totals = tf.reduce_sum(chosen, axis=0)
     places = tf.cumsum(chosen, axis=0, exclusive=True)
     places += tf.cumsum(totals, exclusive=True)
     own = [tf.reduce_sum(places * tf.cast(each, tf.int32), axis=1) for each in members]
-    return tf.gather(place.replicated(drawn), tf.stack(own, axis=1))
+    return tf.gather(replicated(drawn), tf.stack(own, axis=1))
 
 
 def _load(probs, members, mask):

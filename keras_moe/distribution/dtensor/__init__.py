@@ -1,0 +1,1 @@
+"""The engine for meshes of devices: one logical replica, weights with layouts."""

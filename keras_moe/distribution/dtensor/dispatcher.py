@@ -1,0 +1,82 @@
+"""Takes tokens to the devices of their experts on a mesh, and the answers back."""
+
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from keras_moe import functional
+from keras_moe.distribution.dtensor import exchange
+from keras_moe.distribution.dtensor.variables import replicated, sharded_layout
+from keras_moe.distribution.messages import other_scope
+
+
+class MeshDispatcher(functional.Dispatcher):
+    """Dropless dispatch over the devices of a mesh, in operations of static shapes.
+
+    Args:
+        mesh: The mesh.
+        k: Experts for each token on average, if the gate says. None takes the
+            width of the gates. Defaults to `None`.
+    """
+
+    static_shapes = True
+
+    def __init__(self, mesh: dtensor.Mesh, k: int | None = None):
+        self._mesh, self._k = mesh, k
+
+    def mix(self, experts, tokens, result, mask=None):
+        weights = self._weights_of(experts)
+        gates, chosen = result.gates, result.expert_indices
+        num_tokens, k = chosen.shape
+        real = chosen >= 0
+        if mask is not None:
+            real = real & mask[:, tf.newaxis]
+        dtype = tf.as_dtype(experts.compute_dtype)
+        missing = -num_tokens % self._mesh.size
+        grouped = [
+            self._grouped(each, missing)
+            for each in (tf.cast(tokens, dtype), tf.cast(gates, dtype), chosen, real)
+        ]
+        tokens, gates, chosen, real = grouped
+        choice = exchange.make_choice(chosen, real, weights[0].shape[0])
+        slots = exchange.slot_numbers(
+            tokens.shape[1], experts.num_experts, self._k or k
+        )
+        gates = tf.where(real, gates, tf.zeros_like(gates))
+        outputs = exchange.mix(
+            tokens, gates, choice, experts.network, weights, self._mesh, slots
+        )
+        outputs = tf.reshape(outputs, [-1, outputs.shape[-1]])
+        if missing:
+            outputs = replicated(replicated(outputs, self._mesh)[:num_tokens])
+        return functional.Mixed(outputs, tf.constant(0))
+
+    def _weights_of(self, experts: Any) -> list:
+        variables = getattr(experts, "stacked_weights", ())
+        if not variables:
+            raise ValueError(
+                "`experts` must be FeedForwardExperts on a mesh, or other `Experts`, "
+                "where all are computed as one batched product. Received: "
+                f"{experts!r}. Use `tf.distribute.MirroredStrategy` or one device."
+            )
+        for variable in variables:
+            if getattr(variable, "mesh", None) != self._mesh:
+                raise other_scope(
+                    f"weight {variable.path!r} of another strategy or of none, in a "
+                    "step on a mesh"
+                )
+        dtype = tf.as_dtype(experts.compute_dtype)
+        return [tf.cast(tf.convert_to_tensor(v.value), dtype) for v in variables]
+
+    def _grouped(self, value, missing):
+        """`(N, ...)` -> `(R, n, ...)`, a group on every device."""
+        if missing:
+            # `Pad` is expanded only if operand and result have one layout.
+            value = replicated(value, self._mesh)
+            value = tf.pad(value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1))
+            value = replicated(value, self._mesh)
+        size = self._mesh.size
+        shape = [size, value.shape[0] // size, *value.shape[1:]]
+        value = tf.reshape(value, shape)
+        return dtensor.relayout(value, sharded_layout(self._mesh, len(shape)))

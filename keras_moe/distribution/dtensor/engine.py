@@ -1,0 +1,164 @@
+"""What layers ask of a mesh: weights with layouts, mixtures, static shapes."""
+
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from keras_moe import engine
+from keras_moe.distribution import compatibility
+from keras_moe.distribution.dtensor.dispatcher import MeshDispatcher
+from keras_moe.distribution.dtensor.hierarchical import hierarchical_gating
+from keras_moe.distribution.dtensor.variables import (
+    LaidOutExperts,
+    LaidOutVariable,
+    in_step,
+    on_host,
+    replicated,
+    sharded_layout,
+)
+
+
+class MeshEngine(engine.Engine):
+    """Experts shared among the devices of a mesh; one logical replica.
+
+    Args:
+        mesh: A mesh of one axis.
+    """
+
+    static_shapes = True
+    several_devices = True
+    hierarchical_gating = staticmethod(hierarchical_gating)
+
+    def __init__(self, mesh: dtensor.Mesh):
+        self.mesh = mesh
+        self.weights = _Weights(mesh)
+        self.operations = _Operations(mesh)
+        self.dispatcher = lambda k: MeshDispatcher(mesh, k)
+
+
+class _Weights(engine.Weights):
+    def __init__(self, mesh):
+        self._mesh = mesh
+
+    def add_expert_weight(self, layer, shape, initializer, name, together=1):
+        if in_step():
+            raise ValueError(
+                "A layer with experts must be built before `strategy.run`, in the "
+                f"scope of the strategy. Received: {layer.name!r} built within a "
+                "step. Use `keras.Input`, or call `build` in `strategy.scope()`."
+            )
+        with compatibility.layer_name_scope(layer):
+            variable = LaidOutExperts(
+                initializer, shape, self._mesh, dtype=layer.variable_dtype, name=name
+            )
+        return compatibility.track_weight(layer, variable)
+
+    def add_group_weight(self, layer, shape, initializer, name):
+        # Gates are data-parallel here: every device has the gates of all groups.
+        return layer.add_weight(name=name, shape=shape, initializer=initializer)
+
+    def local_variable(self, value, shape):
+        with tf.init_scope(), on_host():
+            initial = tf.convert_to_tensor(value())
+            rank = initial.shape.rank
+            sharded = rank and initial.shape[0] % self._mesh.size == 0
+            layout = (
+                sharded_layout(self._mesh, rank)
+                if sharded
+                else dtensor.Layout.replicated(self._mesh, rank)
+            )
+            return LaidOutVariable(initial, layout=layout, trainable=False)
+
+
+class _Operations(engine.Operations):
+    """The operations of a step whose stock form DTensor cannot expand."""
+
+    def __init__(self, mesh):
+        self._mesh = mesh
+
+    def top_k(self, values, k):
+        # The stock gradient scatters, which DTensor does on every device as a whole.
+        width = values.shape[-1]
+
+        @tf.custom_gradient
+        def run(values):
+            best, indices = tf.math.top_k(values, k)
+
+            def grad(d_best, _):
+                return _spread(d_best, indices, width)
+
+            return (best, indices), grad
+
+        # DTensor expands `TopKV2` wrongly if operand and result have different
+        # layouts, which those of what comes before and after may ask for.
+        best, indices = run(self._by_rows(values))
+        return self._by_rows(best), self._by_rows(tf.stop_gradient(indices))
+
+    def _by_rows(self, value):
+        """With the rows sharded if the mesh divides their number, else replicated."""
+        if value.shape[0] % self._mesh.size:
+            return replicated(value, self._mesh)
+        return dtensor.relayout(value, sharded_layout(self._mesh, value.shape.rank))
+
+    def pick(self, values, indices):
+        width = values.shape[-1]
+
+        @tf.custom_gradient
+        def run(values):
+            def grad(dy):
+                return _spread(dy, indices, width)
+
+            return tf.gather(values, indices, batch_dims=1), grad
+
+        return run(values)
+
+    def sum_by_expert(self, values, indices, num_experts):
+        total = tf.zeros((num_experts,), values.dtype)
+        if values.shape.rank == 1:
+            values, indices = values[:, tf.newaxis], indices[:, tf.newaxis]
+        for k in range(values.shape[-1]):
+            own = tf.one_hot(indices[..., k], num_experts, dtype=values.dtype)
+            total += tf.reduce_sum(own * values[..., k, tf.newaxis], axis=0)
+        return total
+
+    def largest_of_columns(self, values, m):
+        columns_EN = tf.transpose(values)
+        order = tf.argsort(columns_EN, axis=-1, direction="DESCENDING", stable=True)
+        ranks = tf.argsort(order, axis=-1)  # the inverse permutation
+        return tf.transpose(ranks < m)
+
+    def over_columns(self, values, function, filling):
+        # To the devices of the columns and back, where the stock way would sort
+        # all columns on every device.
+        values = tf.stop_gradient(values)
+        num_tokens, num_experts = values.shape
+        if num_tokens % self._mesh.size:
+            return function(replicated(values, self._mesh))
+        missing = -num_experts % self._mesh.size
+        values = dtensor.relayout(values, sharded_layout(self._mesh, 2))
+        padded = tf.pad(values, [[0, 0], [0, missing]], constant_values=filling)
+        padded = dtensor.relayout(padded, sharded_layout(self._mesh, 2))
+        columns = dtensor.relayout(padded, sharded_layout(self._mesh, 2, axis=1))
+        mask = tf.cast(function(columns), tf.int32)
+        mask = dtensor.relayout(mask, sharded_layout(self._mesh, 2, axis=1))
+        mask = dtensor.relayout(mask, sharded_layout(self._mesh, 2))
+        return mask[:, :num_experts] > 0
+
+    def noise_of(self, noise, mask):
+        # Told to be sharded, every device would draw numbers of its own.
+        noise = replicated(noise, self._mesh)
+        if mask is None:
+            return noise
+        before = tf.cumsum(
+            tf.cast(replicated(mask, self._mesh), tf.int32), exclusive=True
+        )
+        return tf.gather(noise, before)
+
+
+def _spread(values, indices, width):
+    """`(N, K)` values at `(N, K)` indices -> `(N, width)`, zeros elsewhere."""
+    parts = [
+        values[..., k, tf.newaxis]
+        * tf.one_hot(indices[..., k], width, dtype=values.dtype)
+        for k in range(values.shape[-1])
+    ]
+    return tf.add_n(parts)

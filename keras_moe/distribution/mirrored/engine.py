@@ -1,0 +1,187 @@
+"""Experts sharded over the replicas of (MultiWorker)MirroredStrategy."""
+
+import weakref
+from functools import partial
+from typing import Any
+
+import tensorflow as tf
+
+from keras_moe import engine
+from keras_moe.distribution import compatibility, slots
+from keras_moe.distribution.mirrored import (
+    exchange,
+    hierarchical,
+    optimization,
+    repairs,
+    training,
+)
+from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
+from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
+from keras_moe.distribution.topology import make_shards
+
+_SUPPORTED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
+
+
+class MirroredEngine(engine.Engine):
+    """One shard of every mixture's experts on each replica of a strategy.
+
+    Args:
+        strategy: A mirrored strategy with several replicas.
+    """
+
+    def __init__(self, strategy: Any):
+        self._strategy = weakref.ref(strategy)
+        # Set when the first experts are sharded: losses are then those of the
+        # global batch.
+        self.has_experts = False
+        self.weights = _Weights(self)
+        self.replicas = _Replicas(self)
+        self.operations = _Operations(self)
+        self.dispatcher = lambda k: MirroredDispatcher(self)
+        self.hierarchical_mixture = partial(hierarchical.mix_at_groups, self)
+
+    @property
+    def strategy(self) -> Any:
+        """The `tf.distribute.Strategy`."""
+        return self._strategy()
+
+
+class _Weights(engine.Weights):
+    def __init__(self, owner):
+        self._engine = owner
+
+    def add_expert_weight(self, layer, shape, initializer, name, together=1):
+        shards = make_shards(shape[0], self._engine.replicas.number, together)
+        self._engine.has_experts = True
+        with compatibility.layer_name_scope(layer):
+            variable = ExpertVariable(
+                initializer,
+                shape,
+                self._engine.strategy,
+                shards,
+                dtype=layer.variable_dtype,
+                name=name,
+            )
+        return compatibility.track_weight(layer, variable)
+
+    def add_slot(self, optimizer, variable, shape, name):
+        if len(variable.shape) < 3:
+            raise ValueError(
+                "A sharded weight must have an axis besides that of the experts for "
+                "each axis that is averaged. Received: "
+                f"{type(optimizer).__name__} with state of shape {tuple(shape)} for "
+                f"{variable.path!r} of shape {tuple(variable.shape)}. Factor the "
+                "kernels of the experts only."
+            )
+        return slots.make_slot(optimizer, variable, name, shape=shape)
+
+    def local_variable(self, value, shape):
+        strategy = self._engine.strategy
+        device = strategy.extended.worker_devices[compatibility.local_replica(strategy)]
+        with tf.init_scope(), tf.device(device):
+            # Not by way of the strategy, which would make one for each replica.
+            return compatibility.ResourceVariable(value(), shape=shape, trainable=False)
+
+
+class _Replicas(engine.Replicas):
+    def __init__(self, owner):
+        self._engine = owner
+        self.number = owner.strategy.num_replicas_in_sync
+
+    @property
+    def index(self) -> int:  # type: ignore[override]
+        return compatibility.replica_here()
+
+    def sum(self, value):
+        _verify_graph()
+        strategy = self._engine.strategy
+
+        @tf.custom_gradient
+        def run(value):
+            return compatibility.all_reduce(strategy, value), self.sum
+
+        return run(value)
+
+    def gather(self, value):
+        _verify_graph()
+        value = tf.stop_gradient(tf.convert_to_tensor(value))
+        return compatibility.all_gather(self._engine.strategy, value[tf.newaxis])
+
+    def num_before(self, num_rows):
+        rows = self.gather(tf.cast(num_rows, tf.int32))
+        return tf.reduce_sum(rows[: self.index])
+
+
+class _Operations(engine.Operations):
+    def __init__(self, owner):
+        self._engine = owner
+
+    def over_columns(self, values, function, filling):
+        replicas, strategy = self._engine.replicas, self._engine.strategy
+        return exchange.over_columns(
+            values,
+            replicas.gather(tf.shape(values)[0]),
+            replicas.number,
+            function,
+            filling,
+            lambda blocks: compatibility.all_to_all(strategy, blocks),
+        )
+
+
+def _verify_graph():
+    if tf.executing_eagerly():
+        raise ValueError(
+            "Sharded experts exchange their rows within a `tf.function` only. "
+            "Received: an eager step. Leave `run_eagerly` False, or put "
+            "`strategy.run` into a `tf.function`."
+        )
+
+
+_engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def engine_of(strategy: Any) -> engine.Engine:
+    """The engine for a strategy.
+
+    Args:
+        strategy: A `tf.distribute.Strategy`.
+
+    Returns:
+        `engine.ONE_DEVICE` for a single replica, else a `MirroredEngine`, always
+        the same for the same strategy.
+
+    Raises:
+        ValueError: The strategy is neither `MirroredStrategy` nor
+            `MultiWorkerMirroredStrategy`, or it mixes kinds of devices.
+    """
+    found = _engines.get(strategy)
+    if found is not None:
+        return found
+    kind = type(strategy).__name__
+    if isinstance(strategy, _SUPPORTED):
+        several = strategy.num_replicas_in_sync > 1
+    elif isinstance(strategy, tf.distribute.OneDeviceStrategy):
+        several = False
+    else:
+        raise ValueError(
+            "`strategy` must be a MirroredStrategy or a MultiWorkerMirroredStrategy "
+            f"for layers with experts. Received: {kind}. Build the model in the scope "
+            "of one of these, or outside of any."
+        )
+    if not several:
+        return engine.ONE_DEVICE
+    if compatibility.collective_ops_of(strategy) is None:
+        devices = strategy.extended.worker_devices
+        raise ValueError(
+            "`strategy` must have devices of one kind, so that they can exchange "
+            f"rows by collectives. Received: {kind} on {list(devices)}."
+        )
+    optimization.install()
+    training.install()
+    repairs.install()
+    compatibility.separate_collectives(strategy)
+    _engines[strategy] = MirroredEngine(strategy)
+    return _engines[strategy]

@@ -1,0 +1,269 @@
+"""Where the code runs: what one device, replicas and a mesh do differently.
+
+An `Engine` answers four questions, each in an object or function of its own:
+
+* `weights`: where do weights of experts live, and the state that belongs to them?
+* `replicas`: what do the replicas that run the same code tell each other?
+* `operations`: how is an operation done whose stock form the engine cannot take?
+* `dispatcher`: how do tokens meet experts that live elsewhere?
+
+Layers ask `for_weights()` when they make weights and `current()` when they run. On
+one device both give `ONE_DEVICE`. Under a `tf.distribute.Strategy` they give the
+engine that `keras_moe.distribution` makes for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+
+class Weights:
+    """Makes weights on one device."""
+
+    def add_expert_weight(
+        self,
+        layer: Any,
+        shape: tuple,
+        initializer: Any,
+        name: str,
+        together: int = 1,
+    ) -> Any:
+        """Adds a weight stacked over experts to a layer.
+
+        Args:
+            layer: The Keras layer that owns it.
+            shape: `(E, ...)`, of all experts.
+            initializer: Keras initializer of the whole stack.
+            name: Name of the weight.
+            together: Experts that must live on one replica. Divides E.
+
+        Returns:
+            The Keras variable. In Python it reads and is set as all experts.
+        """
+        return layer.add_weight(name=name, shape=shape, initializer=initializer)
+
+    def add_group_weight(
+        self, layer: Any, shape: tuple, initializer: Any, name: str
+    ) -> Any:
+        """Adds a gate's weight stacked over groups, which lives where they do."""
+        return self.add_expert_weight(layer, shape, initializer, name)
+
+    def add_slot(self, optimizer: Any, variable: Any, shape: tuple, name: str) -> Any:
+        """Adds optimizer state that has another shape than its weight.
+
+        Args:
+            optimizer: The Keras optimizer that owns it.
+            variable: The weight it belongs to.
+            shape: Shape of the state of the whole weight. Where experts are
+                sharded, the first axis is that of the experts.
+            name: Name of the state.
+
+        Returns:
+            A Keras variable of zeros, placed where the weight is.
+        """
+        strategy = tf.distribute.get_strategy()
+        with strategy.extended.colocate_vars_with(variable.value):
+            return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
+
+    def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
+        """A variable of this device alone, which no file and no other device sees.
+
+        Args:
+            value: Gives the initial value.
+            shape: Static shape, with None where it may change.
+
+        Returns:
+            The `tf.Variable`, made outside of the function that is being traced.
+        """
+        with tf.init_scope():
+            return tf.Variable(value(), shape=shape, trainable=False)
+
+
+class Replicas:
+    """One replica, which has nobody to talk to.
+
+    Attributes:
+        number: How many replicas run the same code on parts of a batch.
+        index: The one whose code runs here.
+    """
+
+    number = 1
+    index = 0
+
+    def sum(self, value: tf.Tensor) -> tf.Tensor:
+        """Sum over the replicas of a tensor of one shape, with its gradient."""
+        return value
+
+    def gather(self, value: tf.Tensor) -> tf.Tensor:
+        """`(...)` of every replica -> `(R, ...)`. No gradient."""
+        return value[tf.newaxis]
+
+    def num_before(self, num_rows: tf.Tensor | int) -> tf.Tensor:
+        """Rows on the replicas before this one, `()` int32.
+
+        Args:
+            num_rows: Rows on this replica.
+        """
+        return tf.constant(0)
+
+
+class Operations:
+    """Operations in their stock form."""
+
+    def top_k(self, values: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """As `tf.math.top_k`."""
+        return tf.math.top_k(values, k=k)
+
+    def pick(self, values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+        """Of each row of `(N, E)` the values at `(N, K)` indices."""
+        return tf.gather(values, indices, batch_dims=1)
+
+    def sum_by_expert(
+        self, values: tf.Tensor, indices: tf.Tensor, num_experts: int
+    ) -> tf.Tensor:
+        """Sum of the values of each expert, `(E,)`; index -1 is left out."""
+        # One small matrix product would need a dense (N, E) array; a segment sum
+        # touches the K chosen gates only. Negative ids are dropped by the op.
+        return tf.math.unsorted_segment_sum(
+            tf.reshape(values, [-1]), tf.reshape(indices, [-1]), num_experts
+        )
+
+    def largest_of_columns(self, values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
+        """`(N, E)` bool: the m largest of each column; of equals the upper ones."""
+        columns_EN = tf.transpose(values)
+        num_experts, num_tokens = tf.unstack(tf.shape(columns_EN))
+        _, tokens_Em = tf.math.top_k(columns_EN, k=tf.minimum(m, num_tokens))
+        experts_Em = tf.zeros_like(tokens_Em) + tf.range(num_experts)[:, tf.newaxis]
+        chosen = tf.reshape(tf.stack([tokens_Em, experts_Em], axis=-1), [-1, 2])
+        # Indices are unique, so the scatter is deterministic.
+        ones = tf.ones_like(chosen[:, 0])
+        mask = tf.scatter_nd(chosen, ones, tf.stack([num_tokens, num_experts])) > 0
+        return tf.ensure_shape(mask, values.shape)
+
+    def over_columns(
+        self,
+        values: tf.Tensor,
+        function: Callable[[tf.Tensor], tf.Tensor],
+        filling: float,
+    ) -> tf.Tensor:
+        """Masks of columns that run over the rows of every replica.
+
+        Args:
+            values: `(N, E)` float, the rows of this replica.
+            function: Maps whole columns, `(rows of all replicas, any number)`,
+                to bool of that shape. The rows of a replica keep their order and
+                follow those of the replicas before; rows of `filling` may stand
+                between them.
+            filling: Value of such rows.
+
+        Returns:
+            `(N, E)` bool, the rows of this replica. No gradient.
+        """
+        return function(tf.stop_gradient(values))
+
+    def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+        """Hands rows of noise, one a token, to the tokens that are real."""
+        return noise
+
+
+class Engine:
+    """One device. The base of every other engine.
+
+    Attributes:
+        weights: A `Weights`.
+        replicas: A `Replicas`.
+        operations: An `Operations`.
+        static_shapes: Whether shapes must not depend on the data. Padding then
+            stays among the tokens, and an assignment may be -1.
+        dispatcher: None, or `dispatcher(k)`, which makes what moves tokens to
+            experts here (a `functional.Dispatcher`); k is how many experts a token
+            has on average, if the gate says.
+        hierarchical_gating: None, or what takes the place of
+            `HierarchicalGating.call` here.
+        hierarchical_mixture: None, or what takes the place of gate, experts and
+            combination of a `HierarchicalMoE` here.
+    """
+
+    weights = Weights()
+    replicas = Replicas()
+    operations = Operations()
+    static_shapes = False
+    dispatcher: Callable[[int | None], Any] | None = None
+    hierarchical_gating: Callable[..., Any] | None = None
+    hierarchical_mixture: Callable[..., Any] | None = None
+
+    @property
+    def several_devices(self) -> bool:
+        """Whether experts may live on another device than a token."""
+        return self.replicas.number > 1
+
+
+ONE_DEVICE = Engine()
+
+# Gives the engine of a strategy; set by `keras_moe.distribution`.
+_engine_of: Callable[[Any], Engine] | None = None
+
+
+def register(engine_of: Callable[[Any], Engine]) -> None:
+    """Sets what turns a `tf.distribute.Strategy` into an `Engine`."""
+    global _engine_of
+    _engine_of = engine_of
+
+
+def for_weights() -> Engine:
+    """The engine for weights made here, in the scope of a strategy or not.
+
+    Raises:
+        ValueError: The strategy is of a kind that is not supported.
+    """
+    if _engine_of is None or not tf.distribute.has_strategy():
+        return ONE_DEVICE
+    return _engine_of(tf.distribute.get_strategy())
+
+
+def of_weight(variable: Any) -> Engine:
+    """The engine of a weight that `add_expert_weight` has made, in any scope."""
+    strategy = getattr(variable, "strategy", None)
+    return (
+        ONE_DEVICE if strategy is None or _engine_of is None else _engine_of(strategy)
+    )
+
+
+def current() -> Engine:
+    """The engine for a call that runs here.
+
+    Outside of `strategy.run` a layer sees all experts and works on one device.
+
+    Raises:
+        ValueError: The strategy is of a kind that is not supported.
+    """
+    if tf.distribute.in_cross_replica_context():
+        return ONE_DEVICE
+    return for_weights()
+
+
+def current_replica() -> int | None:
+    """Number of the replica whose code runs here, None between replicas."""
+    if not tf.distribute.has_strategy():
+        return 0
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        return None
+    return int(tf.get_static_value(context.replica_id_in_sync_group))
+
+
+def verify_one_device(layer: Any) -> None:
+    """For a layer that does not yet know how to run on several devices.
+
+    Raises:
+        ValueError: The scope is that of a strategy of several replicas.
+    """
+    here = for_weights()
+    if here.several_devices:
+        kind = type(layer).__name__
+        raise ValueError(
+            f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
+            f"{here.replicas.number} replicas. Use `MoE` or `HierarchicalMoE` with "
+            f"`FeedForwardExperts` there, or build {kind} outside of the scope."
+        )

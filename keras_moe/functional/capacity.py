@@ -1,0 +1,176 @@
+"""A capacity: the same number of slots for every expert.
+
+All shapes are static, as XLA wants; what does not fit is dropped and counted.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_moe import checks
+from keras_moe.functional import losses
+from keras_moe.functional.dispatching import Dispatcher, inverse_permutation
+from keras_moe.types import DispatchPlan
+
+
+class _CapacityFields(NamedTuple):
+    token_indices: tf.Tensor
+    counts: tf.Tensor
+    positions: tf.Tensor
+    expert_indices: tf.Tensor
+    overflow: tf.Tensor
+
+
+class CapacityPlan(_CapacityFields, DispatchPlan):
+    """The same number of slots for every expert. All shapes are static.
+
+    Attributes:
+        token_indices: `(E, C)` int32. The token in every slot, -1 where it is empty.
+        counts: `(E,)` int32. Slots of each expert that hold a token.
+        positions: `(N, K)` int32. The slot of each assignment, counted over all
+            experts, -1 for a dropped one.
+        expert_indices: `(N, K)` int32. The expert of each assignment.
+        overflow: `()` int32. Assignments dropped for want of capacity.
+    """
+
+    __slots__ = ()
+
+    def dispatch(self, inputs):
+        return _gather_or_zero(inputs, self.token_indices)
+
+    def combine(self, expert_outputs, gates, num_tokens=None):
+        gates = tf.cast(gates, expert_outputs.dtype)
+        rows = tf.reshape(expert_outputs, [-1, expert_outputs.shape[-1]])
+        chosen = _gather_or_zero(rows, self.positions)  # (N, K, D)
+        return tf.reduce_sum(chosen * gates[..., tf.newaxis], axis=1)
+
+
+class CapacityDispatcher(Dispatcher):
+    """Gives every expert the same number of slots and drops what does not fit.
+
+    Args:
+        capacity_factor: Float, see `expert_capacity`.
+    """
+
+    static_shapes = True
+
+    def __init__(self, capacity_factor: float):
+        self.capacity_factor = capacity_factor
+
+    def make_plan(self, result, mask):
+        if result.is_ragged:
+            raise ValueError(
+                "`capacity_factor` needs a gate that gives every token the same "
+                f"number of experts. Received: capacity_factor={self.capacity_factor} "
+                "with a gate whose tokens have different numbers. Leave "
+                "`capacity_factor` out."
+            )
+        num_experts = result.statistics.counts.shape[0]
+        chosen = result.expert_indices
+        num_tokens, k = tf.shape(chosen)[0], chosen.shape[-1]
+        capacity = expert_capacity(num_tokens, num_experts, k, self.capacity_factor)
+        return make_capacity_plan(chosen, num_experts, capacity, mask)
+
+
+def expert_capacity(
+    num_tokens: tf.Tensor | int, num_experts: int, k: int, capacity_factor: float
+) -> tf.Tensor:
+    """Slots of each expert: `ceil(capacity_factor * k * N / E)`.
+
+    Args:
+        num_tokens: N, an int or a scalar int32 tensor.
+        num_experts: E.
+        k: Experts for each token.
+        capacity_factor: 1 fits perfect balance exactly; `E / k` can never
+            overflow.
+
+    Returns:
+        `()` int32, at least 1 and at most `num_tokens` (an expert takes a
+        token once at most), and 1 for an empty batch.
+
+    Raises:
+        ValueError: `capacity_factor` is not a positive number.
+    """
+    if checks.verify_weight(capacity_factor, "capacity_factor") == 0.0:
+        raise ValueError(
+            "`capacity_factor` must be greater than 0. "
+            f"Received: capacity_factor={capacity_factor}. With 0 every token "
+            "would be dropped; use None for no capacity at all."
+        )
+    num_tokens = tf.cast(num_tokens, tf.int32)
+    slots = tf.math.ceil(
+        tf.cast(num_tokens, tf.float64) * (capacity_factor * k / num_experts)
+    )
+    return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
+
+
+def make_capacity_plan(
+    expert_indices: tf.Tensor,
+    num_experts: int,
+    capacity: tf.Tensor | int,
+    mask: tf.Tensor | None = None,
+) -> CapacityPlan:
+    """Gives every expert the same number of slots. All shapes are static.
+
+    Where an expert has more tokens than slots, first choices go before second
+    choices and, among equals, earlier tokens before later ones. The rest is
+    dropped: its answer is zero and it is counted in `overflow`.
+
+    Args:
+        expert_indices: `(N, K)` int32 within [0, E).
+        num_experts: E.
+        capacity: C, slots of each expert, at least 1.
+        mask: `(N,)` bool or None. Tokens marked False take no slot and are not
+            counted.
+
+    Returns:
+        A `CapacityPlan`.
+
+    Raises:
+        ValueError: `expert_indices` is not of rank 2.
+    """
+    num_experts = checks.verify_positive_int(num_experts, "num_experts")
+    expert_indices = tf.cast(expert_indices, tf.int32)
+    if expert_indices.shape.rank != 2:
+        raise ValueError(
+            "`expert_indices` of a capacity plan must be (N, K). "
+            f"Received: expert_indices.shape={expert_indices.shape}. A gate that "
+            "gives tokens different numbers of experts needs a dropless plan."
+        )
+    num_tokens, k = tf.unstack(tf.shape(expert_indices))
+    routed = expert_indices
+    if mask is not None:
+        # An id past the last expert: sorted to the end, and in no count.
+        routed = tf.where(mask[:, tf.newaxis], routed, num_experts)
+    by_choice = tf.reshape(tf.transpose(routed), [-1])  # (N, K) -> (K * N,)
+    order = tf.argsort(by_choice, stable=True)
+    wanted = losses.expert_counts(
+        tf.where(by_choice < num_experts, by_choice, -1), num_experts
+    )
+    starts = tf.concat([tf.cumsum(wanted, exclusive=True), [tf.reduce_sum(wanted)]], 0)
+    # Rank of each assignment among those of its expert.
+    ranks = inverse_permutation(order) - tf.gather(starts, by_choice)
+    kept = (by_choice < num_experts) & (ranks < capacity)
+    positions = tf.where(kept, by_choice * capacity + ranks, -1)
+    # Slot s of expert e holds assignment starts[e] + s of the sorted order.
+    slots = tf.range(capacity)[tf.newaxis, :]
+    filled = slots < wanted[:, tf.newaxis]
+    source = tf.where(filled, starts[:-1, tf.newaxis] + slots, 0)
+    padded_order = tf.concat([order, [0]], axis=0)  # an empty batch has no row 0
+    tokens = tf.gather(padded_order, source) % tf.maximum(num_tokens, 1)
+    counts = tf.minimum(wanted, capacity)
+    return CapacityPlan(
+        token_indices=tf.where(filled, tokens, -1),
+        counts=counts,
+        positions=tf.ensure_shape(
+            tf.transpose(tf.reshape(positions, [k, num_tokens])), expert_indices.shape
+        ),
+        expert_indices=expert_indices,
+        overflow=tf.reduce_sum(wanted) - tf.reduce_sum(counts),
+    )
+
+
+def _gather_or_zero(rows, indices):
+    """Rows at `indices`, zeros where an index is -1."""
+    padded = tf.pad(rows, [[1, 0], [0, 0]])
+    return tf.gather(padded, indices + 1)

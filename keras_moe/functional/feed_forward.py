@@ -1,0 +1,120 @@
+"""Feed-forward experts, the paper's: `run_experts` and `mix_experts` with their network."""
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from keras_moe.functional.experts import Network, mix_experts, run_experts
+from keras_moe.types import DispatchPlan
+
+Activation = Callable[[tf.Tensor], tf.Tensor]
+
+
+def feed_forward_experts(
+    expert_inputs: tf.Tensor,
+    kernels: Sequence[tf.Tensor],
+    biases: Sequence[tf.Tensor] | None = None,
+    counts: tf.Tensor | None = None,
+    activation: Activation = tf.nn.relu,
+    recompute: bool = False,
+    computation: str | None = None,
+) -> tf.Tensor:
+    """`run_experts` for feed-forward networks.
+
+    $E_i(x) = \\mathrm{act}(\\cdots \\mathrm{act}(x W_{i,1}) \\cdots) W_{i,L}$
+
+    The activation follows every kernel but the last.
+
+    Args:
+        expert_inputs: `(M, D)` sorted by expert, or `(E, C, D)`.
+        kernels: L tensors `(E, in, out)`; the first `in` is D.
+        biases: L tensors `(E, out)`, or None for no bias (the paper).
+        counts: `(E,)` int32, rows of each expert, with sum M. Needed for
+            `(M, D)`, not used for `(E, C, D)`.
+        activation: Function of a tensor, element by element.
+        recompute: As for `run_experts`.
+        computation: As for `run_experts`.
+
+    Returns:
+        `(M, out)` or `(E, C, out)`. An expert without rows costs nothing.
+
+    Raises:
+        ValueError: `counts` is missing for `(M, D)`, or `computation` is unknown.
+
+    Reference:
+        Shazeer et al. 2017, section 2 and appendix C.1.
+    """
+    return run_experts(
+        feed_forward_network(len(kernels), activation),
+        expert_inputs,
+        [*kernels, *(biases or ())],
+        counts,
+        recompute=recompute,
+        computation=computation,
+    )
+
+
+def mix_feed_forward_experts(
+    inputs: tf.Tensor,
+    gates: tf.Tensor,
+    plan: DispatchPlan,
+    kernels: Sequence[tf.Tensor],
+    biases: Sequence[tf.Tensor] | None = None,
+    activation: Activation = tf.nn.relu,
+    recompute: bool = False,
+    computation: str | None = None,
+) -> tf.Tensor:
+    """`mix_experts` for feed-forward networks.
+
+    Args:
+        inputs: `(N, D)`, the tokens.
+        gates: Float, shape of `plan.positions`.
+        plan: From `make_dispatch_plan` or `make_capacity_plan`.
+        kernels: L tensors `(E, in, out)`; the first `in` is D.
+        biases: L tensors `(E, out)`, or None for no bias (the paper).
+        activation: Function of a tensor, element by element.
+        recompute: As for `run_experts`.
+        computation: As for `run_experts`.
+
+    Returns:
+        `(N, out)`. Zero for a token without expert. The same in every run.
+
+    Raises:
+        ValueError: `computation` is unknown.
+
+    Reference:
+        Shazeer et al. 2017, equation 1.
+    """
+    return mix_experts(
+        feed_forward_network(len(kernels), activation),
+        inputs,
+        gates,
+        plan,
+        [*kernels, *(biases or ())],
+        recompute=recompute,
+        computation=computation,
+    )
+
+
+def feed_forward_network(num_kernels: int, activation: Activation) -> Network:
+    """The network of a feed-forward expert, for `run_experts` and `mix_experts`.
+
+    Args:
+        num_kernels: L, the number of its kernels.
+        activation: Function of a tensor; it follows every kernel but the last.
+
+    Returns:
+        `network(rows, *weights)`, which takes L kernels and none or L biases.
+    """
+
+    def network(x, *weights):
+        last = num_kernels - 1
+        for i in range(num_kernels):
+            x = tf.matmul(x, weights[i])
+            if len(weights) > num_kernels:
+                x = x + weights[num_kernels + i][:, tf.newaxis, :]
+            if i < last:
+                x = activation(x)
+        return x
+
+    return network

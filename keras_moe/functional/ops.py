@@ -1,0 +1,36 @@
+"""Operations that are done in another way on some engines.
+
+This is the one place of `functional` that asks where it runs; everything else is a
+pure function of its arguments.
+"""
+
+import tensorflow as tf
+
+from keras_moe import engine
+from keras_moe.types import at_least_float32
+
+
+def top_k(values: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The k largest of each row in descending order, and where; lower index first."""
+    return engine.current().operations.top_k(values, k)
+
+
+def pick(values: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+    """Of each row of `(N, E)` the values at `(N, K)` indices."""
+    return engine.current().operations.pick(values, indices)
+
+
+def sum_by_expert(values: tf.Tensor, indices: tf.Tensor, num_experts: int) -> tf.Tensor:
+    """Sum of the values of each expert, `(E,)`; index -1 is left out."""
+    return engine.current().operations.sum_by_expert(values, indices, num_experts)
+
+
+def largest_of_columns(values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
+    """`(N, E)` bool: the m largest of each column; of equals the upper ones."""
+    return engine.current().operations.largest_of_columns(values, m)
+
+
+def cast_up(x: tf.Tensor) -> tf.Tensor:
+    """`x` as a tensor of float32, or of float64 if it is that."""
+    x = tf.convert_to_tensor(x)
+    return tf.cast(x, at_least_float32(x.dtype))
