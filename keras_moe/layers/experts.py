@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_moe import checks, functional, placement
 from keras_moe.layers.initializers import PerExpertInitializer
+from keras_moe.layers.tracking import track_entries
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -128,6 +129,8 @@ class FeedForwardExperts(keras.layers.Layer):
                         self.group_size,
                     )
                 )
+        track_entries(self, "kernels")
+        track_entries(self, "biases")
 
     def _verify_inputs(self, input_shape):
         name = type(self).__name__
