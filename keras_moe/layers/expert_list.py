@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine
+from keras_moe.layers.tracking import track_entries
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -86,6 +87,7 @@ class ExpertList(keras.layers.Layer):
                 f"weights. Received a layer more than once: {names}."
             )
         self.experts = experts
+        track_entries(self, "experts")
         self.supports_jit = all(expert.supports_jit for expert in experts)
 
     @property

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_moe import checks, engine, functional
 from keras_moe.layers.initializers import PerExpertInitializer
+from keras_moe.layers.tracking import track_entries
 
 
 class Experts(keras.layers.Layer):
@@ -120,6 +121,7 @@ class Experts(keras.layers.Layer):
         # Optimizers may keep less state for kernels, see `FactoredAdam`.
         variable.is_expert_weight = is_kernel
         self.stacked_weights.append(variable)
+        track_entries(self, "stacked_weights")
         return variable
 
     def network(self, rows: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:

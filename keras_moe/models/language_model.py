@@ -10,6 +10,7 @@ from keras_moe import checks
 from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.sampled_softmax import SampledSoftmax
+from keras_moe.layers.tracking import track_entries
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import (
     as_middle,
@@ -133,6 +134,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self.dropout = dropout
         self.stateful = bool(stateful)
         self.middle = as_middle(middle)
+        track_entries(self, "middle")
         policy = self.dtype_policy
         self.embedding = keras.layers.Embedding(
             vocabulary_size, units, name="embedding", dtype=policy

@@ -13,6 +13,7 @@ from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.routing_record import recorded_routing, routing_arrays
+from keras_moe.layers.tracking import track_entries
 from keras_moe.models.parts import (
     TracedFunctions,
     make_cell,
@@ -171,6 +172,8 @@ class MoETranslator(Decoding, keras.Model):
         self.decoder = [first, *others]
         self.encoder[middle_after[0] : middle_after[0]] = self.encoder_middle
         self.decoder[middle_after[1] : middle_after[1]] = self.decoder_middle
+        track_entries(self, "encoder")
+        track_entries(self, "decoder")
         self.encoder_dropouts = self._make_dropouts(self.encoder)
         self.decoder_dropouts = self._make_dropouts(self.decoder)
         self.softmax = keras.layers.Dense(

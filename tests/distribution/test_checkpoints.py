@@ -39,3 +39,12 @@ def test_training_goes_on_with_other_numbers_of_devices(stages, tmp_path):
         )
         # `.weights.h5`, `tf.train.Checkpoint`, `.keras`: as `BackupAndRestore`.
         assert found[stage]["apart"] == [0.0] * (3 if stage else 0)
+
+
+@pytest.mark.parametrize("engine", ["mirrored", "dtensor"])
+def test_a_checkpoint_of_the_model_alone_holds_its_experts(engine, tmp_path):
+    settings = {"engine": engine, "directory": str(tmp_path)}
+    # From two devices to two, to one, and from one to two.
+    for off in children.run("tracking_child", settings):
+        assert len(off) > 30
+        assert max(off) == 0
