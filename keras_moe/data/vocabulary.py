@@ -44,7 +44,8 @@ DETOKENIZATION_RULES = (
     (r" *- *", "-"),
     (r'" *([^"]*?) *("|$)', r'"\1\2'),
 )
-_DETOKENIZER = [(re.compile(p), replacement) for p, replacement in DETOKENIZATION_RULES]
+# In RE2 a word's end is that of ASCII.
+_DETOKENIZER = [(re.compile(p, re.ASCII), by) for p, by in DETOKENIZATION_RULES]
 
 
 def tokenize(line: str, tokenizer: str) -> list[str]:

@@ -26,20 +26,25 @@ class RoutingRecord(NamedTuple):
 
 
 @contextlib.contextmanager
-def recorded_routing(layers: Iterable) -> Iterator[dict[str, list[RoutingRecord]]]:
+def recorded_routing(
+    layers: Iterable, names: Iterable[str] | None = None
+) -> Iterator[dict[str, list[RoutingRecord]]]:
     """Notes every call of mixtures inside the `with` block.
 
     Args:
-        layers: `MoE` layers, with different names.
+        layers: `MoE` layers.
+        names: A different name for each of them. None takes their own names.
+            Defaults to `None`.
 
     Yields:
-        For each layer's name the list of its `RoutingRecord`s, in the order of
-        the calls.
+        For each name the list of the layer's `RoutingRecord`s, in the order of the
+        calls.
     """
     layers = list(layers)
-    records: dict[str, list[RoutingRecord]] = {layer.name: [] for layer in layers}
-    for layer in layers:
-        layer.on_routing = records[layer.name].append
+    names = [layer.name for layer in layers] if names is None else list(names)
+    records: dict[str, list[RoutingRecord]] = {name: [] for name in names}
+    for layer, name in zip(layers, names, strict=True):
+        layer.on_routing = records[name].append
     try:
         yield records
     finally:

@@ -1,5 +1,6 @@
 """The same model without a distribution strategy."""
 
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -53,7 +54,23 @@ def _copy(model, weights):
             f"that was built outside of the strategy. ({error})"
         ) from error
     copy.set_weights(weights)
+    own_layers = zip(model._flatten_layers(), copy._flatten_layers(), strict=True)
+    for layer, new in own_layers:
+        _copy_adapted(layer, new)
     return copy
+
+
+def _copy_adapted(layer, copy):
+    """What `adapt` left in a layer beside its weights: a vocabulary, frequencies."""
+    if not hasattr(layer, "adapt"):
+        return
+    store: dict = {}
+    layer.save_own_variables(store)
+    copy.load_own_variables(store)
+    if hasattr(layer, "save_assets"):
+        with tempfile.TemporaryDirectory() as directory:
+            layer.save_assets(directory)
+            copy.load_assets(directory)
 
 
 def _is_chief(model):

@@ -1,6 +1,7 @@
 """SavedModels that load with TensorFlow alone."""
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -14,7 +15,9 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.data import Vocabulary
 from keras_moe.serving.one_device import one_device_copy
-from keras_moe.serving.signatures import signatures_of
+from keras_moe.serving.signature import UnseenRoutingError
+from keras_moe.serving.signatures import has_own_signatures, signatures_of
+from keras_moe.serving.structure import call_arguments
 from keras_moe.serving.text import TextCodec
 from keras_moe.serving.warmup import verify_warmup, write_warmup
 
@@ -27,6 +30,7 @@ def export(
     signatures: Sequence[str] | None = None,
     text: TextCodec | Vocabulary | None = None,
     warmup: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    input_signature: Any = None,
 ) -> Path:
     """Writes `<directory>/<version>/`, a SavedModel for TensorFlow Serving.
 
@@ -37,10 +41,18 @@ def export(
     padding. Every weight is written once. The folder appears under its name only
     when it is complete.
 
-    Every model has `serving_default`, from its own inputs to `outputs` (a dict
-    output keeps its names), and `routing` if there are `MoE` layers in it: for
-    each of them `<name>_experts` and `<name>_gates`, int32 and float of shape
-    `(batch, ..., k)`, with -1 and 0 where a token has no (more) experts.
+    Every model that `keras.Model.export` takes has `serving_default`, from its own
+    inputs to its outputs, both by name. An input, in a list, a dict or deeper, is
+    called what its `keras.Input` is (of a subclassed model: what its argument is,
+    with its key or place in that). A single output is called `outputs`; those of a
+    dict keep their keys, those of a list the names of their layers, and
+    `output_0`, ... where these are not known; one that is nested deeper has all
+    keys and places in its name, joined by `_`.
+
+    A model with `MoE` layers has `routing` too: for each of them `<name>_experts`
+    and `<name>_gates`, int32 and float of shape `(batch, ..., k)`, with -1 and 0
+    where a token has no (more) experts. It is left out where the mixtures run in a
+    loop or another function, into which it cannot look.
 
     A `MoELanguageModel` takes token ids `(batch, time)`, int32, as `inputs`,
     filled up with 0 at the end, and has two more. With `text` these and `routing`
@@ -66,8 +78,8 @@ def export(
     `keras_moe.serving.translate.translation_signatures`.
 
     Args:
-        model: A built Keras model: functional, Sequential, `MoELanguageModel` or
-            `MoETranslator`.
+        model: A built Keras model: functional, Sequential, subclassed and called
+            once, `MoELanguageModel` or `MoETranslator`.
         directory: Folder of all versions of the model.
         version: Int. Name of the new folder. None takes the number after the
             largest there is. Defaults to `None`.
@@ -78,6 +90,10 @@ def export(
         warmup: Requests that a server runs before it takes others: pairs of a
             signature's name and its inputs by name. Each is run once before it
             is written. Defaults to `()`.
+        input_signature: As in `keras.Model.export`: a list with one structure of
+            `tf.TensorSpec` or `keras.InputSpec` for each argument of the call, for
+            a subclassed model whose inputs are not floats, or to fix sizes. None
+            takes the inputs that the model was built with. Defaults to `None`.
 
     Returns:
         Path of the new folder.
@@ -104,16 +120,21 @@ def export(
         )
     if isinstance(text, Vocabulary):
         text = TextCodec(text)
+    arguments = None
+    if not has_own_signatures(model):
+        arguments = call_arguments(model, input_signature)
+    elif input_signature is not None:
+        raise ValueError(
+            "`input_signature` is for models without signatures of their own. "
+            f"Received: a {type(model).__name__}. Leave `input_signature` out."
+        )
     model, writes = one_device_copy(model)
     if not writes:
         return target
-    module = tf.Module()
-    module.weights = [variable.value for variable in model.variables]
-    if text is not None:
-        module.table = text.table
     with _without_cudnn(model):
-        functions = _choose(signatures_of(model, text), signatures)
-        concrete = {name: f.get_concrete_function() for name, f in functions.items()}
+        concrete = _trace(signatures_of(model, text, arguments), signatures)
+    module = tf.Module()
+    module.weights, module.tables = _state(model, concrete.values())
     requests = verify_warmup(warmup, concrete)
     directory.mkdir(parents=True, exist_ok=True)
     # A folder whose name is no number is invisible to a server that watches.
@@ -137,16 +158,40 @@ def _new_version(directory, version):
     return checks.verify_positive_int(version, "version")
 
 
-def _choose(available, names):
-    if names is None:
-        return available
-    names = [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in names if name not in available]
-    if unknown or not names:
+def _trace(available, names):
+    """The functions that are asked for, traced; see `signatures` of `export`."""
+    chosen = list(available) if names is None else names
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+    unknown = [name for name in chosen if name not in available]
+    if unknown or not chosen:
         raise ValueError(
-            f"`signatures` must be names of {sorted(available)}. Received: {names}."
+            f"`signatures` must be names of {sorted(available)}. Received: {chosen}."
         )
-    return {name: available[name] for name in names}
+    concrete = {}
+    for name in chosen:
+        try:
+            concrete[name] = available[name].get_concrete_function()
+        except UnseenRoutingError:
+            if names is not None:
+                raise
+    return concrete
+
+
+def _state(model, functions):
+    """The variables of a model, and the tables that its functions read.
+
+    Both are found wherever the model keeps them, in lists and objects of its own
+    too. A function knows its variables, but only the handles of its tables.
+    """
+    variables = [variable.value for variable in model.variables]
+    variables += [v for function in functions for v in function.variables]
+    captured = {id(c) for function in functions for c in function.captured_inputs}
+    kind = tf.saved_model.experimental.TrackableResource
+    tables = [each for each in gc.get_objects() if issubclass(type(each), kind)]
+    return (
+        list({id(variable): variable for variable in variables}.values()),
+        [table for table in tables if captured & {id(v) for v in vars(table).values()}],
+    )
 
 
 @contextlib.contextmanager

@@ -35,6 +35,10 @@ def signature(
     return tf.function(checked, input_signature=list(specs), autograph=False)
 
 
+class UnseenRoutingError(ValueError):
+    """The routing of a model cannot be looked at."""
+
+
 def routing_outputs(records: dict[str, list[RoutingRecord]]) -> dict[str, tf.Tensor]:
     """Outputs of a signature `routing`.
 
@@ -46,13 +50,14 @@ def routing_outputs(records: dict[str, list[RoutingRecord]]) -> dict[str, tf.Ten
         `routing_tensors`. Further calls of a layer get a number at the end.
 
     Raises:
-        ValueError: A mixture ran inside a loop or another function.
+        UnseenRoutingError: A mixture ran inside a loop or another function, or none
+            ran at all.
     """
     outputs = {}
     for name, calls in records.items():
         for i, record in enumerate(calls):
             if record.leading_shape.graph is not tf.compat.v1.get_default_graph():
-                raise ValueError(
+                raise UnseenRoutingError(
                     f"`routing` cannot look at {name!r}: it runs inside a loop or "
                     "another function of the model. Leave 'routing' out of "
                     "`signatures`."
@@ -61,4 +66,9 @@ def routing_outputs(records: dict[str, list[RoutingRecord]]) -> dict[str, tf.Ten
             experts, gates = routing_tensors(record)
             outputs[f"{name}_experts{suffix}"] = experts
             outputs[f"{name}_gates{suffix}"] = gates
+    if not outputs:
+        raise UnseenRoutingError(
+            f"`routing` must have mixtures to look at. Received: {list(records)}, none "
+            "of which the model calls. Leave 'routing' out of `signatures`."
+        )
     return outputs

@@ -1,5 +1,7 @@
 """Strings to token ids and back, by operations inside the graph."""
 
+import itertools
+
 import tensorflow as tf
 
 from keras_moe.data import (
@@ -7,9 +9,13 @@ from keras_moe.data import (
     DETOKENIZATION_RULES,
     EOS,
     TOKENIZERS,
+    UNK,
     WORD_PATTERN,
     Vocabulary,
 )
+
+# Characters that no text should have, and private ones.
+_STAND_INS = (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))
 
 
 class TextCodec:
@@ -56,12 +62,19 @@ class TextCodec:
         self._split = tensorflow_text.regex_split
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
-        tokens = [t.encode("utf-8", "surrogatepass") for t in vocabulary.tokens]
+        self._tokens = [t.encode("utf-8", "surrogatepass") for t in vocabulary.tokens]
+        # The split ends a text at a NUL: a character that no token has stands for it,
+        # and another one for that.
+        known = set().union(*vocabulary.tokens)
+        self._nul, self._other = itertools.islice(
+            (c for c in map(chr, _STAND_INS) if c not in known), 2
+        )
         ids = vocabulary.encode(vocabulary.tokens)  # a literal <pad> is unknown
-        self._tokens = tokens
         self.table = tf.lookup.StaticHashTable(
-            tf.lookup.KeyValueTensorInitializer(tokens, tf.constant(ids, tf.int32)),
-            default_value=int(vocabulary.encode([""])[0]),
+            tf.lookup.KeyValueTensorInitializer(
+                self._tokens, tf.constant(ids, tf.int32)
+            ),
+            default_value=int(vocabulary.encode([UNK])[0]),
         )
         self.end = int(vocabulary.encode([EOS])[0])
 
@@ -79,6 +92,8 @@ class TextCodec:
         texts = tf.strings.unicode_transcode(
             texts, "UTF-8", "UTF-8", errors="replace", replacement_char=0xFFFD
         )
+        texts = tf.strings.regex_replace(texts, self._nul, self._other)
+        texts = tf.strings.regex_replace(texts, r"\x00", self._nul)
         texts = tf.strings.regex_replace(texts, "\r?\n\\z", "")
         lines = tf.strings.split(texts, "\n")
         if self.tokenizer == "words":
@@ -87,7 +102,8 @@ class TextCodec:
             )
         else:
             tokens = self._split(lines.flat_values, BLANK_PATTERN)
-        ids = tokens.with_flat_values(self.table.lookup(tokens.flat_values))
+        words = tf.strings.regex_replace(tokens.flat_values, self._nul, "\0")
+        ids = tokens.with_flat_values(self.table.lookup(words))
         ends = tf.fill(tf.stack([tf.shape(lines.flat_values)[0], 1]), self.end)
         ids = tf.concat([ids, tf.RaggedTensor.from_tensor(ends)], axis=1)
         return lines.with_flat_values(ids).merge_dims(1, 2)

@@ -24,6 +24,26 @@ def language_model():
     return model
 
 
+def adapted_apart(strategy, directory):
+    """How far a model of strings is from its export, after `adapt` in the scope."""
+    with strategy.scope():
+        words = keras.layers.TextVectorization(output_mode="tf_idf")
+        words.adapt(["a b c", "c d e"])
+        norm = keras.layers.Normalization()
+        norm.adapt(np.arange(12.0).reshape(3, 4))
+        text, x = (
+            keras.Input((), dtype="string", name="text"),
+            keras.Input((4,), name="x"),
+        )
+        rows = keras.layers.Dense(8)(keras.layers.Concatenate()([words(text), norm(x)]))
+        rows = child.mixture(child.Case())(rows)
+        model = keras.Model({"text": text, "x": x}, rows)
+    given = {"text": tf.constant(["a b", "e z"]), "x": tf.ones((2, 4))}
+    path = keras_moe.serving.export(model, directory)
+    found = tf.saved_model.load(str(path)).signatures["serving_default"](**given)
+    return float(np.max(np.abs(found["outputs"] - model(given))))
+
+
 def answer(signature, tokens):
     (argument,) = signature.structured_input_signature[1]
     return signature(**{argument: tf.constant(tokens)})
@@ -35,6 +55,10 @@ def main():
     strategy = child.strategy_of(settings["devices"])
     results = {}
     for name in settings["models"]:
+        if name == "adapted":
+            apart = adapted_apart(strategy, Path(settings["directory"]) / name)
+            results[name] = {"apart": apart}
+            continue
         if name == "language_model":
             keras.utils.clear_session()
             with strategy.scope():

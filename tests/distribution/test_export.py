@@ -25,3 +25,8 @@ def test_export_of_sharded_models_equals_keras(models, tmp_path):
         # Every weight once, as plain variables, and an index of up to 4 KiB.
         assert result["bytes"] < 1.05 * result["expected_bytes"] + 4096, name
         assert result["routing_apart"] == 0, name
+
+
+def test_export_keeps_what_adapt_learnt(tmp_path):
+    settings = {"devices": 2, "directory": str(tmp_path), "models": ["adapted"]}
+    assert children.run("export_child", settings)["adapted"]["apart"] <= 1e-6
