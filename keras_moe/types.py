@@ -75,7 +75,8 @@ class GatingResult(NamedTuple):
         plan: The `DispatchPlan`.
         statistics: The `GateStatistics` of the batch.
         auxiliary_losses: Losses of the gate's own, each `()` float and weighted
-            already; the surrounding layer adds them as they are. Usually none.
+            already; the surrounding layer adds them as they are, in training. Usually
+            none.
     """
 
     gates: tf.Tensor

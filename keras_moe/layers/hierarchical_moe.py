@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_moe import checks, placement
 from keras_moe.layers.balance_metric import add_balance
@@ -47,12 +46,13 @@ class HierarchicalMoE(MoE):
         activation: Activation of the combined output. Defaults to `None`.
         capacity_factor: Float or None. As for `MoE`; the layer is not compiled
             with XLA either way. Defaults to `None`.
+        losses_in_evaluation: Bool. As for `MoE`. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor `(..., features)`.
         mask: Bool tensor of the leading dimensions, or None. Tokens marked
             False (padding) are neither routed nor counted.
-        training: Bool. Whether the gates add their noise.
+        training: Bool. Whether the gates add their noise and the layer its losses.
 
     Input shape:
         `(..., features)`, rank 2 or more.
@@ -96,6 +96,7 @@ class HierarchicalMoE(MoE):
         load_loss_weight: float = 0.1,
         activation: Any = None,
         capacity_factor: float | None = None,
+        losses_in_evaluation: bool = False,
         **kwargs: Any,
     ):
         num_groups = checks.verify_positive_int(num_groups, "num_groups")
@@ -113,6 +114,7 @@ class HierarchicalMoE(MoE):
             load_loss_weight=load_loss_weight,
             activation=activation,
             capacity_factor=capacity_factor,
+            losses_in_evaluation=losses_in_evaluation,
             **kwargs,
         )
         self.num_groups = num_groups
@@ -157,10 +159,8 @@ class HierarchicalMoE(MoE):
                 f"{placement.for_call().num_replicas} replicas. Record it outside of "
                 "`strategy.run`."
             )
-        outputs, statistics, losses = mix_at_groups(self, tokens, training)
-        add_balance(self, statistics, tf.constant(0))
-        for loss in losses:
-            self.add_loss(loss)
+        outputs, statistics, own_losses = mix_at_groups(self, tokens, training)
+        add_balance(self, statistics, training, own_losses)
         return outputs, None
 
     def get_config(self):

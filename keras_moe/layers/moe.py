@@ -50,13 +50,16 @@ class MoE(keras.layers.Layer):
             not fit get zero from that expert, and the share of dropped
             assignments is reported as `overflow`. None drops nothing.
             Defaults to `None`.
+        losses_in_evaluation: Bool. Whether the losses are added in evaluation too,
+            there from true counts. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor `(..., features)`.
         mask: Bool tensor of the leading dimensions, or None. Tokens marked
             False (padding) are neither routed nor counted; their output is zero
             before `activation`.
-        training: Bool. Whether the gate adds its noise.
+        training: Bool. Whether the gate adds its noise and the layer its losses.
+            None, outside of `fit`, is False.
 
     Input shape:
         `(..., features)`, rank 2 or more. Leading dimensions may be unknown,
@@ -66,8 +69,10 @@ class MoE(keras.layers.Layer):
         `(..., output_units)` of the experts, by default the input shape.
 
     Losses and state:
-        Adds the two losses with `add_loss` (in evaluation too, there from true
-        counts). The balance of the experts appears in the logs of `fit` and
+        Adds the two losses, and those of the gate's own, with `add_loss`: in
+        training, so that the loss of an evaluation is that of the task.
+        `trainable=False` changes nothing of it: what comes before the layer still
+        learns from them. The balance of the experts appears in the logs of `fit` and
         `evaluate`, under `<name>_importance_cv`, `<name>_load_cv` and
         `<name>_max_over_mean_load`, summed over the epoch. Weights are those
         of the gate and the experts.
@@ -107,6 +112,7 @@ class MoE(keras.layers.Layer):
         load_loss_weight: float = 0.1,
         activation: Any = None,
         capacity_factor: float | None = None,
+        losses_in_evaluation: bool = False,
         name: str | None = None,
         **kwargs: Any,
     ):
@@ -127,6 +133,7 @@ class MoE(keras.layers.Layer):
         self.gating = gating
         self.activation = keras.activations.get(activation)
         self.capacity_factor = capacity_factor
+        self.losses_in_evaluation = bool(losses_in_evaluation)
         # Set by `recorded_routing`: takes the `RoutingRecord` of every call.
         self.on_routing: Callable[[RoutingRecord], None] | None = None
         self.supports_masking = True
@@ -211,7 +218,7 @@ class MoE(keras.layers.Layer):
     def _mix(self, tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
         result = self._route(tokens, mask, training)
-        gates, plan, statistics, auxiliary_losses = result
+        gates, plan, statistics, own_losses = result
         place = placement.for_call()
         if place.static_shapes:
             outputs = place.mix(self, tokens, result, mask)
@@ -223,9 +230,7 @@ class MoE(keras.layers.Layer):
             num_tokens = tf.shape(tokens)[0]
             outputs = functional.combine(rows, gates, plan, num_tokens=num_tokens)
         entropy = partial(functional.gate_entropy, gates, tf.shape(tokens)[0], mask)
-        add_balance(self, statistics, plan.overflow, entropy)
-        for loss in auxiliary_losses:
-            self.add_loss(loss)
+        add_balance(self, statistics, training, own_losses, plan.overflow, entropy)
         return outputs, result
 
     def _route(self, tokens, mask, training) -> GatingResult:
@@ -284,6 +289,7 @@ class MoE(keras.layers.Layer):
             "load_loss_weight": self.load_loss_weight,
             "activation": keras.activations.serialize(self.activation),
             "capacity_factor": self.capacity_factor,
+            "losses_in_evaluation": self.losses_in_evaluation,
         }
 
     @classmethod
