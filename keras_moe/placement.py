@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 
 class Placement:
@@ -168,7 +169,9 @@ class Placement:
 
     def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
         """Hands rows of noise, one a token, to the tokens that are real."""
-        return noise
+        if mask is None:
+            return noise
+        return tf.gather(noise, tf.cumsum(tf.cast(mask, tf.int32), exclusive=True))
 
     def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
         """A variable of this device alone, which no file and no other device sees.
@@ -240,6 +243,14 @@ def for_call() -> Placement:
     if tf.distribute.in_cross_replica_context():
         return ONE_DEVICE
     return for_weights()
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether XLA compiles what is traced here, which then needs static shapes."""
+    if tf.executing_eagerly():
+        return False
+    graph = tf.compat.v1.get_default_graph()
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
 def current_replica() -> int | None:

@@ -44,7 +44,7 @@ from keras_moe.functional.losses import (
     load_loss,
     max_over_mean,
 )
-from keras_moe.functional.mixture import mix_feed_forward_experts
+from keras_moe.functional.mixture import mix_feed_forward_experts, mix_in_rounds
 from keras_moe.functional.random import normal_rows, uniform_rows
 from keras_moe.functional.recurrent import (
     MoELSTMResult,
@@ -86,6 +86,7 @@ __all__ = [
     "masked_softmax",
     "max_over_mean",
     "mix_feed_forward_experts",
+    "mix_in_rounds",
     "mixed_product",
     "moe_lstm",
     "noise_stddev",

@@ -151,6 +151,7 @@ def make_capacity_plan(
     num_experts: int,
     capacity: tf.Tensor | int,
     mask: tf.Tensor | None = None,
+    limit: tf.Tensor | int | None = None,
 ) -> DispatchPlan:
     """Gives every expert the same number of slots. All shapes are static.
 
@@ -159,11 +160,14 @@ def make_capacity_plan(
     dropped: its answer is zero and it is counted in `overflow`.
 
     Args:
-        expert_indices: `(N, K)` int32 within [0, E).
+        expert_indices: `(N, K)` int32 within [0, E), or -1 for no expert.
         num_experts: E.
         capacity: C, slots of each expert, at least 1.
         mask: `(N,)` bool or None. Tokens marked False take no slot and are not
             counted.
+        limit: Slots of each expert that may be filled, at most C; None fills all.
+            With padding it is the capacity of the real tokens, which only the
+            values tell, while C is static. Defaults to `None`.
 
     Returns:
         A `DispatchPlan` with `token_indices` of shape `(E, C)`.
@@ -180,9 +184,10 @@ def make_capacity_plan(
             "gives tokens different numbers of experts needs a dropless plan."
         )
     num_tokens, k = tf.unstack(tf.shape(expert_indices))
-    routed = expert_indices
+    limit = capacity if limit is None else limit
+    # An id past the last expert: sorted to the end, and in no count.
+    routed = tf.where(expert_indices < 0, num_experts, expert_indices)
     if mask is not None:
-        # An id past the last expert: sorted to the end, and in no count.
         routed = tf.where(mask[:, tf.newaxis], routed, num_experts)
     by_choice = tf.reshape(tf.transpose(routed), [-1])  # (N, K) -> (K * N,)
     order = tf.argsort(by_choice, stable=True)
@@ -192,15 +197,15 @@ def make_capacity_plan(
     starts = tf.concat([tf.cumsum(wanted, exclusive=True), [tf.reduce_sum(wanted)]], 0)
     # Rank of each assignment among those of its expert.
     ranks = _inverse_permutation(order) - tf.gather(starts, by_choice)
-    kept = (by_choice < num_experts) & (ranks < capacity)
+    kept = (by_choice < num_experts) & (ranks < limit)
     positions = tf.where(kept, by_choice * capacity + ranks, -1)
     # Slot s of expert e holds assignment starts[e] + s of the sorted order.
     slots = tf.range(capacity)[tf.newaxis, :]
-    filled = slots < wanted[:, tf.newaxis]
+    counts = tf.minimum(wanted, limit)
+    filled = slots < counts[:, tf.newaxis]
     source = tf.where(filled, starts[:-1, tf.newaxis] + slots, 0)
     padded_order = tf.concat([order, [0]], axis=0)  # an empty batch has no row 0
     tokens = tf.gather(padded_order, source) % tf.maximum(num_tokens, 1)
-    counts = tf.minimum(wanted, capacity)
     return DispatchPlan(
         token_indices=tf.where(filled, tokens, -1),
         counts=counts,

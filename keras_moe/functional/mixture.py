@@ -8,13 +8,18 @@ an expert's rows are gathered for it alone, small enough for the cache, and only
 weighted outputs are put together, in the order of the tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
 from keras_moe.functional import experts
 from keras_moe.functional.blocks import mix_in_blocks
-from keras_moe.functional.dispatch import assignments_of_rows, combine, dispatch
+from keras_moe.functional.dispatch import (
+    assignments_of_rows,
+    combine,
+    dispatch,
+    make_capacity_plan,
+)
 from keras_moe.types import DispatchPlan
 
 
@@ -71,6 +76,59 @@ def mix_feed_forward_experts(
         expert_inputs, kernels, biases, plan.counts, activation, recompute
     )
     return combine(expert_outputs, gates, plan, tf.shape(inputs)[0])
+
+
+def mix_in_rounds(
+    run: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    inputs: tf.Tensor,
+    gates: tf.Tensor,
+    expert_indices: tf.Tensor,
+    num_experts: int,
+    capacity: tf.Tensor | int,
+    width: int,
+    mask: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """A mixture that drops nothing, of static shapes, which XLA compiles.
+
+    Every expert has the same number of slots, and they are filled and run again
+    until every token had its turn: one round at good balance, and in memory never
+    more than that.
+
+    Args:
+        run: Runs the experts: `(E, C, D)` and counts `(E,)` to `(E, C, width)`. A
+            pure function, of one float type with the inputs.
+        inputs: `(N, D)`, the tokens.
+        gates: `(N, K)` float.
+        expert_indices: `(N, K)` int32 within [0, E).
+        num_experts: E.
+        capacity: C, slots of each expert in a round.
+        width: Of the answers.
+        mask: `(N,)` bool or None. Tokens marked False have no expert.
+
+    Returns:
+        `(N, width)`. Zero for a token without expert.
+    """
+    num_tokens = tf.maximum(tf.shape(expert_indices)[0], 1)
+    everywhere = make_capacity_plan(expert_indices, num_experts, num_tokens, mask)
+    positions = everywhere.positions
+    rounds = tf.where(positions < 0, -1, positions % num_tokens // capacity)
+
+    def body(number, total):
+        chosen = tf.where(rounds == number, expert_indices, -1)
+        plan = make_capacity_plan(chosen, num_experts, capacity)
+        rows = run(dispatch(inputs, plan), plan.counts)
+        return number + 1, total + combine(rows, gates, plan)
+
+    last = tf.reduce_max(rounds)
+    nothing = tf.zeros([tf.shape(inputs)[0], width], inputs.dtype)
+    _, total = tf.while_loop(
+        lambda number, _: number <= last,
+        body,
+        (0, nothing),
+        # A bound by shapes alone: without one XLA cannot compile a gradient.
+        maximum_iterations=-(-num_tokens // capacity),
+    )
+    return total
 
 
 class _Rows:

@@ -15,7 +15,7 @@ from keras_moe.layers.hierarchical_gating import (
     verify_two_ks,
     with_primary_gating,
 )
-from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe import MoE, with_capacity_of_evaluation
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -46,6 +46,7 @@ class HierarchicalMoE(MoE):
         activation: Activation of the combined output. Defaults to `None`.
         capacity_factor: Float or None. As for `MoE`; the layer is not compiled
             with XLA either way. Defaults to `None`.
+        evaluation_capacity_factor: Float or None. As for `MoE`. Defaults to `None`.
         losses_in_evaluation: Bool. As for `MoE`. Defaults to `False`.
 
     Call arguments:
@@ -96,6 +97,7 @@ class HierarchicalMoE(MoE):
         load_loss_weight: float = 0.1,
         activation: Any = None,
         capacity_factor: float | None = None,
+        evaluation_capacity_factor: float | None = None,
         losses_in_evaluation: bool = False,
         **kwargs: Any,
     ):
@@ -114,6 +116,7 @@ class HierarchicalMoE(MoE):
             load_loss_weight=load_loss_weight,
             activation=activation,
             capacity_factor=capacity_factor,
+            evaluation_capacity_factor=evaluation_capacity_factor,
             losses_in_evaluation=losses_in_evaluation,
             **kwargs,
         )
@@ -176,6 +179,6 @@ class HierarchicalMoE(MoE):
 
     @classmethod
     def from_config(cls, config):
-        config = with_primary_gating(config)
+        config = with_capacity_of_evaluation(with_primary_gating(config))
         experts = keras.saving.deserialize_keras_object(config["experts"])
         return cls(**{**config, "experts": experts})

@@ -45,11 +45,15 @@ class MoE(keras.layers.Layer):
         activation: Activation of the combined output. The paper's language
             models use `"sigmoid"`. Defaults to `None`.
         capacity_factor: Float or None. A number gives every expert
-            `ceil(capacity_factor * k * tokens / num_experts)` slots, so that all
-            shapes are static and XLA can compile the layer; tokens that do
+            `ceil(capacity_factor * k * tokens / num_experts)` slots in training, so
+            that all shapes are static and XLA can compile the layer; tokens that do
             not fit get zero from that expert, and the share of dropped
-            assignments is reported as `overflow`. None drops nothing.
-            Defaults to `None`.
+            assignments is reported as `overflow`. Padding counts as no token. None
+            drops nothing. Defaults to `None`.
+        evaluation_capacity_factor: Float or None. That of evaluation and serving,
+            where a gate without noise is less balanced. None drops nothing there;
+            in what XLA compiles the experts then run in rounds of the slots of
+            `capacity_factor` until all tokens had theirs. Defaults to `None`.
         losses_in_evaluation: Bool. Whether the losses are added in evaluation too,
             there from true counts. Defaults to `False`.
 
@@ -83,7 +87,9 @@ class MoE(keras.layers.Layer):
             experts disagree on `num_experts`; `k` exceeds it.
 
     XLA: Without `capacity_factor` shapes depend on the data, so the layer tells
-    Keras not to compile it with XLA. With it, `jit_compile=True` works.
+    Keras not to compile it with XLA. With it, `jit_compile=True` works. Experts of
+    another class than `FeedForwardExperts` then get a slot for every token in
+    evaluation, unless `evaluation_capacity_factor` is a number.
 
     Mixed precision: gate maths runs in float32, experts in the compute type.
 
@@ -112,6 +118,7 @@ class MoE(keras.layers.Layer):
         load_loss_weight: float = 0.1,
         activation: Any = None,
         capacity_factor: float | None = None,
+        evaluation_capacity_factor: float | None = None,
         losses_in_evaluation: bool = False,
         name: str | None = None,
         **kwargs: Any,
@@ -127,12 +134,17 @@ class MoE(keras.layers.Layer):
         if capacity_factor is not None:
             functional.expert_capacity(1, 1, 1, capacity_factor)  # raises if <= 0
             capacity_factor = float(capacity_factor)
+        if evaluation_capacity_factor is not None:
+            evaluation_capacity_factor = checks.verify_factor(
+                evaluation_capacity_factor, "evaluation_capacity_factor"
+            )
         if gating is None:
             gating = NoisyTopKGating(dtype=self.dtype_policy)
         self.experts = experts
         self.gating = gating
         self.activation = keras.activations.get(activation)
         self.capacity_factor = capacity_factor
+        self.evaluation_capacity_factor = evaluation_capacity_factor
         self.losses_in_evaluation = bool(losses_in_evaluation)
         # Set by `recorded_routing`: takes the `RoutingRecord` of every call.
         self.on_routing: Callable[[RoutingRecord], None] | None = None
@@ -176,12 +188,11 @@ class MoE(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         place = placement.for_weights()
         several = place.num_replicas > 1 or place.static_shapes
-        if self.capacity_factor is not None and several:
+        if self._has_capacity and several:
             raise ValueError(
                 "`capacity_factor` must be None on several devices, where experts "
-                "take all their tokens. Received: capacity_factor="
-                f"{self.capacity_factor} on {place.num_replicas} replicas. Leave it "
-                "out."
+                f"take all their tokens. Received: {self._capacities} on "
+                f"{place.num_replicas} replicas. Leave it out."
             )
         if not self.gating.built:
             self.gating.build((None, features))
@@ -189,7 +200,7 @@ class MoE(keras.layers.Layer):
             self.experts.build((None, features))
         if self.num_experts > 1:  # a single expert has nothing to balance
             self.balance = BalanceMetric(
-                self.num_experts, self.capacity_factor is not None, name=self.name
+                self.num_experts, self._has_capacity, name=self.name
             )
 
     def call(self, inputs, mask=None, training=None):
@@ -197,8 +208,12 @@ class MoE(keras.layers.Layer):
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None
-        keeps_padding = placement.for_call().static_shapes
-        if mask is None or self.capacity_factor is not None or keeps_padding:
+        keeps_padding = (
+            placement.for_call().static_shapes
+            or self._factor(training) is not None
+            or self._runs_in_rounds(training)
+        )
+        if mask is None or keeps_padding:
             outputs, result = self._mix(tokens, mask, training)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
@@ -222,6 +237,17 @@ class MoE(keras.layers.Layer):
         place = placement.for_call()
         if place.static_shapes:
             outputs = place.mix(self, tokens, result, mask)
+        elif self._runs_in_rounds(training):
+            outputs = functional.mix_in_rounds(
+                lambda rows, counts: self.experts(rows, counts=counts),
+                tf.cast(tokens, self.experts.compute_dtype),
+                gates,
+                plan.expert_indices,
+                self.num_experts,
+                self._slots(tf.shape(tokens)[0], plan, self.capacity_factor),
+                self.compute_output_shape(tokens.shape)[-1],
+                mask,
+            )
         elif place is placement.ONE_DEVICE and type(self.experts) is FeedForwardExperts:
             outputs = self.experts(tokens, gates=gates, plan=plan)
         else:
@@ -235,26 +261,67 @@ class MoE(keras.layers.Layer):
 
     def _route(self, tokens, mask, training) -> GatingResult:
         result = self.gating(tokens, mask=mask, training=training)
-        if self.capacity_factor is None:
+        if not self._has_capacity:
             return result
         plan = result.plan
         if plan.positions.shape.rank != 2:
             raise ValueError(
                 f"{self.name}: `capacity_factor` needs a gate that gives every token "
-                f"the same number of experts. Received: capacity_factor="
-                f"{self.capacity_factor} with {type(self.gating).__name__}. Leave "
-                "`capacity_factor` out."
+                f"the same number of experts. Received: {self._capacities} with "
+                f"{type(self.gating).__name__}. Leave `capacity_factor` out."
             )
-        capacity = functional.expert_capacity(
-            tf.shape(tokens)[0],
-            self.num_experts,
-            plan.positions.shape[-1],
-            self.capacity_factor,
-        )
+        limit = None
+        if mask is not None:
+            # What padding holds, NaN too, is nobody's answer.
+            zeros = tf.zeros_like(result.gates)
+            gates = tf.where(mask[:, tf.newaxis], result.gates, zeros)
+            result = result._replace(gates=gates)
+        factor = self._factor(training)
+        if factor is None:
+            return result
+        if mask is not None:
+            real = tf.reduce_sum(tf.cast(mask, tf.int32))
+            limit = self._slots(real, plan, factor)
+        capacity = self._slots(tf.shape(tokens)[0], plan, factor)
         plan = functional.make_capacity_plan(
-            plan.expert_indices, self.num_experts, capacity, mask
+            plan.expert_indices, self.num_experts, capacity, mask, limit
         )
         return result._replace(plan=plan)
+
+    @property
+    def _has_capacity(self):
+        return (self.capacity_factor, self.evaluation_capacity_factor) != (None, None)
+
+    @property
+    def _capacities(self):
+        """The factors that are given, for messages."""
+        names = ("capacity_factor", "evaluation_capacity_factor")
+        given = [(name, getattr(self, name)) for name in names]
+        return ", ".join(f"{name}={x}" for name, x in given if x is not None)
+
+    def _factor(self, training):
+        """The capacity factor of a call; None where nothing is dropped."""
+        if training:
+            return self.capacity_factor
+        if self._needs_static_shapes() and type(self.experts) is not FeedForwardExperts:
+            return float(self.num_experts)  # a slot for every token
+        return self.evaluation_capacity_factor
+
+    def _runs_in_rounds(self, training):
+        is_static = not training and self._needs_static_shapes()
+        return is_static and type(self.experts) is FeedForwardExperts
+
+    def _needs_static_shapes(self):
+        """Whether nothing is dropped in evaluation where XLA compiles the layer."""
+        return (
+            self.capacity_factor is not None
+            and self.evaluation_capacity_factor is None
+            and placement.is_compiled_by_xla()
+        )
+
+    def _slots(self, num_tokens, plan, factor):
+        k = plan.positions.shape[-1]
+        return functional.expert_capacity(num_tokens, self.num_experts, k, factor)
 
     def route(self, inputs, training: bool = False) -> GatingResult:
         """Which experts take which tokens, without running them.
@@ -289,16 +356,22 @@ class MoE(keras.layers.Layer):
             "load_loss_weight": self.load_loss_weight,
             "activation": keras.activations.serialize(self.activation),
             "capacity_factor": self.capacity_factor,
+            "evaluation_capacity_factor": self.evaluation_capacity_factor,
             "losses_in_evaluation": self.losses_in_evaluation,
         }
 
     @classmethod
     def from_config(cls, config):
         deserialize = keras.saving.deserialize_keras_object
-        config = dict(config)
+        config = with_capacity_of_evaluation(config)
         config["experts"] = deserialize(config["experts"])
         config["gating"] = deserialize(config["gating"])
         return cls(**config)
+
+
+def with_capacity_of_evaluation(config):
+    """The config, in which a layer of before has the one capacity for both."""
+    return {"evaluation_capacity_factor": config.get("capacity_factor"), **config}
 
 
 def default_name(prefix):

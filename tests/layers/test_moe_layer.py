@@ -289,7 +289,13 @@ def test_two_layers_have_their_own_names_in_the_logs(rng):
 
 
 def test_overflow_is_counted_and_reported(rng):
-    layer = make(k=1, num_experts=2, capacity_factor=0.5, dtype="float32")
+    layer = make(
+        k=1,
+        num_experts=2,
+        capacity_factor=0.5,
+        evaluation_capacity_factor=0.5,
+        dtype="float32",
+    )
     model = in_a_model(layer)
     # All logits are positive for expert 1, so it gets all 4 * 3 tokens of a
     # batch and has ceil(0.5 * 1 * 12 / 2) = 3 slots: 9 of 12 are dropped.
