@@ -42,6 +42,20 @@ def verify_weight(value: Any, name: str) -> float:
     return number
 
 
+def verify_factor(value: Any, name: str) -> float:
+    """Returns `value` as a float, or raises unless it is above 0 and finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0.0 < number < float("inf"):
+        raise ValueError(
+            f"`{name}` must be a finite number above 0, or None. Received: "
+            f"{name}={value!r}. None drops nothing."
+        )
+    return number
+
+
 def verify_rate(value: Any, name: str) -> float:
     """Returns `value` as a float, or raises unless `0 <= value < 1`."""
     number = verify_weight(value, name)

@@ -164,7 +164,9 @@ class Operations:
 
     def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
         """Hands rows of noise, one a token, to the tokens that are real."""
-        return noise
+        if mask is None:
+            return noise
+        return tf.gather(noise, tf.cumsum(tf.cast(mask, tf.int32), exclusive=True))
 
 
 class Engine:
@@ -241,6 +243,19 @@ def current() -> Engine:
     if tf.distribute.in_cross_replica_context():
         return ONE_DEVICE
     return for_weights()
+
+
+def is_compiled_by_xla() -> bool:
+    """Whether XLA compiles what is traced here, which then needs static shapes."""
+    graph: Any = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        while context is not None:
+            if context.IsXLAContext():
+                return True
+            context = context.outer_context
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 def current_replica() -> int | None:

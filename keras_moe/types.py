@@ -97,7 +97,8 @@ class GatingResult(_GatingFields):
         token_indices: `(M,)` int32, ascending: the token of each assignment. Left
             out, `()`, for gates of shape `(N, K)`.
         auxiliary_losses: Losses of the gate's own, each `()` float and weighted
-            already; the surrounding layer adds them as they are. Usually none.
+            already; the surrounding layer adds them as they are, in training. Usually
+            none.
     """
 
     __slots__ = ()

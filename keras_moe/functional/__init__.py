@@ -8,8 +8,10 @@ from keras_moe.functional.attention import (
 from keras_moe.functional.capacity import (
     CapacityDispatcher,
     CapacityPlan,
+    RoundsDispatcher,
     expert_capacity,
     make_capacity_plan,
+    mix_in_rounds,
 )
 from keras_moe.functional.dispatching import (
     Dispatcher,
@@ -84,6 +86,7 @@ __all__ = [
     "Mixed",
     "MoELSTMResult",
     "RaggedPlan",
+    "RoundsDispatcher",
     "SortedPlan",
     "attention_keys",
     "attention_scores",
@@ -116,6 +119,7 @@ __all__ = [
     "mix_by_plan",
     "mix_experts",
     "mix_feed_forward_experts",
+    "mix_in_rounds",
     "mixed_product",
     "moe_lstm",
     "noise_stddev",

@@ -110,7 +110,8 @@ def _combine_blocks(outputs, gates, blocks, tokens_of, assignments, slots):
             for answers, tokens, which, rows in own:
                 upstream = tf.gather(dy, tokens)
                 d_gates.append(tf.reduce_sum(upstream * answers, axis=-1))
-                factors = tf.where(rows < 0, 0.0, tf.gather(flat_gates, which))
+                factors = tf.gather(flat_gates, which)
+                factors = tf.where(rows < 0, tf.zeros_like(factors), factors)
                 d_outputs.append(upstream * factors[..., tf.newaxis])
             d_gates = tf.concat([tf.reshape(each, [-1]) for each in d_gates], axis=0)
             return tf.gather(d_gates, slots), *d_outputs

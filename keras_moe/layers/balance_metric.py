@@ -7,7 +7,7 @@ test step, in the same graph, and there the statistics are added up. Prediction
 and export never ask, so they contain no trace of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -173,16 +173,22 @@ def _current_graph():
 def add_balance(
     layer: keras.layers.Layer,
     statistics: GateStatistics,
-    overflow: tf.Tensor,
+    training: bool | None,
+    own_losses: Sequence[tf.Tensor] = (),
+    overflow: tf.Tensor | int = 0,
     entropy: Callable[[], tuple[tf.Tensor, tf.Tensor]] | None = None,
 ) -> None:
     """Adds the balancing losses of one call, and hands its statistics on.
 
     Args:
-        layer: Has `num_experts`, `importance_loss_weight` and `load_loss_weight`,
-            and, with several experts, the `BalanceMetric` `balance`.
+        layer: Has `num_experts`, `importance_loss_weight`, `load_loss_weight` and
+            `losses_in_evaluation`, and, with several experts, the `BalanceMetric`
+            `balance`.
         statistics: `GateStatistics` of the call.
-        overflow: `()` int32, assignments dropped.
+        training: That of the call. Losses are added in training, and otherwise if
+            `losses_in_evaluation` says so.
+        own_losses: Losses of the gate's own, added likewise. Defaults to none.
+        overflow: `()` int32, assignments dropped. Defaults to 0.
         entropy: Gives those of `functional.gate_entropy`, if they are known.
     """
     importance, load, counts = statistics
@@ -201,11 +207,13 @@ def add_balance(
                 for x in (importance, load, counts)
             )
         )
-    if layer.importance_loss_weight:
-        layer.add_loss(
-            functional.importance_loss(importance, layer.importance_loss_weight)
-        )
-    if layer.load_loss_weight:
-        layer.add_loss(functional.load_loss(load, layer.load_loss_weight))
+    if training or layer.losses_in_evaluation:
+        weight = layer.importance_loss_weight
+        if weight:
+            layer.add_loss(functional.importance_loss(importance, weight))
+        if layer.load_loss_weight:
+            layer.add_loss(functional.load_loss(load, layer.load_loss_weight))
+        for loss in own_losses:
+            layer.add_loss(loss)
     if layer.num_experts > 1:  # a single expert has nothing to balance
         layer.balance.record(statistics, overflow, entropy)

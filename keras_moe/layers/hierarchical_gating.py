@@ -212,6 +212,7 @@ class HierarchicalGating(_Gating):
             self.compute_dtype,
             self.seed_generator,
             first_row,
+            row_mask,
         )
         noisy = functional.noisy_logits(clean, stddev, noise)
         largest = None

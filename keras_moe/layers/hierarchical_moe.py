@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_moe import checks, engine
 from keras_moe.layers.balance_metric import add_balance
@@ -15,7 +14,7 @@ from keras_moe.layers.hierarchical_gating import (
     verify_two_ks,
     with_primary_gating,
 )
-from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe import MoE, with_capacity_of_evaluation
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -46,12 +45,14 @@ class HierarchicalMoE(MoE):
         activation: Activation of the combined output. Defaults to `None`.
         capacity_factor: Float or None. As for `MoE`; the layer is not compiled
             with XLA either way. Defaults to `None`.
+        evaluation_capacity_factor: Float or None. As for `MoE`. Defaults to `None`.
+        losses_in_evaluation: Bool. As for `MoE`. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor `(..., features)`.
         mask: Bool tensor of the leading dimensions, or None. Tokens marked
             False (padding) are neither routed nor counted.
-        training: Bool. Whether the gates add their noise.
+        training: Bool. Whether the gates add their noise and the layer its losses.
 
     Input shape:
         `(..., features)`, rank 2 or more.
@@ -95,6 +96,8 @@ class HierarchicalMoE(MoE):
         load_loss_weight: float = 0.1,
         activation: Any = None,
         capacity_factor: float | None = None,
+        evaluation_capacity_factor: float | None = None,
+        losses_in_evaluation: bool = False,
         **kwargs: Any,
     ):
         num_groups = checks.verify_positive_int(num_groups, "num_groups")
@@ -112,6 +115,8 @@ class HierarchicalMoE(MoE):
             load_loss_weight=load_loss_weight,
             activation=activation,
             capacity_factor=capacity_factor,
+            evaluation_capacity_factor=evaluation_capacity_factor,
+            losses_in_evaluation=losses_in_evaluation,
             **kwargs,
         )
         self.num_groups = num_groups
@@ -158,9 +163,7 @@ class HierarchicalMoE(MoE):
                 "`strategy.run`."
             )
         outputs, statistics, losses = here.hierarchical_mixture(self, tokens, training)
-        add_balance(self, statistics, tf.constant(0))
-        for loss in losses:
-            self.add_loss(loss)
+        add_balance(self, statistics, training, losses)
         return outputs, None
 
     def get_config(self):
@@ -176,6 +179,6 @@ class HierarchicalMoE(MoE):
 
     @classmethod
     def from_config(cls, config):
-        config = with_primary_gating(config)
+        config = with_capacity_of_evaluation(with_primary_gating(config))
         experts = keras.saving.deserialize_keras_object(config["experts"])
         return cls(**{**config, "experts": experts})

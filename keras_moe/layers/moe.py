@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_moe import checks, engine, functional
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
+from keras_moe.layers.experts import Experts
 from keras_moe.layers.gating import NoisyTopKGating, TopKGating, k_of
 from keras_moe.layers.routing_record import RoutingRecord
 from keras_moe.types import GatingResult
@@ -44,18 +45,25 @@ class MoE(keras.layers.Layer):
         activation: Activation of the combined output. The paper's language
             models use `"sigmoid"`. Defaults to `None`.
         capacity_factor: Float or None. A number gives every expert
-            `ceil(capacity_factor * k * tokens / num_experts)` slots, so that all
-            shapes are static and XLA can compile the layer; tokens that do
+            `ceil(capacity_factor * k * tokens / num_experts)` slots in training, so
+            that all shapes are static and XLA can compile the layer; tokens that do
             not fit get zero from that expert, and the share of dropped
-            assignments is reported as `overflow`. None drops nothing.
-            Defaults to `None`.
+            assignments is reported as `overflow`. Padding counts as no token. None
+            drops nothing. Defaults to `None`.
+        evaluation_capacity_factor: Float or None. That of evaluation and serving,
+            where a gate without noise is less balanced. None drops nothing there;
+            in what XLA compiles the experts then run in rounds of the slots of
+            `capacity_factor` until all tokens had theirs. Defaults to `None`.
+        losses_in_evaluation: Bool. Whether the losses are added in evaluation too,
+            there from true counts. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor `(..., features)`.
         mask: Bool tensor of the leading dimensions, or None. Tokens marked
             False (padding) are neither routed nor counted; their output is zero
             before `activation`.
-        training: Bool. Whether the gate adds its noise.
+        training: Bool. Whether the gate adds its noise and the layer its losses.
+            None, outside of `fit`, is False.
 
     Input shape:
         `(..., features)`, rank 2 or more. Leading dimensions may be unknown,
@@ -65,8 +73,10 @@ class MoE(keras.layers.Layer):
         `(..., output_units)` of the experts, by default the input shape.
 
     Losses and state:
-        Adds the two losses with `add_loss` (in evaluation too, there from true
-        counts). The balance of the experts appears in the logs of `fit` and
+        Adds the two losses, and those of the gate's own, with `add_loss`: in
+        training, so that the loss of an evaluation is that of the task.
+        `trainable=False` changes nothing of it: what comes before the layer still
+        learns from them. The balance of the experts appears in the logs of `fit` and
         `evaluate`, under `<name>_importance_cv`, `<name>_load_cv` and
         `<name>_max_over_mean_load`, summed over the epoch. Weights are those
         of the gate and the experts.
@@ -77,7 +87,9 @@ class MoE(keras.layers.Layer):
             experts disagree on `num_experts`; `k` exceeds it.
 
     XLA: Without `capacity_factor` shapes depend on the data, so the layer tells
-    Keras not to compile it with XLA. With it, `jit_compile=True` works.
+    Keras not to compile it with XLA. With it, `jit_compile=True` works. Experts of
+    another class than `FeedForwardExperts` then get a slot for every token in
+    evaluation, unless `evaluation_capacity_factor` is a number.
 
     Mixed precision: gate maths runs in float32, experts in the compute type.
 
@@ -106,6 +118,8 @@ class MoE(keras.layers.Layer):
         load_loss_weight: float = 0.1,
         activation: Any = None,
         capacity_factor: float | None = None,
+        evaluation_capacity_factor: float | None = None,
+        losses_in_evaluation: bool = False,
         name: str | None = None,
         **kwargs: Any,
     ):
@@ -120,12 +134,18 @@ class MoE(keras.layers.Layer):
         if capacity_factor is not None:
             functional.expert_capacity(1, 1, 1, capacity_factor)  # raises if <= 0
             capacity_factor = float(capacity_factor)
+        if evaluation_capacity_factor is not None:
+            evaluation_capacity_factor = checks.verify_factor(
+                evaluation_capacity_factor, "evaluation_capacity_factor"
+            )
         if gating is None:
             gating = NoisyTopKGating(dtype=self.dtype_policy)
         self.experts = experts
         self.gating = gating
         self.activation = keras.activations.get(activation)
         self.capacity_factor = capacity_factor
+        self.evaluation_capacity_factor = evaluation_capacity_factor
+        self.losses_in_evaluation = bool(losses_in_evaluation)
         # Set by `recorded_routing`: takes the `RoutingRecord` of every call.
         self.on_routing: Callable[[RoutingRecord], None] | None = None
         self.supports_masking = True
@@ -167,12 +187,11 @@ class MoE(keras.layers.Layer):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         here = engine.for_weights()
-        if self.capacity_factor is not None and here.several_devices:
+        if self._has_capacity and here.several_devices:
             raise ValueError(
                 "`capacity_factor` must be None on several devices, where experts "
-                "take all their tokens. Received: capacity_factor="
-                f"{self.capacity_factor} on {here.replicas.number} replicas. Leave it "
-                "out."
+                f"take all their tokens. Received: {self._capacities} on "
+                f"{here.replicas.number} replicas. Leave it out."
             )
         if not self.gating.built:
             self.gating.build((None, features))
@@ -180,7 +199,7 @@ class MoE(keras.layers.Layer):
             self.experts.build((None, features))
         if self.num_experts > 1:  # a single expert has nothing to balance
             self.balance = BalanceMetric(
-                self.num_experts, self.capacity_factor is not None, name=self.name
+                self.num_experts, self._has_capacity, name=self.name
             )
 
     def call(self, inputs, mask=None, training=None):
@@ -188,7 +207,7 @@ class MoE(keras.layers.Layer):
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None
-        if mask is None or self._dispatcher().static_shapes:
+        if mask is None or self._dispatcher(training).static_shapes:
             outputs, result = self._mix(tokens, mask, training)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
@@ -205,26 +224,43 @@ class MoE(keras.layers.Layer):
         outputs.set_shape(self.compute_output_shape(inputs.shape))
         return self.activation(outputs)
 
-    def _dispatcher(self) -> functional.Dispatcher:
+    def _dispatcher(self, training) -> functional.Dispatcher:
         """What moves tokens to experts where this call runs."""
         elsewhere = engine.current().dispatcher
         if elsewhere is not None:
             return elsewhere(k_of(self.gating))
-        if self.capacity_factor is not None:
-            return functional.CapacityDispatcher(self.capacity_factor)
-        return functional.Dispatcher()
+        factor = self.capacity_factor if training else self.evaluation_capacity_factor
+        if factor is not None:
+            return functional.CapacityDispatcher(factor)
+        if self.capacity_factor is None or not engine.is_compiled_by_xla():
+            return functional.Dispatcher()
+        # Evaluation, nothing dropped, in static shapes.
+        if isinstance(self.experts, Experts):
+            return functional.RoundsDispatcher(self.capacity_factor)
+        return functional.CapacityDispatcher(self.num_experts)  # a slot for every token
 
     def _mix(self, tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
+        dispatcher = self._dispatcher(training)
         result = self.gating(tokens, mask=mask, training=training)
-        outputs, overflow = self._dispatcher().mix(self.experts, tokens, result, mask)
+        outputs, overflow = dispatcher.mix(self.experts, tokens, result, mask)
         entropy = partial(
             functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask
         )
-        add_balance(self, result.statistics, overflow, entropy)
-        for loss in result.auxiliary_losses:
-            self.add_loss(loss)
+        own_losses = result.auxiliary_losses
+        add_balance(self, result.statistics, training, own_losses, overflow, entropy)
         return outputs, result
+
+    @property
+    def _has_capacity(self):
+        return (self.capacity_factor, self.evaluation_capacity_factor) != (None, None)
+
+    @property
+    def _capacities(self):
+        """The factors that are given, for messages."""
+        names = ("capacity_factor", "evaluation_capacity_factor")
+        given = [(name, getattr(self, name)) for name in names]
+        return ", ".join(f"{name}={x}" for name, x in given if x is not None)
 
     def route(self, inputs, training: bool = False) -> GatingResult:
         """Which experts take which tokens, without running them.
@@ -259,15 +295,22 @@ class MoE(keras.layers.Layer):
             "load_loss_weight": self.load_loss_weight,
             "activation": keras.activations.serialize(self.activation),
             "capacity_factor": self.capacity_factor,
+            "evaluation_capacity_factor": self.evaluation_capacity_factor,
+            "losses_in_evaluation": self.losses_in_evaluation,
         }
 
     @classmethod
     def from_config(cls, config):
         deserialize = keras.saving.deserialize_keras_object
-        config = dict(config)
+        config = with_capacity_of_evaluation(config)
         config["experts"] = deserialize(config["experts"])
         config["gating"] = deserialize(config["gating"])
         return cls(**config)
+
+
+def with_capacity_of_evaluation(config):
+    """The config, in which a layer of before has the one capacity for both."""
+    return {"evaluation_capacity_factor": config.get("capacity_factor"), **config}
 
 
 def default_name(prefix):

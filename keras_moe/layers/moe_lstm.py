@@ -33,6 +33,7 @@ class MoELSTM(keras.layers.RNN):
             7). Defaults to `0.1`.
         load_loss_weight: Float. Weight of the load loss (equation 11). Defaults
             to `0.1`.
+        losses_in_evaluation: Bool. As for `MoE`. Defaults to `False`.
         segment_length: Int or None. Keep only every so-manieth state for the
             backward pass and compute the steps between again there: less
             memory, about a third more operations, same gradients. The square
@@ -59,7 +60,7 @@ class MoELSTM(keras.layers.RNN):
         initial_state: List of `h` and `c`, each `(batch, units)`, or None.
         mask: Bool tensor `(batch, time)` or None. A step marked False keeps the
             state and counts in no loss and no statistic.
-        training: Bool. Whether the gate adds its noise.
+        training: Bool. Whether the gate adds its noise and the layer its losses.
 
     Input shape:
         `(batch, time, features)`; batch and time may be unknown.
@@ -69,7 +70,7 @@ class MoELSTM(keras.layers.RNN):
         `return_state` a list of it, `h` and `c`.
 
     Losses and state:
-        Weights of the cell. Adds the two losses with `add_loss`, and shows the
+        Weights of the cell. Adds the two losses in training, and shows the
         balance of the experts in the logs of `fit`, as `MoE` does.
 
     Raises:
@@ -102,6 +103,7 @@ class MoELSTM(keras.layers.RNN):
         *,
         importance_loss_weight: float = 0.1,
         load_loss_weight: float = 0.1,
+        losses_in_evaluation: bool = False,
         segment_length: int | None = None,
         activation: Any = "tanh",
         recurrent_activation: Any = "sigmoid",
@@ -153,6 +155,7 @@ class MoELSTM(keras.layers.RNN):
         self.load_loss_weight = checks.verify_weight(
             load_loss_weight, "load_loss_weight"
         )
+        self.losses_in_evaluation = bool(losses_in_evaluation)
         self.segment_length = segment_length
         self.input_spec = keras.layers.InputSpec(ndim=3)
         self.supports_jit = False
@@ -203,7 +206,7 @@ class MoELSTM(keras.layers.RNN):
             segment_length=self.segment_length,
             keep_steps=bool(training),
         )
-        add_balance(self, result.statistics, tf.constant(0))
+        add_balance(self, result.statistics, training)
         outputs = result.hidden
         if mask is not None:
             # As in Keras: zero until the first step that is not masked, and
@@ -251,6 +254,7 @@ class MoELSTM(keras.layers.RNN):
             **cell,
             "importance_loss_weight": self.importance_loss_weight,
             "load_loss_weight": self.load_loss_weight,
+            "losses_in_evaluation": self.losses_in_evaluation,
             "segment_length": self.segment_length,
         }
 

@@ -68,11 +68,12 @@ def mixture(case: Case, name: str = "moe"):
     experts = layers.FeedForwardExperts(
         case.num_experts, hidden_units=24, use_bias=case.use_bias
     )
+    options = {"name": name, "losses_in_evaluation": True}
     if case.layer == "gated":
         experts = own_layers.GatedExperts(case.num_experts, hidden_units=24)
     if case.layer in ("flat", "gated"):
         gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
-        return layers.MoE(experts, gating, name=name)
+        return layers.MoE(experts, gating, **options)
     if case.layer == "hierarchical":
         primary = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=6)
         return layers.HierarchicalMoE(
@@ -80,11 +81,11 @@ def mixture(case: Case, name: str = "moe"):
             num_groups=4 if case.num_experts % 4 == 0 else case.num_experts,
             k=(2, 1),
             primary_gating=primary,
-            name=name,
+            **options,
         )
     if case.layer == "balanced":
         gating = layers.BalancedGating(k=2)
-        return layers.MoE(experts, gating, load_loss_weight=0.0, name=name)
+        return layers.MoE(experts, gating, load_loss_weight=0.0, **options)
     raise ValueError(case.layer)
 
 

@@ -156,7 +156,8 @@ def test_permuting_tokens_permutes_outputs(rng, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_permuting_experts_changes_nothing(rng, training):
-    layer, moved = make_moe(), make_moe()
+    options = {"importance_loss_weight": 0.1, "losses_in_evaluation": True}
+    layer, moved = make_moe(**options), make_moe(**options)
     order = rng.permutation(E)
     layer.gating.thresholds.assign(rng.uniform(0.1, 0.3, size=E))
     for variable, other in zip(layer.variables, moved.variables, strict=True):
@@ -257,7 +258,7 @@ def test_thresholds_above_every_gate_leave_all_tokens_without_experts(rng):
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
 @pytest.mark.parametrize("training", [True, False])
 def test_fewer_tokens_than_experts(rng, num_tokens, training):
-    layer = make_moe(importance_loss_weight=0.1)
+    layer = make_moe(importance_loss_weight=0.1, losses_in_evaluation=True)
     outputs = layer(tokens(rng, num_tokens), training=training)
     assert outputs.shape == (num_tokens, D)
     assert np.isfinite(outputs).all()
@@ -273,7 +274,7 @@ def test_padding_is_neither_routed_nor_counted(rng, training):
     x = rng.normal(size=(3, 6, D)).astype("float32")
     mask = np.arange(6) < np.array([[6], [3], [0]])
     x[~mask] *= 100.0  # would win every place
-    layer = make_moe(importance_loss_weight=0.1)
+    layer = make_moe(importance_loss_weight=0.1, losses_in_evaluation=True)
     outputs = layer(x, mask=mask, training=training).numpy()
     losses = [float(loss) for loss in layer.losses]
     counts = layer.balance.counts().numpy()

@@ -74,7 +74,10 @@ def flat_twin(layer, gate_kernel, k):
     """A flat MoE with the experts of a hierarchical one."""
     experts = layers.FeedForwardExperts(layer.num_experts, H, dtype="float64")
     flat = layers.MoE(
-        experts, layers.NoisyTopKGating(k=k, dtype="float64"), dtype="float64"
+        experts,
+        layers.NoisyTopKGating(k=k, dtype="float64"),
+        dtype="float64",
+        losses_in_evaluation=True,
     )
     flat.build((None, D))
     experts.set_weights(layer.experts.get_weights())
@@ -83,7 +86,7 @@ def flat_twin(layer, gate_kernel, k):
 
 
 def test_one_group_is_flat(rng):
-    layer = randomised(make(num_groups=1, k=(1, 2), num_experts=6), rng)
+    layer = randomised(make(1, (1, 2), 6, losses_in_evaluation=True), rng)
     flat = flat_twin(layer, layer.gating.gate_kernel[0], k=2)
     x = rng.normal(size=(N, D))
     np.testing.assert_allclose(layer(x), flat(x), atol=1e-12)
@@ -91,7 +94,7 @@ def test_one_group_is_flat(rng):
 
 
 def test_one_expert_a_group_is_flat(rng):
-    layer = randomised(make(num_groups=6, k=(2, 1), num_experts=6), rng)
+    layer = randomised(make(6, (2, 1), 6, losses_in_evaluation=True), rng)
     flat = flat_twin(layer, layer.gating.primary_gating.gate_kernel, k=2)
     x = rng.normal(size=(N, D))
     np.testing.assert_allclose(layer(x), flat(x), atol=1e-12)
@@ -126,7 +129,7 @@ def test_load_loss_reaches_primary_and_secondary_gates(rng):
 
 
 def test_padding_is_neither_routed_nor_counted(rng):
-    layer = randomised(make(), rng)
+    layer = randomised(make(losses_in_evaluation=True), rng)
     x = rng.normal(size=(2, 6, D))
     mask = np.array([[1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 0]], bool)
     outputs = layer(x, mask=mask).numpy()
@@ -137,8 +140,9 @@ def test_padding_is_neither_routed_nor_counted(rng):
 
 
 def test_padding_with_a_capacity_that_nothing_exceeds(rng):
-    layer = randomised(make(capacity_factor=float(G * B)), rng)
-    dropless = randomised(make(), np.random.default_rng(0))
+    options = {"losses_in_evaluation": True}
+    layer = randomised(make(capacity_factor=float(G * B), **options), rng)
+    dropless = randomised(make(**options), np.random.default_rng(0))
     dropless.set_weights(layer.get_weights())
     x = rng.normal(size=(2, 6, D))
     mask = np.array([[1, 1, 1, 0, 0, 0], [1, 0, 1, 1, 1, 0]], bool)

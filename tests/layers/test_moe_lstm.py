@@ -110,7 +110,7 @@ def test_losses_are_those_of_the_same_gate_outside_the_loop(x, mask):
 
 
 def test_padding_changes_nothing(x):
-    layer = MoELSTM(UNITS, 8, gate(), return_state=True)
+    layer = MoELSTM(UNITS, 8, gate(), return_state=True, losses_in_evaluation=True)
     outputs = layer(x)
     losses = [float(loss) for loss in layer.losses]
     padded = np.concatenate([x, np.full((BATCH, 3, FEATURES), 7.0, "float32")], axis=1)
