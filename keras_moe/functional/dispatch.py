@@ -11,7 +11,12 @@ import tensorflow as tf
 
 from keras_moe import checks, placement
 from keras_moe.functional import losses
-from keras_moe.types import DispatchPlan, GateStatistics, GatingResult
+from keras_moe.types import (
+    CountedStatistics,
+    DispatchPlan,
+    GateStatistics,
+    GatingResult,
+)
 
 
 def make_gating_result(
@@ -33,7 +38,7 @@ def make_gating_result(
         token_indices: `(M,)` int32, ascending: the token of each assignment.
             Only for gates of shape `(M,)`.
         load: `(E,)` float, a smooth load that carries a gradient. None takes
-            the hard counts.
+            the hard counts, and the statistics are `CountedStatistics`.
         mask: `(N,)` bool or None. Tokens marked False are left out of the
             statistics.
 
@@ -52,7 +57,8 @@ def make_gating_result(
         )
         counted = tf.where(kept, expert_indices, -1)
     counts = losses.expert_counts(counted, num_experts)
-    statistics = GateStatistics(
+    kind = CountedStatistics if load is None else GateStatistics
+    statistics = kind(
         importance=losses.importance(gates, counted, num_experts),
         load=tf.cast(counts, gates.dtype) if load is None else load,
         counts=counts,
@@ -133,12 +139,7 @@ def expert_capacity(
     Raises:
         ValueError: `capacity_factor` is not a positive number.
     """
-    if checks.verify_weight(capacity_factor, "capacity_factor") == 0.0:
-        raise ValueError(
-            "`capacity_factor` must be greater than 0. "
-            f"Received: capacity_factor={capacity_factor}. With 0 every token "
-            "would be dropped; use None for no capacity at all."
-        )
+    capacity_factor = checks.verify_capacity_factor(capacity_factor)
     num_tokens = tf.cast(num_tokens, tf.int32)
     slots = tf.math.ceil(
         tf.cast(num_tokens, tf.float64) * (capacity_factor * k / num_experts)

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import functional, placement
+from keras_moe.layers.gate_contract import has_load_loss
 from keras_moe.types import GateStatistics
 
 _TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
@@ -179,13 +180,14 @@ def add_balance(
     """Adds the balancing losses of one call, and hands its statistics on.
 
     Args:
-        layer: Has `num_experts`, `importance_loss_weight` and `load_loss_weight`,
+        layer: Has `num_experts`, `gating` and the weights of `set_loss_weights`,
             and, with several experts, the `BalanceMetric` `balance`.
         statistics: `GateStatistics` of the call.
         overflow: `()` int32, assignments dropped.
         entropy: Gives those of `functional.gate_entropy`, if they are known.
     """
     importance, load, counts = statistics
+    with_load_loss = has_load_loss(layer, statistics)
     place = placement.for_call()
     if place.num_replicas > 1 and layer.num_experts > 1:
         # Over the global batch: the squared variation is not linear.
@@ -205,7 +207,7 @@ def add_balance(
         layer.add_loss(
             functional.importance_loss(importance, layer.importance_loss_weight)
         )
-    if layer.load_loss_weight:
+    if with_load_loss:
         layer.add_loss(functional.load_loss(load, layer.load_loss_weight))
     if layer.num_experts > 1:  # a single expert has nothing to balance
         layer.balance.record(statistics, overflow, entropy)

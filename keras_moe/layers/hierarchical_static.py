@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import functional, placement
+from keras_moe.layers.gate_contract import verify_gating_result
 from keras_moe.types import GatingResult
 
 
@@ -29,6 +30,7 @@ def hierarchical_gating(
         The `GatingResult`.
     """
     primary = layer.primary_gating(inputs, mask=mask, training=training)
+    verify_gating_result(primary, layer.primary_gating, "primary_gating")
     groups = primary.plan.expert_indices  # (N, K1)
     num_groups, k1 = layer.num_groups, groups.shape[1]
     size = layer.num_experts // num_groups
@@ -36,9 +38,13 @@ def hierarchical_gating(
         tf.one_hot(groups[:, k], num_groups, dtype=inputs.dtype) for k in range(k1)
     ]
     clean = _logits(inputs, layer.gate_kernel, members)  # (N, K1, b)
+    if layer.use_bias:
+        own = [tf.matmul(member, layer.gate_bias) for member in members]
+        clean += tf.stack(own, axis=1)
     load, k2 = None, layer.k[1]
+    normalization = layer.secondary_normalization
     if not training:
-        gates, indices = functional.top_k_gating(_rows(clean), k2)
+        gates, indices = functional.top_k_gating(_rows(clean), k2, normalization)
     else:
         raw_noise = _logits(inputs, layer.noise_kernel, members)
         stddev = functional.noise_stddev(_rows(raw_noise), layer.noise_epsilon)
@@ -48,7 +54,7 @@ def hierarchical_gating(
             probs = functional.prob_in_top_k(_rows(clean), noisy, stddev, k2)
         else:
             probs = tf.ones_like(noisy)
-        gates, indices = functional.top_k_gating(noisy, k2)
+        gates, indices = functional.top_k_gating(noisy, k2, normalization)
         load = _load(tf.reshape(probs, tf.shape(clean)), members, mask)
         load = functional.hierarchical_load(
             primary.statistics.load, load, primary.statistics.counts
