@@ -1,5 +1,7 @@
 """Checks of arguments, shared by the functional code and the layers."""
 
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +32,7 @@ def verify_k(k: Any, num_experts: int | None = None) -> int:
 
 def verify_weight(value: Any, name: str) -> float:
     """Returns `value` as a float, or raises if it is negative or not finite."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
+    number = _as_number(value)
     if not 0.0 <= number < float("inf"):
         raise ValueError(
             f"`{name}` must be a finite number of at least 0. "
@@ -42,18 +41,36 @@ def verify_weight(value: Any, name: str) -> float:
     return number
 
 
-def verify_factor(value: Any, name: str) -> float:
-    """Returns `value` as a float, or raises unless it is above 0 and finite."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
+def verify_capacity_factor(value: Any, name: str = "capacity_factor") -> float:
+    """Returns `value` as a float, or raises if it is not finite and above 0."""
+    number = _as_number(value)
     if not 0.0 < number < float("inf"):
         raise ValueError(
-            f"`{name}` must be a finite number above 0, or None. Received: "
-            f"{name}={value!r}. None drops nothing."
+            f"`{name}` must be a finite number above 0, or None. "
+            f"Received: {name}={value!r}. 1 fits perfect balance, 2 leaves room for "
+            "twice the mean; None drops nothing."
         )
     return number
+
+
+def _as_number(value):
+    """`value` as a float, NaN if it is none. "2" is no number, nor is True."""
+    if isinstance(value, (str, bytes, bool)):
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def verify_normalization(value: Any) -> str:
+    """Returns `value`, or raises if it is no normalization of a top-k gate."""
+    if not isinstance(value, str) or value not in ("selected", "all"):
+        raise ValueError(
+            '`normalization` must be "selected" or "all". '
+            f"Received: normalization={value!r}."
+        )
+    return value
 
 
 def verify_rate(value: Any, name: str) -> float:
@@ -89,8 +106,17 @@ def verify_input_shape(shape: Sequence[int | None], layer_name: str) -> int:
         The size of the last dimension.
 
     Raises:
-        ValueError: The rank is below 2, or the last dimension is unknown.
+        ValueError: There are several tensors, the rank is below 2, or the last
+            dimension is unknown.
     """
+    if isinstance(shape, dict) or any(
+        isinstance(part, (Sequence, dict, tf.TensorShape)) for part in shape
+    ):
+        raise ValueError(
+            f"`inputs` of {layer_name} must be one tensor (..., features). Received: "
+            f"a {type(shape).__name__} of {len(shape)} tensors with shapes {shape}. "
+            "Pass one of them, or concatenate them first."
+        )
     shape = tuple(shape)
     if len(shape) < 2:
         raise ValueError(
@@ -105,6 +131,53 @@ def verify_input_shape(shape: Sequence[int | None], layer_name: str) -> int:
             "Give the feature dimension in `keras.Input` or with `ensure_shape`."
         )
     return int(shape[-1])
+
+
+def verify_dense(inputs: Any, layer_name: str) -> None:
+    """Raises unless `inputs` is one dense tensor."""
+    if isinstance(inputs, tf.RaggedTensor):
+        remedy = (
+            "Call the layer by `tf.ragged.map_flat_values(layer, inputs)`, or pass "
+            "`inputs.to_tensor()` and its mask"
+        )
+    elif isinstance(inputs, tf.SparseTensor):
+        remedy = "Pass `tf.sparse.to_dense(inputs)`"
+    elif not hasattr(inputs, "dtype") or not hasattr(inputs, "shape"):
+        remedy = "Pass one tensor"
+    else:
+        return
+    raise ValueError(
+        f"`inputs` of {layer_name} must be one dense tensor (..., features). Received: "
+        f"a {type(inputs).__name__}. {remedy}."
+    )
+
+
+def warn_of_time_steps(layer: Any, kind: Any) -> None:
+    """Warns where a mixture is called step by step by a wrapper.
+
+    Args:
+        layer: The mixture, with `name`.
+        kind: The wrapper, `keras.layers.TimeDistributed`.
+    """
+    for wrapper in _callers("call", 12):
+        if isinstance(wrapper, kind) and wrapper.layer is layer:
+            warnings.warn(
+                f"{layer.name} in {wrapper.name!r} balances every time step by itself "
+                "and adds losses for each of them. Leave TimeDistributed out: "
+                f"{type(layer).__name__} takes inputs (batch, time, ..., features), all "
+                "leading axes as one batch.",
+                stacklevel=2,
+            )
+            return
+
+
+def _callers(name, most=sys.maxsize):
+    """`self` of the methods of this name that the caller of the caller runs in."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and most:
+        if frame.f_code.co_name == name:
+            yield frame.f_locals.get("self")
+        frame, most = frame.f_back, most - 1
 
 
 def verify_floating(dtype: Any, layer_name: str) -> None:

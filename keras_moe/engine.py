@@ -258,6 +258,23 @@ def is_compiled_by_xla() -> bool:
     return False
 
 
+def verify_not_compiled(layer_name: str, remedy: str) -> None:
+    """Raises where a function is traced that XLA is to compile, and could not.
+
+    XLA itself fails only when the function runs, with a message about its nodes.
+
+    Args:
+        layer_name: Of the layer whose shapes depend on the data.
+        remedy: What to do instead of leaving XLA out.
+    """
+    if is_compiled_by_xla():
+        raise ValueError(
+            f"`jit_compile` of a function that calls {layer_name} must be False: "
+            "shapes depend on the data, which XLA cannot compile. Received: "
+            f"jit_compile=True. Leave it out{remedy}."
+        )
+
+
 def current_replica() -> int | None:
     """Number of the replica whose code runs here, None between replicas."""
     if not tf.distribute.has_strategy():

@@ -44,6 +44,16 @@ class GateStatistics(NamedTuple):
     counts: tf.Tensor
 
 
+class CountedStatistics(GateStatistics):
+    """`GateStatistics` whose load is the hard counts: nothing to make a loss of."""
+
+    __slots__ = ()
+
+    def _replace(self, **changes):
+        kind = GateStatistics if "load" in changes else CountedStatistics
+        return kind(**{**self._asdict(), **changes})
+
+
 class DispatchPlan:
     """Which token goes to which expert, and where its answer comes back.
 

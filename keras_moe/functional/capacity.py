@@ -131,12 +131,7 @@ def expert_capacity(
     Raises:
         ValueError: `capacity_factor` is not a positive number.
     """
-    if checks.verify_weight(capacity_factor, "capacity_factor") == 0.0:
-        raise ValueError(
-            "`capacity_factor` must be greater than 0. "
-            f"Received: capacity_factor={capacity_factor}. With 0 every token "
-            "would be dropped; use None for no capacity at all."
-        )
+    capacity_factor = checks.verify_capacity_factor(capacity_factor)
     num_tokens = tf.cast(num_tokens, tf.int32)
     slots = tf.math.ceil(
         tf.cast(num_tokens, tf.float64) * (capacity_factor * k / num_experts)

@@ -10,12 +10,15 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.functional import losses, ops
-from keras_moe.types import GateStatistics, GatingResult
+from keras_moe.types import CountedStatistics, GateStatistics, GatingResult
 
 # Logits are clipped to this range, so that infinite logits (an expert that a
 # caller has masked out, or an overflow of half precision) give gates of 0 or 1
 # and never NaN. It is far outside what a finite computation produces.
 _LOGIT_LIMIT = 1e30
+
+# What a noisy logit of 1 resolves.
+_LEAST_STDDEV = {tf.float32: 2.0**-23, tf.float64: 2.0**-52}
 
 
 def as_gate_logits(logits: tf.Tensor) -> tf.Tensor:
@@ -70,11 +73,11 @@ def noise_stddev(raw_noise: tf.Tensor, noise_epsilon: float = 1e-2) -> tf.Tensor
 
     Args:
         raw_noise: `(N, E)` float, $x W_{noise}$.
-        noise_epsilon: Least standard deviation. The paper's equation 4 has
-            none; the authors' code adds 1e-2 for numerical stability.
+        noise_epsilon: Least standard deviation, at least 0. The paper's equation
+            4 has none; the authors' code adds 1e-2 for numerical stability.
 
     Returns:
-        `(N, E)` float32 or float64, greater than 0 for `noise_epsilon > 0`.
+        `(N, E)` float32 or float64, at least 0.
 
     Raises:
         ValueError: `noise_epsilon` is negative.
@@ -165,20 +168,15 @@ def top_k_gating(
     """
     logits = as_gate_logits(logits)
     k = checks.verify_k(k, logits.shape[-1])
+    checks.verify_normalization(normalization)
     if largest is None:
         kept, expert_indices = ops.top_k(logits, k)
     else:
         kept, expert_indices = (each[..., :k] for each in largest)
     if normalization == "selected":
         return tf.nn.softmax(kept, axis=-1), expert_indices
-    if normalization == "all":
-        probabilities = tf.nn.softmax(logits, axis=-1)
-        kept = ops.pick(probabilities, expert_indices)
-        return kept, expert_indices
-    raise ValueError(
-        '`normalization` must be "selected" or "all". '
-        f"Received: normalization={normalization!r}."
-    )
+    probabilities = tf.nn.softmax(logits, axis=-1)
+    return ops.pick(probabilities, expert_indices), expert_indices
 
 
 def prob_in_top_k(
@@ -200,7 +198,9 @@ def prob_in_top_k(
     Args:
         clean_logits: `(N, E)` float, without noise.
         noisy_logits: `(N, E)` float, from `noisy_logits`.
-        stddev: `(N, E)` float, greater than 0.
+        stddev: `(N, E)` float, at least 0. Below the resolution of its type at 1
+            (1.2e-7 for float32) it counts as that: so little noise is lost in the
+            logits, and by equal logits the gradient would be infinite.
         k: Experts for each token, `1 <= k < E`.
         largest: What `largest_logits` returned for the noisy logits, if at hand.
 
@@ -250,6 +250,8 @@ def _normal_cdf(difference, stddev):
     the order of operations of automatic differentiation overflows for a tiny
     `stddev`, and 0 times infinity is NaN.
     """
+    # The gradient is at most 0.4 / stddev.
+    stddev = tf.maximum(stddev, _LEAST_STDDEV[stddev.dtype])
     # Nothing is gained beyond 40 standard deviations, and the bound keeps
     # (clipped) infinite logits from overflowing.
     z = tf.clip_by_value(difference / stddev, -40.0, 40.0)
@@ -282,7 +284,7 @@ def make_gating_result(
         token_indices: `(M,)` int32, ascending: the token of each assignment.
             Only for gates of shape `(M,)`.
         load: `(E,)` float, a smooth load that carries a gradient. None takes
-            the hard counts.
+            the hard counts, and the statistics are `CountedStatistics`.
         mask: `(N,)` bool or None. Tokens marked False are left out of the
             statistics.
 
@@ -303,7 +305,8 @@ def make_gating_result(
         )
         counted = tf.where(kept, expert_indices, -1)
     counts = losses.expert_counts(counted, num_experts)
-    statistics = GateStatistics(
+    kind = CountedStatistics if load is None else GateStatistics
+    statistics = kind(
         importance=losses.importance(gates, counted, num_experts),
         load=tf.cast(counts, gates.dtype) if load is None else load,
         counts=counts,

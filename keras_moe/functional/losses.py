@@ -80,18 +80,24 @@ def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
 
     Args:
         values: `(E,)` or any shape; all elements count as one vector.
-        epsilon: Added to the squared mean, so that all-zero values give 0.
+        epsilon: Added to the squared mean, at least 0. All-zero values give 0.
 
     Returns:
         `()`, dtype of `values` (float32 at least).
 
+    Raises:
+        ValueError: `epsilon` is negative or not finite.
+
     Reference:
         Shazeer et al. 2017, equations 7 and 11.
     """
+    epsilon = checks.verify_weight(epsilon, "epsilon")
     values = ops.cast_up(values)
     mean = tf.reduce_mean(values)
     variance = tf.reduce_mean(tf.square(values - mean))
-    return variance / (tf.square(mean) + epsilon)
+    # A square, or an epsilon, may underflow.
+    divide = tf.divide if epsilon >= _EPSILON else tf.math.divide_no_nan
+    return divide(variance, tf.square(mean) + epsilon)
 
 
 def importance_loss(importance: tf.Tensor, weight: float = 1.0) -> tf.Tensor:

@@ -361,9 +361,15 @@ def verify_recurrent_gating(chosen: GatingResult) -> None:
         chosen: What the gate returned.
 
     Raises:
-        ValueError: Tokens have different numbers of experts, or the gate has
-            losses of its own.
+        ValueError: It is no `GatingResult`, tokens have different numbers of experts,
+            or the gate has losses of its own.
     """
+    if not isinstance(chosen, GatingResult):
+        raise ValueError(
+            "`gating` of a recurrent mixture must return a "
+            f"keras_moe.types.GatingResult. Received: a {type(chosen).__name__}. Use "
+            "NoisyTopKGating, TopKGating or SoftmaxGating."
+        )
     if chosen.is_ragged or chosen.auxiliary_losses:
         raise ValueError(
             "`gating` of a recurrent mixture must give every token the same number "

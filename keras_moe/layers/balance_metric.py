@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import engine, functional
+from keras_moe.layers.gate_contract import has_load_loss
 from keras_moe.types import GateStatistics
 
 _TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
@@ -181,8 +182,8 @@ def add_balance(
     """Adds the balancing losses of one call, and hands its statistics on.
 
     Args:
-        layer: Has `num_experts`, `importance_loss_weight`, `load_loss_weight` and
-            `losses_in_evaluation`, and, with several experts, the `BalanceMetric`
+        layer: Has `num_experts`, `gating`, `losses_in_evaluation` and the weights of
+            `set_loss_weights`, and, with several experts, the `BalanceMetric`
             `balance`.
         statistics: `GateStatistics` of the call.
         training: That of the call. Losses are added in training, and otherwise if
@@ -192,6 +193,7 @@ def add_balance(
         entropy: Gives those of `functional.gate_entropy`, if they are known.
     """
     importance, load, counts = statistics
+    with_load_loss = has_load_loss(layer, statistics)
     replicas = engine.current().replicas
     if replicas.number > 1 and layer.num_experts > 1:
         # Over the global batch: the squared variation is not linear.
@@ -211,7 +213,7 @@ def add_balance(
         weight = layer.importance_loss_weight
         if weight:
             layer.add_loss(functional.importance_loss(importance, weight))
-        if layer.load_loss_weight:
+        if with_load_loss:
             layer.add_loss(functional.load_loss(load, layer.load_loss_weight))
         for loss in own_losses:
             layer.add_loss(loss)

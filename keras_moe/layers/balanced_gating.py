@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
-from keras_moe.layers.gating import _Gating
+from keras_moe.layers.base_gating import _Gating
 from keras_moe.types import GatingResult
 
 
@@ -46,6 +46,7 @@ class BalancedGating(_Gating):
             where they are. Defaults to `1.0`.
         gate_initializer: Initial value of `gate_kernel`. None means a normal
             distribution of standard deviation 0.02. Defaults to `None`.
+        use_bias: Bool. Whether the logits have a bias. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
@@ -64,13 +65,13 @@ class BalancedGating(_Gating):
         inference.
 
     Losses and state:
-        Weights `gate_kernel` of shape `(features, num_experts)`, no bias, and
-        `thresholds` of shape `(num_experts,)`. In training `auxiliary_losses`
+        Weights `gate_kernel` of shape `(features, num_experts)`, `thresholds` and,
+        with `use_bias`, `gate_bias` of shape `(num_experts,)`. In training `auxiliary_losses`
         holds the threshold loss, which the surrounding `MoE` adds; at inference
         it is empty, since the masks would need the batch: the loss of an
         evaluation is without it. The load is a hard count and constant in
-        training, so a load loss has no gradient: set `load_loss_weight=0` in
-        `MoE`. An importance loss does have one.
+        training, so a load loss has no gradient, and `MoE` adds none unless asked
+        to. An importance loss does have one.
 
     Raises:
         ValueError: `k` is below 1 or above `num_experts`;
@@ -101,6 +102,7 @@ class BalancedGating(_Gating):
         *,
         threshold_loss_weight: float = 1.0,
         gate_initializer: Any = None,
+        use_bias: bool = False,
         **kwargs: Any,
     ):
         k = checks.verify_k(k, num_experts)
@@ -109,7 +111,9 @@ class BalancedGating(_Gating):
         )
         if gate_initializer is None:
             gate_initializer = keras.initializers.RandomNormal(stddev=0.02)
-        super().__init__(num_experts, gate_initializer=gate_initializer, **kwargs)
+        super().__init__(
+            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+        )
         self.k = k
         self.threshold_loss_weight = threshold_loss_weight
         # The number of assignments depends on the data, which XLA cannot compile.
@@ -127,14 +131,16 @@ class BalancedGating(_Gating):
         )
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        checks.verify_dense(inputs, type(self).__name__)
         real = None
         if engine.current().static_shapes:
             return self._dense(inputs, mask, training)
+        engine.verify_not_compiled(type(self).__name__, ", or use NoisyTopKGating")
         if mask is not None:
             # Padding must not compete with real tokens for a place.
             real = tf.cast(tf.where(mask)[:, 0], tf.int32)
             inputs = tf.gather(inputs, real)
-        logits = tf.matmul(inputs, self.gate_kernel)
+        logits = self._logits(inputs)
         selected, losses = self._select(functional.softmax_gating(logits), training)
         assignments = tf.where(selected)  # (M, 2), in the order of the tokens
         token_indices, expert_indices = tf.unstack(
@@ -152,7 +158,7 @@ class BalancedGating(_Gating):
 
     def _dense(self, inputs, mask, training):
         """The result in static shapes: every expert a choice, -1 if not selected."""
-        logits = tf.matmul(inputs, self.gate_kernel)
+        logits = self._logits(inputs)
         softmax_gates = functional.softmax_gating(logits)
         if mask is not None:
             # Below every threshold and behind every real token.

@@ -50,8 +50,8 @@ class ExpertList(keras.layers.Layer):
 
     Raises:
         ValueError: There is no expert, something is not a layer or stands in
-            the list twice; output shapes differ or are not `(tokens,
-            output_units)`; `counts` is missing.
+            the list twice; an expert does not take rows; output shapes differ or
+            are not `(tokens, output_units)`; `counts` is missing.
 
     Example:
 
@@ -99,8 +99,7 @@ class ExpertList(keras.layers.Layer):
         engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         for expert in self.experts:
-            if not expert.built:
-                expert.build((None, features))
+            _verify_rows(expert, features)
             # A Sequential does not say by itself that its layers support masks.
             expert.supports_masking = _supports_masks(expert)
         self._output_units(features)
@@ -180,6 +179,25 @@ class ExpertList(keras.layers.Layer):
             for expert in config["experts"]
         ]
         return cls(**{**config, "experts": experts})
+
+
+def _verify_rows(expert, features):
+    """Builds an expert, or raises if it does not take rows `(tokens, features)`."""
+    try:
+        spec = keras.KerasTensor((None, features), expert.compute_dtype)
+        if not expert.built:
+            expert.build(spec.shape)
+        expert.compute_output_spec(spec)
+    except Exception as error:
+        raise ValueError(
+            "`experts` must take rows (tokens, features): `MoE` takes all leading axes "
+            f"of its inputs for tokens. Received: {expert!r}, which does not take "
+            f"({features} features): {error} For experts over whole images or "
+            "sequences flatten each example to one row before `MoE`, and begin every "
+            "expert with `Reshape`, e.g. keras.Sequential([keras.layers.Reshape("
+            "(height, width, channels)), keras.layers.Conv2D(...), "
+            "keras.layers.Flatten()])."
+        ) from error
 
 
 def _supports_masks(expert):

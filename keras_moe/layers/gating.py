@@ -6,73 +6,9 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional
+from keras_moe.layers.base_gating import Choice, _Gating
 from keras_moe.layers.noise import draw_rows
-from keras_moe.types import GatingResult, at_least_float32
-
-
-class _Gating(keras.layers.Layer):
-    """What all gates of this package share: size, dtype, kernel, checks."""
-
-    def __init__(
-        self,
-        num_experts: int | None = None,
-        *,
-        gate_initializer: Any = "zeros",
-        dtype: Any = None,
-        **kwargs: Any,
-    ):
-        # Gate maths runs in float32 under every mixed-precision policy: a
-        # policy that computes in half precision is replaced by its variables'
-        # type, which also keeps Keras from casting the inputs down.
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
-        policy = keras.dtype_policies.DTypePolicy(
-            at_least_float32(policy.compute_dtype).name
-        )
-        super().__init__(dtype=policy, **kwargs)
-        if num_experts is not None:
-            num_experts = checks.verify_positive_int(num_experts, "num_experts")
-        # Set by the surrounding MoE where it is left out.
-        self.num_experts: Any = num_experts
-        self.gate_initializer = keras.initializers.get(gate_initializer)
-        self.supports_masking = True
-
-    def build(self, input_shape):
-        features = checks.verify_input_shape(input_shape, type(self).__name__)
-        if len(input_shape) != 2:
-            raise ValueError(
-                f"`inputs` of {type(self).__name__} must be (tokens, features). "
-                f"Received: shape={tuple(input_shape)}, rank={len(input_shape)}. "
-                "Flatten the leading dimensions, or use the gate inside `MoE`."
-            )
-        if self.num_experts is None:
-            raise ValueError(
-                f"`num_experts` of {type(self).__name__} is not known. Received: "
-                "num_experts=None. Pass it, or use the gate inside `MoE`, which "
-                "takes it from its experts."
-            )
-        self._verify_against_num_experts()
-        self.gate_kernel = self._add_kernel(
-            "gate_kernel", features, self.gate_initializer
-        )
-
-    def _add_kernel(self, name, features, initializer):
-        return self.add_weight(
-            name=name, shape=(features, self.num_experts), initializer=initializer
-        )
-
-    def _verify_against_num_experts(self):
-        pass
-
-    def compute_mask(self, inputs, mask=None):
-        # The result is a tuple of routing tensors, none of which is a sequence.
-        return None
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_experts": self.num_experts,
-            "gate_initializer": keras.initializers.serialize(self.gate_initializer),
-        }
+from keras_moe.types import GatingResult
 
 
 def k_of(gating: Any) -> int | None:
@@ -97,6 +33,7 @@ class SoftmaxGating(_Gating):
             experts of the surrounding `MoE`. Defaults to `None`.
         gate_initializer: Initial value of `gate_kernel`. Defaults to `"zeros"`:
             all gates are equal at the start.
+        use_bias: Bool. Whether the logits have a bias. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
@@ -112,9 +49,9 @@ class SoftmaxGating(_Gating):
         plan, the statistics.
 
     Losses and state:
-        Weight `gate_kernel` of shape `(features, num_experts)`, no bias. No
-        losses: the surrounding `MoE` forms them. Every expert's load is the
-        number of tokens, so a load loss is 0.
+        Weight `gate_kernel` of shape `(features, num_experts)`, and with
+        `use_bias` `gate_bias` `(num_experts,)`. No losses: the surrounding
+        `MoE` forms them. Every expert's load is the number of tokens.
 
     Raises:
         ValueError: `num_experts` is not positive, or unknown when built;
@@ -132,7 +69,7 @@ class SoftmaxGating(_Gating):
     """
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
-        gates = functional.softmax_gating(tf.matmul(inputs, self.gate_kernel))
+        gates = functional.softmax_gating(self._logits(inputs))
         experts = tf.range(self.num_experts)
         # gates * 0 and not tf.broadcast_to: the shape may be dynamic.
         expert_indices = tf.cast(gates * 0, tf.int32) + experts
@@ -160,6 +97,7 @@ class TopKGating(_Gating):
         gate_initializer: Initial value of `gate_kernel`. Defaults to
             `"glorot_uniform"`: with zeros and no noise all logits tie, and
             every token would go to experts 0 to k-1.
+        use_bias: Bool. Whether the logits have a bias. Defaults to `False`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
@@ -175,8 +113,9 @@ class TopKGating(_Gating):
         statistics.
 
     Losses and state:
-        Weight `gate_kernel` of shape `(features, num_experts)`, no bias. No
-        losses: the surrounding `MoE` forms them.
+        Weight `gate_kernel` of shape `(features, num_experts)`, and with
+        `use_bias` `gate_bias` `(num_experts,)`. No losses: the surrounding
+        `MoE` forms them.
 
     Raises:
         ValueError: `k` is below 1 or above `num_experts`; `normalization` is
@@ -201,23 +140,25 @@ class TopKGating(_Gating):
         *,
         normalization: str = "selected",
         gate_initializer: Any = "glorot_uniform",
+        use_bias: bool = False,
         **kwargs: Any,
     ):
         k = checks.verify_k(k, num_experts)
-        if normalization not in ("selected", "all"):
-            raise ValueError(
-                '`normalization` must be "selected" or "all". '
-                f"Received: normalization={normalization!r}."
-            )
-        super().__init__(num_experts, gate_initializer=gate_initializer, **kwargs)
+        normalization = checks.verify_normalization(normalization)
+        super().__init__(
+            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+        )
         self.k = k
         self.normalization = normalization
+
+    def choices(self):
+        return [Choice(self.k, self.num_experts, self.normalization)]
 
     def _verify_against_num_experts(self):
         checks.verify_k(self.k, self.num_experts)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
-        return self._result(tf.matmul(inputs, self.gate_kernel), mask)
+        return self._result(self._logits(inputs), mask)
 
     def _result(self, logits, mask, load=None, largest=None):
         gates, expert_indices = functional.top_k_gating(
@@ -259,11 +200,13 @@ class NoisyTopKGating(TopKGating):
             less than 1 and the gate learns from the task even for `k=1`.
             Defaults to `"selected"`.
         noise_epsilon: Float. Least standard deviation of the noise, added to
-            the softplus as in the authors' code. Defaults to `1e-2`.
+            the softplus as in the authors' code; 0 is equation 4 as it stands.
+            Defaults to `1e-2`.
         gate_initializer: Initial value of `gate_kernel`. Defaults to `"zeros"`
             (appendix A): all experts start with the same chance.
         noise_initializer: Initial value of `noise_kernel`. Defaults to
             `"zeros"` (appendix A).
+        use_bias: Bool. Whether the clean logits have a bias. Defaults to `False`.
         seed: Int, `keras.random.SeedGenerator` or None. Seed of the noise.
             Defaults to `None`.
 
@@ -284,9 +227,9 @@ class NoisyTopKGating(TopKGating):
 
     Losses and state:
         Weights `gate_kernel` and `noise_kernel`, each `(features,
-        num_experts)`, no bias; the state of the seed generator. No losses: the
-        surrounding `MoE` forms them. The load is smooth in training if
-        `k < num_experts`, otherwise a hard count.
+        num_experts)`, with `use_bias` `gate_bias` `(num_experts,)`; the state of
+        the seed generator. No losses: the surrounding `MoE` forms them. The load
+        is smooth in training if `k < num_experts`, otherwise a hard count.
 
     Raises:
         ValueError: `k` is below 1 or above `num_experts`; `normalization` is
@@ -313,6 +256,7 @@ class NoisyTopKGating(TopKGating):
         noise_epsilon: float = 1e-2,
         gate_initializer: Any = "zeros",
         noise_initializer: Any = "zeros",
+        use_bias: bool = False,
         seed: Any = None,
         **kwargs: Any,
     ):
@@ -322,6 +266,7 @@ class NoisyTopKGating(TopKGating):
             num_experts,
             normalization=normalization,
             gate_initializer=gate_initializer,
+            use_bias=use_bias,
             **kwargs,
         )
         self.noise_epsilon = noise_epsilon
@@ -332,6 +277,11 @@ class NoisyTopKGating(TopKGating):
             if isinstance(seed, keras.random.SeedGenerator)
             else keras.random.SeedGenerator(seed)
         )
+
+    @property
+    def has_smooth_load(self) -> bool:  # type: ignore[override]
+        """Whether the load in training has a gradient."""
+        return self.num_experts is None or self.k < self.num_experts
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -358,7 +308,7 @@ class NoisyTopKGating(TopKGating):
         )
 
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
-        clean_logits = tf.matmul(inputs, self.gate_kernel)
+        clean_logits = self._logits(inputs)
         if not training:
             return self._result(clean_logits, mask)
         stddev = functional.noise_stddev(

@@ -7,7 +7,9 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
-from keras_moe.layers.gating import NoisyTopKGating, _Gating
+from keras_moe.layers.base_gating import Choice, _Gating
+from keras_moe.layers.gate_contract import verify_gating, verify_gating_result
+from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
@@ -34,12 +36,17 @@ class HierarchicalGating(_Gating):
         primary_gating: The gate over the groups, a layer that returns a
             `GatingResult`; its own `k` then counts. None means
             `NoisyTopKGating(k[0])`. Defaults to `None`.
+        normalization: `"selected"` or `"all"`, as for `NoisyTopKGating`, for both
+            levels, or two of them, for the primary gate that is left out and for
+            the secondary gates. Defaults to `"selected"`.
         noise_epsilon: Float. Least standard deviation of the secondary noise.
             Defaults to `1e-2`.
         gate_initializer: Initial value of the secondary `gate_kernel`. Defaults
             to `"zeros"`.
         noise_initializer: Initial value of the secondary `noise_kernel`.
             Defaults to `"zeros"`.
+        use_bias: Bool. Whether the clean logits of the secondary gates, and of a
+            primary gate that is left out, have a bias. Defaults to `False`.
         seed: Int or None. Seed of the secondary noise. Defaults to `None`.
 
     Call arguments:
@@ -57,7 +64,8 @@ class HierarchicalGating(_Gating):
 
     Losses and state:
         Weights of the primary gate; `gate_kernel` and `noise_kernel`, each
-        `(num_groups, features, group size)`. No losses. The load is that of
+        `(num_groups, features, group size)`, and with `use_bias` `gate_bias`
+        `(num_groups, group size)`. No losses. The load is that of
         equation 14 in training, a hard count otherwise.
 
     Raises:
@@ -83,20 +91,32 @@ class HierarchicalGating(_Gating):
         num_experts: int | None = None,
         *,
         primary_gating: keras.layers.Layer | None = None,
+        normalization: str | Sequence[str] = "selected",
         noise_epsilon: float = 1e-2,
         gate_initializer: Any = "zeros",
         noise_initializer: Any = "zeros",
+        use_bias: bool = False,
         seed: int | None = None,
         **kwargs: Any,
     ):
         num_groups = checks.verify_positive_int(num_groups, "num_groups")
         noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
         k = verify_two_ks(k)
-        super().__init__(num_experts, gate_initializer=gate_initializer, **kwargs)
+        of_primary, of_secondary = two_normalizations(normalization)
+        super().__init__(
+            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+        )
         if primary_gating is None:
-            primary_gating = NoisyTopKGating(k[0], dtype=self.dtype_policy)
+            primary_gating = NoisyTopKGating(
+                k[0],
+                normalization=of_primary,
+                use_bias=use_bias,
+                dtype=self.dtype_policy,
+            )
         self.num_groups = num_groups
         self.k = k
+        self.normalization = normalization
+        self.secondary_normalization = of_secondary
         self.primary_gating = primary_gating
         self.noise_epsilon = noise_epsilon
         self.noise_initializer = keras.initializers.get(noise_initializer)
@@ -105,6 +125,33 @@ class HierarchicalGating(_Gating):
         # The secondary gates see as many rows as the primary gate sends them.
         self.supports_jit = False
         _share_num_groups(primary_gating, num_groups)
+
+    @property
+    def has_smooth_load(self) -> bool:  # type: ignore[override]
+        """Whether the load in training has a gradient, to either level."""
+        if self.num_experts is None or self.k[1] < self.num_experts // self.num_groups:
+            return True
+        return getattr(self.primary_gating, "has_smooth_load", True)
+
+    def choices(self):
+        group_size = self.num_experts // self.num_groups
+        primary = [
+            choice._replace(
+                of="num_groups",
+                gate="the primary gate",
+                remedy='normalization="all" for it',
+            )
+            for choice in getattr(self.primary_gating, "choices", list)()
+        ]
+        own = Choice(
+            self.k[1],
+            group_size,
+            self.secondary_normalization,
+            of="group size",
+            gate="the secondary gates",
+            remedy='normalization="all" for them',
+        )
+        return [*primary, own]
 
     def _verify_against_num_experts(self):
         verify_groups(self.num_experts, self.num_groups, self.k)
@@ -117,6 +164,14 @@ class HierarchicalGating(_Gating):
             name,
         )
 
+    def _add_bias(self):
+        return engine.for_weights().weights.add_group_weight(
+            self,
+            (self.num_groups, self.num_experts // self.num_groups),
+            "zeros",
+            "gate_bias",
+        )
+
     def build(self, input_shape):
         super().build(input_shape)
         self.noise_kernel = self._add_kernel(
@@ -126,10 +181,13 @@ class HierarchicalGating(_Gating):
             self.primary_gating.build(input_shape)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        checks.verify_dense(inputs, type(self).__name__)
         otherwise = engine.current().hierarchical_gating
         if otherwise is not None:
             return otherwise(self, inputs, mask, training)
+        engine.verify_not_compiled(type(self).__name__, ", or use `MoE`")
         primary = self.primary_gating(inputs, mask=mask, training=training)
+        verify_gating_result(primary, self.primary_gating, "primary_gating")
         plan = functional.make_plan(primary)
         rows = plan.dispatch(inputs)  # (M, D), sorted by group
         row_mask = None if mask is None else tf.gather(mask, plan.token_indices)
@@ -199,10 +257,14 @@ class HierarchicalGating(_Gating):
             kernels.append(tf.convert_to_tensor(self.noise_kernel))
         kernel = tf.concat(kernels, axis=-1)
         num_groups = kernel.shape[0]
-        logits = functional.feed_forward_experts(rows, [kernel], None, counts)
-        k = self.k[1]
+        biases = None
+        if self.use_bias:  # of the clean logits
+            bias = tf.convert_to_tensor(self.gate_bias)
+            biases = [tf.concat([bias, tf.zeros_like(bias)], -1) if training else bias]
+        logits = functional.feed_forward_experts(rows, [kernel], biases, counts)
+        k, normalization = self.k[1], self.secondary_normalization
         if not training:
-            gates, indices = functional.top_k_gating(logits, k)
+            gates, indices = functional.top_k_gating(logits, k, normalization)
             return gates, indices, None
         clean, raw_noise = tf.split(logits, 2, axis=-1)
         stddev = functional.noise_stddev(raw_noise, self.noise_epsilon)
@@ -221,7 +283,7 @@ class HierarchicalGating(_Gating):
             probs = functional.prob_in_top_k(clean, noisy, stddev, k, largest)
         else:  # every expert of a chosen group takes the token
             probs = tf.ones_like(clean)
-        gates, indices = functional.top_k_gating(noisy, k, largest=largest)
+        gates, indices = functional.top_k_gating(noisy, k, normalization, largest)
         if row_mask is not None:
             groups = tf.where(row_mask, groups, -1)
         load = tf.math.unsorted_segment_sum(probs, groups, num_groups)
@@ -233,6 +295,9 @@ class HierarchicalGating(_Gating):
             "num_groups": self.num_groups,
             "k": list(self.k),
             "primary_gating": keras.saving.serialize_keras_object(self.primary_gating),
+            "normalization": self.normalization
+            if isinstance(self.normalization, str)
+            else list(self.normalization),
             "noise_epsilon": self.noise_epsilon,
             "noise_initializer": keras.initializers.serialize(self.noise_initializer),
             "seed": self.seed,
@@ -259,6 +324,19 @@ def verify_two_ks(k):
     return (checks.verify_k(k[0]), checks.verify_k(k[1]))
 
 
+def two_normalizations(normalization):
+    """That of the primary gate and that of the secondary gates."""
+    if isinstance(normalization, str):
+        normalization = (normalization, normalization)
+    if not isinstance(normalization, Sequence) or len(normalization) != 2:
+        raise ValueError(
+            '`normalization` must be "selected" or "all", or two of these, for the '
+            "primary gate and for the secondary gates. Received: "
+            f"normalization={normalization!r}."
+        )
+    return tuple(map(checks.verify_normalization, normalization))
+
+
 def verify_groups(num_experts, num_groups, k):
     if num_experts % num_groups:
         raise ValueError(
@@ -276,11 +354,7 @@ def verify_groups(num_experts, num_groups, k):
 
 
 def _share_num_groups(primary_gating, num_groups):
-    if not isinstance(primary_gating, keras.layers.Layer):
-        raise ValueError(
-            "`primary_gating` must be a layer that returns a "
-            f"keras_moe.types.GatingResult. Received: {primary_gating!r}."
-        )
+    verify_gating(primary_gating, "primary_gating")
     stated = getattr(primary_gating, "num_experts", None)
     if stated is None:
         primary_gating.num_experts = num_groups

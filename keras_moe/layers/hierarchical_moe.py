@@ -34,14 +34,21 @@ class HierarchicalMoE(MoE):
         experts: As for `MoE`; expert j of group i has the index
             `i * (num_experts / num_groups) + j`.
         num_groups: Int. Groups, which share the experts equally.
-        k: Two ints: groups for each token, and experts in each group. Defaults
-            to `(2, 2)`.
+        k: Two ints: groups for each token, and experts in each group. None means
+            `(2, 2)`, or as many as there are. Defaults to `None`.
         primary_gating: The gate over the groups, a layer that returns a
             `GatingResult`. None means `NoisyTopKGating(k[0])`. Defaults to
             `None`.
+        normalization: `"selected"` or `"all"`, as for `NoisyTopKGating`, for both
+            levels, or two of them, for the primary gate that is left out and for
+            the secondary gates. A level of `k=1` learns from the task with `"all"`
+            only. Defaults to `"selected"`.
+        use_gate_bias: Bool. Whether the gates, but for a given `primary_gating`,
+            have a bias. Defaults to `False`.
         importance_loss_weight: Float. Weight of the importance loss. Defaults
             to `0.1`.
-        load_loss_weight: Float. Weight of the load loss. Defaults to `0.1`.
+        load_loss_weight: Float or None. Weight of the load loss. None means 0.1
+            where the load is smooth, else 0, as for `MoE`. Defaults to `None`.
         activation: Activation of the combined output. Defaults to `None`.
         capacity_factor: Float or None. As for `MoE`; the layer is not compiled
             with XLA either way. Defaults to `None`.
@@ -90,10 +97,12 @@ class HierarchicalMoE(MoE):
         experts: keras.layers.Layer,
         num_groups: int,
         *,
-        k: Sequence[int] = (2, 2),
+        k: Sequence[int] | None = None,
         primary_gating: keras.layers.Layer | None = None,
+        normalization: str | Sequence[str] = "selected",
+        use_gate_bias: bool = False,
         importance_loss_weight: float = 0.1,
-        load_loss_weight: float = 0.1,
+        load_loss_weight: float | None = None,
         activation: Any = None,
         capacity_factor: float | None = None,
         evaluation_capacity_factor: float | None = None,
@@ -101,12 +110,19 @@ class HierarchicalMoE(MoE):
         **kwargs: Any,
     ):
         num_groups = checks.verify_positive_int(num_groups, "num_groups")
+        num_experts = getattr(experts, "num_experts", 2 * num_groups)
+        if k is None:
+            k = min(2, num_groups), max(1, min(2, num_experts // num_groups))
         k = verify_two_ks(k)
-        if hasattr(experts, "num_experts"):
-            verify_groups(experts.num_experts, num_groups, k)
+        verify_groups(num_experts, num_groups, k)
         # A policy of the layer, if given, is that of its gates too.
         gating = HierarchicalGating(
-            num_groups, k, primary_gating=primary_gating, dtype=kwargs.get("dtype")
+            num_groups,
+            k,
+            primary_gating=primary_gating,
+            normalization=normalization,
+            use_bias=use_gate_bias,
+            dtype=kwargs.get("dtype"),
         )
         super().__init__(
             experts,
@@ -122,6 +138,8 @@ class HierarchicalMoE(MoE):
         self.num_groups = num_groups
         self.k = k
         self.primary_gating = primary_gating
+        self.normalization = normalization
+        self.use_gate_bias = gating.use_bias
 
     def build(self, input_shape):
         num_replicas = engine.for_weights().replicas.number
@@ -175,6 +193,8 @@ class HierarchicalMoE(MoE):
             "num_groups": self.num_groups,
             "k": list(self.k),
             "primary_gating": primary and keras.saving.serialize_keras_object(primary),
+            "normalization": self.gating.get_config()["normalization"],
+            "use_gate_bias": self.use_gate_bias,
         }
 
     @classmethod

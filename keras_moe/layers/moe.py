@@ -1,6 +1,5 @@
 """The Mixture-of-Experts layer: gate (router), dispatch, experts, combine, losses."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,16 @@ import tensorflow as tf
 from keras_moe import checks, engine, functional
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.experts import Experts
-from keras_moe.layers.gating import NoisyTopKGating, TopKGating, k_of
+from keras_moe.layers.gate_contract import (
+    default_gating,
+    loss_weights_config,
+    set_loss_weights,
+    verify_gating,
+    verify_gating_result,
+    warn_of_constant_gates,
+    warn_of_flat_load,
+)
+from keras_moe.layers.gating import k_of
 from keras_moe.layers.routing_record import RoutingRecord
 from keras_moe.types import GatingResult
 
@@ -26,7 +34,8 @@ class MoE(keras.layers.Layer):
     a token does not.
 
     All leading dimensions of the inputs are flattened: every time step of every
-    sequence is a token, and all of them make one batch (section 3.1). Nothing is
+    sequence is a token, and all of them make one batch (section 3.1): no
+    `keras.layers.TimeDistributed` around it. Nothing is
     dropped: without `capacity_factor` a token's output does not depend on the
     other tokens of the batch.
 
@@ -36,12 +45,14 @@ class MoE(keras.layers.Layer):
             rows.
         gating: The gate, for example `NoisyTopKGating(k=4)`: a layer that maps
             `(tokens, features)` to a `GatingResult`. None means
-            `NoisyTopKGating(k=4)`. Defaults to `None`.
+            `NoisyTopKGating(k=4)`; of 3 or 4 experts one is left out, and of 2
+            one is picked, with `normalization="all"`. Defaults to `None`.
         importance_loss_weight: Float. Weight of the squared coefficient of
             variation of the experts' importance (equation 7). Defaults to
             `0.1`, the paper's for language models.
-        load_loss_weight: Float. Weight of the same of their load (equation
-            11). Defaults to `0.1`.
+        load_loss_weight: Float or None. Weight of the same of their load (equation
+            11). None means 0.1 where the load is smooth (`NoisyTopKGating` with
+            `k < num_experts`), else 0: counts have no gradient. Defaults to `None`.
         activation: Activation of the combined output. The paper's language
             models use `"sigmoid"`. Defaults to `None`.
         capacity_factor: Float or None. A number gives every expert
@@ -115,7 +126,7 @@ class MoE(keras.layers.Layer):
         gating: keras.layers.Layer | None = None,
         *,
         importance_loss_weight: float = 0.1,
-        load_loss_weight: float = 0.1,
+        load_loss_weight: float | None = None,
         activation: Any = None,
         capacity_factor: float | None = None,
         evaluation_capacity_factor: float | None = None,
@@ -125,21 +136,14 @@ class MoE(keras.layers.Layer):
     ):
         super().__init__(name=name or default_name("moe"), **kwargs)
         _verify_experts(experts)
-        self.importance_loss_weight = checks.verify_weight(
-            importance_loss_weight, "importance_loss_weight"
-        )
-        self.load_loss_weight = checks.verify_weight(
-            load_loss_weight, "load_loss_weight"
-        )
         if capacity_factor is not None:
-            functional.expert_capacity(1, 1, 1, capacity_factor)  # raises if <= 0
-            capacity_factor = float(capacity_factor)
+            capacity_factor = checks.verify_capacity_factor(capacity_factor)
         if evaluation_capacity_factor is not None:
-            evaluation_capacity_factor = checks.verify_factor(
+            evaluation_capacity_factor = checks.verify_capacity_factor(
                 evaluation_capacity_factor, "evaluation_capacity_factor"
             )
         if gating is None:
-            gating = NoisyTopKGating(dtype=self.dtype_policy)
+            gating = default_gating(experts.num_experts, self.dtype_policy)
         self.experts = experts
         self.gating = gating
         self.activation = keras.activations.get(activation)
@@ -152,36 +156,14 @@ class MoE(keras.layers.Layer):
         # Dropless shapes depend on the data, which XLA cannot compile.
         self.supports_jit = capacity_factor is not None
         share_num_experts(gating, experts.num_experts)
-        self._warn_of_missing_gradients()
+        set_loss_weights(self, importance_loss_weight, load_loss_weight)
+        warn_of_constant_gates(self)
+        warn_of_flat_load(self)
 
     @property
     def num_experts(self) -> int:
         """Number of experts."""
         return self.experts.num_experts
-
-    def _warn_of_missing_gradients(self):
-        gating = self.gating
-        if not isinstance(gating, TopKGating):
-            return
-        if gating.k == 1 < self.num_experts and gating.normalization == "selected":
-            warnings.warn(
-                f"{self.name}: with k=1 of num_experts={self.num_experts} and "
-                'normalization="selected", every gate is constantly 1 and the task '
-                'gives the gate no gradient. Use normalization="all" or k >= 2.',
-                stacklevel=3,
-            )
-        if (
-            isinstance(gating, NoisyTopKGating)
-            and self.load_loss_weight
-            and 1 < gating.k == self.num_experts
-        ):
-            warnings.warn(
-                f"{self.name}: with k={gating.k} of num_experts={self.num_experts} "
-                "every expert takes every token, so the load loss "
-                f"(load_loss_weight={self.load_loss_weight}) is constantly 0. Set it "
-                "to 0, lower `k` or add experts.",
-                stacklevel=3,
-            )
 
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
@@ -203,11 +185,18 @@ class MoE(keras.layers.Layer):
             )
 
     def call(self, inputs, mask=None, training=None):
+        checks.verify_dense(inputs, type(self).__name__)
         checks.verify_floating(inputs.dtype, type(self).__name__)
+        checks.warn_of_time_steps(self, keras.layers.TimeDistributed)
+        has_static_shapes = self._dispatcher(training).static_shapes
+        if not has_static_shapes:
+            engine.verify_not_compiled(
+                type(self).__name__, ", or set `capacity_factor`"
+            )
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None
-        if mask is None or self._dispatcher(training).static_shapes:
+        if mask is None or has_static_shapes:
             outputs, result = self._mix(tokens, mask, training)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
@@ -243,6 +232,7 @@ class MoE(keras.layers.Layer):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
         dispatcher = self._dispatcher(training)
         result = self.gating(tokens, mask=mask, training=training)
+        verify_gating_result(result, self.gating)
         outputs, overflow = dispatcher.mix(self.experts, tokens, result, mask)
         entropy = partial(
             functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask
@@ -275,6 +265,13 @@ class MoE(keras.layers.Layer):
             `expert_indices` are `(tokens, k)`, or `(assignments,)` for a gate
             that gives tokens different numbers of experts.
         """
+        if isinstance(inputs, keras.KerasTensor):
+            raise ValueError(
+                "`inputs` of `route` must be data. Received: a symbolic "
+                f"{inputs!r}. Call `route` on arrays or tensors, for example in the "
+                "`call` of a layer of your own."
+            )
+        checks.verify_dense(inputs, f"{type(self).__name__}.route")
         inputs = tf.convert_to_tensor(inputs)
         if not self.built:
             self.build(inputs.shape)
@@ -291,8 +288,7 @@ class MoE(keras.layers.Layer):
             **super().get_config(),
             "experts": serialize(self.experts),
             "gating": serialize(self.gating),
-            "importance_loss_weight": self.importance_loss_weight,
-            "load_loss_weight": self.load_loss_weight,
+            **loss_weights_config(self),
             "activation": keras.activations.serialize(self.activation),
             "capacity_factor": self.capacity_factor,
             "evaluation_capacity_factor": self.evaluation_capacity_factor,
@@ -331,12 +327,7 @@ def _verify_experts(experts):
 
 def share_num_experts(gating, num_experts):
     """Tells the gate how many experts there are, if it does not say itself."""
-    if not isinstance(gating, keras.layers.Layer):
-        raise ValueError(
-            "`gating` must be a layer that returns a keras_moe.types.GatingResult, "
-            "such as keras_moe.layers.NoisyTopKGating. "
-            f"Received: gating={gating!r}."
-        )
+    verify_gating(gating)
     stated = getattr(gating, "num_experts", None)
     if stated is None:
         gating.num_experts = num_experts

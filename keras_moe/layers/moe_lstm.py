@@ -8,6 +8,11 @@ import tensorflow as tf
 
 from keras_moe import checks, engine, functional
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
+from keras_moe.layers.gate_contract import (
+    loss_weights_config,
+    set_loss_weights,
+    warn_of_flat_load,
+)
 from keras_moe.layers.moe import default_name
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
 
@@ -27,12 +32,13 @@ class MoELSTM(keras.layers.RNN):
     Args:
         units: Int. Units of the state and of the output.
         num_experts: Int. Number of weight matrices.
-        gating: The gate, as for `MoELSTMCell`. None means
-            `NoisyTopKGating(k=4)`. Defaults to `None`.
+        gating: The gate, as for `MoELSTMCell`. None means that of `MoE`. Defaults
+            to `None`.
         importance_loss_weight: Float. Weight of the importance loss (equation
             7). Defaults to `0.1`.
-        load_loss_weight: Float. Weight of the load loss (equation 11). Defaults
-            to `0.1`.
+        load_loss_weight: Float or None. Weight of the load loss (equation 11).
+            None means 0.1 where the load is smooth, else 0, as for `MoE`. Defaults
+            to `None`.
         losses_in_evaluation: Bool. As for `MoE`. Defaults to `False`.
         segment_length: Int or None. Keep only every so-manieth state for the
             backward pass and compute the steps between again there: less
@@ -102,7 +108,7 @@ class MoELSTM(keras.layers.RNN):
         gating: keras.layers.Layer | None = None,
         *,
         importance_loss_weight: float = 0.1,
-        load_loss_weight: float = 0.1,
+        load_loss_weight: float | None = None,
         losses_in_evaluation: bool = False,
         segment_length: int | None = None,
         activation: Any = "tanh",
@@ -149,12 +155,8 @@ class MoELSTM(keras.layers.RNN):
             name=name or default_name("moe_lstm"),
             **kwargs,
         )
-        self.importance_loss_weight = checks.verify_weight(
-            importance_loss_weight, "importance_loss_weight"
-        )
-        self.load_loss_weight = checks.verify_weight(
-            load_loss_weight, "load_loss_weight"
-        )
+        set_loss_weights(self, importance_loss_weight, load_loss_weight)
+        warn_of_flat_load(self)
         self.losses_in_evaluation = bool(losses_in_evaluation)
         self.segment_length = segment_length
         self.input_spec = keras.layers.InputSpec(ndim=3)
@@ -182,8 +184,13 @@ class MoELSTM(keras.layers.RNN):
         if self.num_experts > 1 and not hasattr(self, "balance"):
             self.balance = BalanceMetric(self.num_experts, name=self.name)
 
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        checks.verify_dense(sequences, type(self).__name__)
+        return super().call(sequences, initial_state, mask, training)
+
     def inner_loop(self, sequences, initial_state, mask, training=False):
         checks.verify_floating(sequences.dtype, type(self).__name__)
+        engine.verify_not_compiled(type(self).__name__, ", or use `keras.layers.LSTM`")
         inputs = tf.transpose(sequences, [1, 0, 2])  # (time, batch, features)
         if mask is not None:
             mask = tf.transpose(tf.cast(mask, tf.bool), [1, 0])
@@ -252,8 +259,7 @@ class MoELSTM(keras.layers.RNN):
         return {
             **config,
             **cell,
-            "importance_loss_weight": self.importance_loss_weight,
-            "load_loss_weight": self.load_loss_weight,
+            **loss_weights_config(self),
             "losses_in_evaluation": self.losses_in_evaluation,
             "segment_length": self.segment_length,
         }

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
-from keras_moe.layers.gating import NoisyTopKGating
+from keras_moe.layers.gate_contract import default_gating, warn_of_constant_gates
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.moe import share_num_experts
 
@@ -30,7 +30,7 @@ class MoELSTMCell(keras.layers.Layer):
         gating: The gate, a layer that maps `(batch, features + units)` to a
             `GatingResult`: `NoisyTopKGating`, `TopKGating`, `SoftmaxGating` or
             an own one that gives every token the same number of experts and has
-            no losses of its own. None means `NoisyTopKGating(k=4)`. Defaults to
+            no losses of its own. None means that of `MoE`. Defaults to
             `None`.
         activation: Activation of the cell input and of the state. Defaults to
             `"tanh"`.
@@ -100,9 +100,10 @@ class MoELSTMCell(keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.unit_forget_bias = bool(unit_forget_bias)
         if gating is None:
-            gating = NoisyTopKGating(dtype=self.dtype_policy)
+            gating = default_gating(num_experts, self.dtype_policy)
         share_num_experts(gating, num_experts)
         self.gating = gating
+        warn_of_constant_gates(self)
         self.state_size = [units, units]
         self.output_size = units
         self.supports_jit = False  # experts have as many rows as chose them
@@ -141,6 +142,7 @@ class MoELSTMCell(keras.layers.Layer):
         return bias + tf.cast(is_forget & self.unit_forget_bias, bias.dtype)
 
     def call(self, inputs, states, training=None):
+        engine.verify_not_compiled(type(self).__name__, ", or use another cell")
         h, c = states
         u = tf.concat([inputs, tf.cast(h, inputs.dtype)], axis=-1)
         chosen = self.gating(u, training=training)

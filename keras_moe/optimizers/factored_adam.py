@@ -37,8 +37,9 @@ class FactoredAdam(keras.optimizers.Adam):
             factored. Defaults to `0.9`.
         beta_2: Float. Decay of the second moment, factored or not. Defaults to
             `0.999`.
-        epsilon: Float. Added to the root of the second moment. Defaults to
-            `1e-7`.
+        epsilon: Float of at least 1e-19. Added to the root of the second moment:
+            squares of gradients below that are 0 in float32, and the step would
+            be their quotient with `epsilon`, or 0 / 0. Defaults to `1e-7`.
         untouched_rows: `"decay"` or `"keep"`. What becomes of the rows of an
             embedding, or of the kernel of a `SampledSoftmax`, that a step has not
             read. `"decay"`: as in Adam, their momentum moves them on and decays,
@@ -62,9 +63,9 @@ class FactoredAdam(keras.optimizers.Adam):
         weight, so where the experts are sharded, their state is sharded alike.
 
     Raises:
-        ValueError: A decay is not within [0, 1), `factored` is not a list of
-            regular expressions, `amsgrad` is set; when built: a pattern matches
-            a weight of rank below 2, or matches none.
+        ValueError: A decay is not within [0, 1), `epsilon` is below 1e-19,
+            `factored` is not a list of regular expressions, `amsgrad` is set; when
+            built: a pattern matches a weight of rank below 2, or matches none.
 
     Example:
 
@@ -95,6 +96,12 @@ class FactoredAdam(keras.optimizers.Adam):
     ):
         checks.verify_rate(beta_1, "beta_1")
         checks.verify_rate(beta_2, "beta_2")
+        if checks.verify_weight(epsilon, "epsilon") < 1e-19:
+            raise ValueError(
+                "`epsilon` must be at least 1e-19, the root of the least square that "
+                f"float32 holds. Received: epsilon={epsilon!r}. A weight without a "
+                "gradient would become NaN; leave it out for 1e-7."
+            )
         if kwargs.pop("amsgrad", False):
             raise ValueError(
                 "`amsgrad` must be left out. Received: amsgrad=True. The largest "

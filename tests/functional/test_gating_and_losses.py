@@ -303,6 +303,38 @@ def test_a_tiny_noise_scale_gives_no_nan_gradient(rng):
         np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-45, 1e-30, 1e-20, 1e-7, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_any_least_noise_gives_finite_gradients_at_ties(rng, epsilon, dtype):
+    # Equal logits, and a noise that softplus takes to 0: only epsilon is left.
+    clean = tf.zeros((5, 6), dtype)
+    raw = tf.constant([[-1e30] * 6, [-200.0] * 6, [-90.0] * 6, [-30.0] * 6, [0.0] * 6])
+    raw, noise = tf.cast(raw, dtype), tf.constant(rng.normal(size=(5, 6)), dtype)
+    with tf.GradientTape() as tape:
+        tape.watch([clean, raw])
+        stddev = F.noise_stddev(raw, epsilon)
+        noisy = F.noisy_logits(clean, stddev, noise)
+        probs = F.prob_in_top_k(clean, noisy, stddev, 2)
+        loss = F.load_loss(F.load(probs))
+    assert np.isfinite(loss)
+    for gradient in tape.gradient(loss, [clean, raw]):
+        # And their squares, which optimizers take.
+        assert np.isfinite(tf.square(tf.convert_to_tensor(gradient))).all()
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-45, 1e-30])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1.0])
+def test_cv_squared_is_finite_with_any_epsilon(epsilon, value):
+    values = tf.fill([4], value)
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        result = F.cv_squared(values, epsilon)
+    assert float(result) == 0.0
+    np.testing.assert_array_equal(tape.gradient(result, values), np.zeros(4))
+    with pytest.raises(ValueError, match="epsilon=-1"):
+        F.cv_squared(values, -1.0)
+
+
 @pytest.mark.parametrize("normalization", ["selected", "all"])
 def test_sorting_once_changes_no_value_and_no_gradient(rng, normalization):
     clean = tf.constant(rng.normal(size=(7, 5)))

@@ -331,3 +331,23 @@ def test_trains_a_language_model_with_a_hierarchical_mixture():
     assert len(model.optimizer.slots_of(kernel)[0].shape) == 2
     gate = model.moe_layers[0].gating.gate_kernel  # rank 3, but no expert's
     assert len(model.optimizer.slots_of(gate)[0].shape) == 3
+
+
+@pytest.mark.parametrize("epsilon", [0, 1e-30, -1.0, float("nan")])
+def test_an_epsilon_that_leaves_untouched_experts_nan_is_refused(epsilon):
+    with pytest.raises(ValueError, match="`epsilon` must be"):
+        FactoredAdam(epsilon=epsilon)
+
+
+def test_the_least_epsilon_keeps_an_expert_without_a_gradient():
+    experts = layers.FeedForwardExperts(2, hidden_units=3)
+    experts.build((None, 4))
+    optimizer = FactoredAdam(1.0, epsilon=1e-19)
+    kernel = experts.kernels[0]
+    before = kernel.numpy()
+    # The square of 1e-25 is 0 in float32; the step is 1e-25 / 1e-19 at most.
+    gradient = np.stack([np.zeros((4, 3)), np.full((4, 3), 1e-25)]).astype("float32")
+    other = np.zeros(experts.kernels[1].shape, "float32")
+    optimizer.apply([gradient, other], experts.trainable_variables)
+    np.testing.assert_array_equal(kernel.numpy()[0], before[0])
+    np.testing.assert_allclose(kernel.numpy()[1], before[1], atol=1e-5)

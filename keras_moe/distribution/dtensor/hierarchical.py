@@ -37,9 +37,13 @@ def hierarchical_gating(
         tf.one_hot(groups[:, k], num_groups, dtype=inputs.dtype) for k in range(k1)
     ]
     clean = _logits(inputs, layer.gate_kernel, members)  # (N, K1, b)
+    if layer.use_bias:
+        own = [tf.matmul(member, layer.gate_bias) for member in members]
+        clean += tf.stack(own, axis=1)
     load, k2 = None, layer.k[1]
+    normalization = layer.secondary_normalization
     if not training:
-        gates, indices = functional.top_k_gating(_rows(clean), k2)
+        gates, indices = functional.top_k_gating(_rows(clean), k2, normalization)
     else:
         raw_noise = _logits(inputs, layer.noise_kernel, members)
         stddev = functional.noise_stddev(_rows(raw_noise), layer.noise_epsilon)
@@ -49,7 +53,7 @@ def hierarchical_gating(
             probs = functional.prob_in_top_k(_rows(clean), noisy, stddev, k2)
         else:
             probs = tf.ones_like(noisy)
-        gates, indices = functional.top_k_gating(noisy, k2)
+        gates, indices = functional.top_k_gating(noisy, k2, normalization)
         load = _load(tf.reshape(probs, tf.shape(clean)), members, mask)
         load = functional.hierarchical_load(
             primary.statistics.load, load, primary.statistics.counts
