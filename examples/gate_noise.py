@@ -84,10 +84,13 @@ def encoded(model, corpus, sentences, batch_size=100):
         # Evenly spread: files may be sorted by length.
         step = max(1, len(pairs[0]) // sentences)
         sources, targets = (list(side[::step])[:sentences] for side in pairs)
-        for i in range(0, len(sources), batch_size):
-            texts = sources[i : i + batch_size]
+        # Of about equal size, so that no batch has a single row by accident.
+        for rows in np.array_split(
+            np.arange(len(sources)), -(-len(sources) // batch_size)
+        ):
+            texts = [sources[i] for i in rows]
             source = model.vocabulary.encode_source(texts, [language] * len(texts))
-            target = model.vocabulary.encode_target(targets[i : i + batch_size])
+            target = model.vocabulary.encode_target([targets[i] for i in rows])
             batches[direction].append((source.to_tensor(), target.to_tensor()))
     return batches
 

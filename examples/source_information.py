@@ -29,6 +29,13 @@ def main(arguments=None):
     parser.add_argument("models", nargs="+", help="model.keras that train-mt wrote")
     arguments = parser.parse_args(arguments)
     corpus = read_corpus(arguments)
+    short = {d for d, (s, _) in corpus.pairs["test"].items() if len(s) < 2}
+    if short or arguments.sentences < 2:
+        parser.error(
+            "each direction needs at least 2 test pairs, for a sentence has another's "
+            f"source. Received: --sentences {arguments.sentences}, one pair in "
+            f"{sorted(short)}. Take more."
+        )
     for path in arguments.models:
         model = keras.saving.load_model(path, compile=False)
         pairs = encoded(model, corpus, arguments.sentences)

@@ -79,12 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         job = partial(train_mt_command.run, options.TrainMTOptions(**arguments))
     try:
         job()
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = " The same command goes on from the last finished epoch."
-        print(f"\nInterrupted.{resumes * (command != 'export')}", file=sys.stderr)
+        is_run = command.startswith("train-")
+        print(f"\nInterrupted.{resumes * is_run}", file=sys.stderr)
         return 130
     return 0
 

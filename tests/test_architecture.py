@@ -16,11 +16,12 @@ PACKAGE = Path(keras_moe.__file__).parent  # the installed one, where it is
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others.
-CORE = {"types", "checks", "engine", "_version"}
+CORE = {"types", "checks", "engine", "writing", "_version"}
 ALLOWED = {
     "types": {"functional"},  # by a deprecated property, when it is read
     "checks": set(),
     "engine": set(),
+    "writing": set(),
     "_version": set(),
     "functional": CORE,
     "optimizers": CORE,
@@ -148,3 +149,17 @@ def test_one_place_of_functional_asks_where_it_runs():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_stay_readable(path):
     assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_written_beside_and_renamed(path):
+    """`writing.written_beside` gives a path that is called `partial` everywhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, owner = node.func.attr, ast.unparse(node.func.value)
+        given = [ast.unparse(argument) for argument in node.args]
+        if name in ("write_text", "write_bytes"):
+            assert owner in ("partial", "writing"), ast.unparse(node)
+        if name in ("savefig", "save_weights", "copyfile"):
+            assert "partial" in given or owner == "runs", ast.unparse(node)

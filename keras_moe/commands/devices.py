@@ -3,12 +3,14 @@
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
 from keras_moe import checks, distribution
+from keras_moe.commands import folders
 
 
 def launch_workers(options: Any) -> bool:
@@ -39,6 +41,8 @@ def launch_workers(options: Any) -> bool:
     if options.workers is None or "TF_CONFIG" in os.environ:
         return False
     folder = Path(options.output_dir)
+    for index in range(options.workers):
+        folders.check_folder(options, _folder_of(folder, index))
     logs = folder.with_name(f"{folder.name}_logs")
     print(
         f"Starting {options.workers} processes; all but the first write to {logs}.",
@@ -92,8 +96,27 @@ def scope_of(strategy: Any) -> contextlib.AbstractContextManager:
 def own_folder(folder: Path, strategy: Any) -> Path:
     """Where this process writes: the others write beside what the first writes."""
     resolver = getattr(strategy, "cluster_resolver", None)
-    index = getattr(resolver, "task_id", None) or 0
+    return _folder_of(folder, getattr(resolver, "task_id", None) or 0)
+
+
+def _folder_of(folder, index):
     return folder if index == 0 else folder.with_name(f"{folder.name}_worker_{index}")
+
+
+def gathered(values: Sequence[int], strategy: Any) -> list[tuple[int, ...]]:
+    """What every process of a strategy has given, in the order of the processes.
+
+    All processes must call it, each with as many numbers.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return [tuple(values)]
+
+    def gather():
+        context = tf.distribute.get_replica_context()
+        return context.all_gather(tf.constant([values], tf.int32), axis=0)
+
+    found = strategy.experimental_local_results(strategy.run(gather))[0]
+    return [tuple(row) for row in found.numpy().tolist()]
 
 
 def _has_gpus(options):

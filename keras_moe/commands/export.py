@@ -1,16 +1,17 @@
 """Exports what a training run has saved, for TensorFlow Serving."""
 
 import importlib.util
-import json
+import os
 from pathlib import Path
 
-import keras
-
 from keras_moe import data, models, serving
-from keras_moe.commands import runs
+from keras_moe.commands import folders
 from keras_moe.commands.options import ExportOptions
 
 VOCABULARY = "vocabulary.tsv"
+_IDS = (
+    "Bring it back from a copy, or export with --ids, for token ids instead of strings."
+)
 
 
 def run(options: ExportOptions) -> Path:
@@ -23,30 +24,26 @@ def run(options: ExportOptions) -> Path:
         Path of the SavedModel.
 
     Raises:
-        ValueError: `run_dir` holds no finished run, or an option does not fit
-            its model.
+        ValueError: `run_dir` holds no finished run or a damaged one, `output_dir`
+            cannot be written, or an option does not fit the model.
         ImportError: A library that an option needs is not installed.
     """
     folder = Path(options.run_dir)
-    if not (folder / runs.MODEL).is_file():
+    if not os.path.lexists(folder / folders.MODEL):
         raise ValueError(
             "`run_dir` must be the folder of a finished train-lm or train-mt. "
-            f"Received: {options.run_dir!r}, without {runs.MODEL}. Train first."
+            f"Received: {options.run_dir!r}, without {folders.MODEL}. Train first."
         )
-    print(f"Exporting {folder / runs.MODEL} ...", flush=True)
-    model = keras.saving.load_model(folder / runs.MODEL)
+    target = Path(options.output_dir or folder / "saved_model")
+    folders.verify_writable(target, "output_dir")
+    print(f"Exporting {folder / folders.MODEL} ...", flush=True)
+    model = folders.load_model(folder / folders.MODEL)
     text = None
-    if (folder / VOCABULARY).is_file() and not options.ids:
-        settings = json.loads((folder / runs.SETTINGS).read_text())
-        text = text_codec(
-            data.Vocabulary.load(folder / VOCABULARY),
-            "whitespace"
-            if settings.get("tfds")
-            else settings["tokenizer"] or data.default_tokenizer(settings["data_dir"]),
-        )
+    if (folder / VOCABULARY).exists() and not options.ids:
+        text = text_codec(_vocabulary(model, folder), _tokenizer(folder))
     path = serving.export(
         model,
-        options.output_dir or folder / "saved_model",
+        target,
         version=options.version,
         signatures=options.signatures.split(",") if options.signatures else None,
         text=text,
@@ -54,6 +51,30 @@ def run(options: ExportOptions) -> Path:
     )
     print(f"Wrote {path}. Serve it, and ask it, as docs/guides/serving.md shows.")
     return path
+
+
+def _vocabulary(model, folder):
+    path = folder / VOCABULARY
+    vocabulary = folders.read_whole(path, lambda: data.Vocabulary.load(path), _IDS)
+    size = getattr(model, "vocabulary_size", len(vocabulary))
+    if len(vocabulary) != size:
+        reason = f"it has {len(vocabulary)} tokens, the model {size}"
+        raise folders.damaged(path, reason, _IDS)
+    return vocabulary
+
+
+def _tokenizer(folder):
+    """The tokenizer that a run of `train-lm` was given."""
+    path = folder / folders.SETTINGS
+    settings = folders.read_json(path, _IDS)
+    if settings.get("tfds"):
+        return "whitespace"
+    try:
+        named = settings["tokenizer"] or data.default_tokenizer(settings["data_dir"])
+        data.tokenize("", named)  # raises if unknown
+    except (KeyError, TypeError, ValueError) as error:
+        raise folders.damaged(path, "it names no tokenizer", _IDS) from error
+    return named
 
 
 def text_codec(vocabulary: data.Vocabulary, tokenizer: str) -> serving.TextCodec | None:

@@ -14,6 +14,8 @@ def _option(default, help_text, *, choices=None):
 class TrainLMOptions:
     """Options of `train-lm`."""
 
+    COMMAND = "train-lm"
+
     data_dir: str | None = _option(
         None,
         "folder with train, valid and test files (.txt, .txt.gz or .txt.xz); "
@@ -88,8 +90,12 @@ class TrainLMOptions:
     baseline: bool = _option(
         False, "also train a dense model of equal operations and compare"
     )
-    overwrite: bool = _option(False, "delete what --output-dir holds first")
-    verbose: int = _option(1, "0 silent, 1 progress bar, 2 a line an epoch")
+    overwrite: bool = _option(
+        False, "delete what --output-dir holds first, if it is an earlier run"
+    )
+    verbose: int = _option(
+        1, "0 silent, 1 progress bar, 2 a line an epoch", choices=(0, 1, 2)
+    )
 
     # Options that may differ when an interrupted run goes on.
     _FREE = (
@@ -111,6 +117,8 @@ class TrainLMOptions:
 @dataclass(frozen=True)
 class TrainMTOptions:
     """Options of `train-mt`."""
+
+    COMMAND = "train-mt"
 
     data_dir: str | None = _option(
         None,
@@ -180,8 +188,12 @@ class TrainMTOptions:
     baseline: bool = _option(
         False, "also train a dense model of equal operations and compare"
     )
-    overwrite: bool = _option(False, "delete what --output-dir holds first")
-    verbose: int = _option(1, "0 silent, 1 progress bar, 2 a line an epoch")
+    overwrite: bool = _option(
+        False, "delete what --output-dir holds first, if it is an earlier run"
+    )
+    verbose: int = _option(
+        1, "0 silent, 1 progress bar, 2 a line an epoch", choices=(0, 1, 2)
+    )
 
     # Options that may differ when an interrupted run goes on.
     _FREE = (

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_moe import writing
+
 _DRAWN = "#2a6f97"
 _SECOND = "#c8553d"
 
@@ -20,6 +22,11 @@ def _figure(**options):
         )
         return None
     return Figure(layout="constrained", dpi=120, **options)
+
+
+def _save(figure, path):
+    with writing.written_beside(path) as partial:
+        figure.savefig(partial)
 
 
 def draw_history(
@@ -54,7 +61,7 @@ def draw_history(
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
-    figure.savefig(path)
+    _save(figure, path)
     return [(path, "picture of the perplexity")]
 
 
@@ -82,7 +89,7 @@ def draw_load(counts: np.ndarray, path: Path) -> list[tuple[Path, str]]:
         f"max/mean {relative[0]:.2f}",
     )
     axes.legend()
-    figure.savefig(path)
+    _save(figure, path)
     return [(path, "picture of the experts' load")]
 
 
@@ -113,7 +120,7 @@ def draw_attention(
     with warnings.catch_warnings():
         # The font may lack letters of a language; boxes stand in for them.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(path)
+        _save(figure, path)
     return [(path, "picture of the attention")]
 
 
@@ -144,7 +151,7 @@ def draw_experts_by_language(
         xlabel="expert", ylabel="target language", title=f"Whose tokens {name} takes"
     )
     figure.colorbar(image, ax=axes, label="share of the expert's tokens")
-    figure.savefig(path)
+    _save(figure, path)
     return [(path, f"picture of the experts of {name} by language")]
 
 
@@ -186,7 +193,7 @@ def draw_plans(plans: list, path: Path) -> list[tuple[Path, str]]:
     counts = sorted({plan.num_devices for plan in plans})
     devices = " or ".join(f"{n:,}" for n in counts) if len(counts) < 5 else "several"
     figure.suptitle(f"{devices} x {plans[0].cluster.device}")
-    figure.savefig(path)
+    _save(figure, path)
     return [(path, "picture of memory and step time")]
 
 

@@ -1,12 +1,11 @@
 """Plans a preset of the paper on a cluster: tables, a picture, a verdict."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
 
 from keras_moe import models, planning
-from keras_moe.commands import pictures
+from keras_moe.commands import folders, pictures
 from keras_moe.commands.options import PlanOptions
 from keras_moe.planning import report
 
@@ -24,8 +23,10 @@ def run(options: PlanOptions) -> list[planning.Plan]:
 
     Raises:
         FileNotFoundError: There is no such cluster.
-        ValueError: An option is out of range.
+        ValueError: An option is out of range, or `output_dir` cannot be written.
     """
+    if options.output_dir is not None:
+        folders.verify_writable(Path(options.output_dir), "output_dir")
     names = models.preset_names() if options.preset == _ALL else [options.preset]
     plans = [
         planning.plan(
@@ -48,10 +49,8 @@ def run(options: PlanOptions) -> list[planning.Plan]:
     _print_assumptions(plans, console)
     if options.output_dir is not None:
         folder = Path(options.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(
-            json.dumps([figures(p) for p in plans], indent=2) + "\n"
-        )
+        folders.make_folder(folder, "output_dir")
+        folders.write_json(folder / "plan.json", [figures(p) for p in plans])
         written = [(folder / "plan.json", "the figures")]
         written += pictures.draw_plans(plans, folder / "plan.png")
         for path, text in written:

@@ -1,78 +1,40 @@
-"""The folder of a training run: its settings, its history, its checkpoints."""
+"""A training that can be interrupted, with the files that it leaves."""
 
 import contextlib
-import csv
 import importlib.util
-import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
 
+import h5py
 import keras
 
-from keras_moe import telemetry
+from keras_moe import telemetry, writing
+from keras_moe.commands import devices, folders
+from keras_moe.commands.folders import BACKUP, FINISHED, HISTORY, WEIGHTS
 from keras_moe.commands.options import DTYPES
 
-SETTINGS, HISTORY, MODEL = "settings.json", "history.csv", "model.keras"
 TENSORBOARD, USAGE_PICTURE = "tensorboard", "expert_usage.png"
-WEIGHTS, BACKUP, FINISHED = "best.weights.h5", "checkpoint", "finished.json"
-
-
-def prepare_folder(options, folder: Path | None = None) -> Path:
-    """Makes the output folder, or finds an earlier run of the same settings.
-
-    Args:
-        options: Those of the command.
-        folder: Where this process writes; None means `options.output_dir`.
-    """
-    folder = Path(options.output_dir) if folder is None else folder
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(
-            f"`output_dir` must be a folder. Received: {str(folder)!r}, a file."
-        )
-    path = folder / SETTINGS
-    if options.overwrite and path.exists():
-        shutil.rmtree(folder)
-    if path.exists():
-        _verify_settings(json.loads(path.read_text()), options.settings(), folder)
-        if (folder / BACKUP).exists():
-            print(f"Going on with the interrupted run in {folder}.")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            "`output_dir` must be new, empty, or an earlier run. Received: "
-            f"{str(folder)!r}, which holds other files. Choose another folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(options.settings(), indent=2) + "\n")
-    return folder
-
-
-def _verify_settings(old, new, folder):
-    differing = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    if differing:
-        listed = ", ".join(
-            f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted(differing)
-        )
-        raise ValueError(
-            f"`output_dir` holds a run with other settings. Received: {str(folder)!r} "
-            f"({listed}). Use the same settings to go on with it, another "
-            "`output_dir`, or `overwrite` (--overwrite) to start again."
-        )
 
 
 def verify_numbers(options, names):
-    """Raises unless the options named are at least 1 and the rate is positive."""
+    """Raises unless the options named are at least 1; and for the rate and the seed."""
     for name in names:
         if getattr(options, name) < 1:
             raise ValueError(
                 f"`{name}` must be at least 1. Received: {name}="
                 f"{getattr(options, name)}."
             )
-    if not options.learning_rate > 0:
+    if not 0 < options.learning_rate < math.inf:
         raise ValueError(
-            "`learning_rate` must be greater than 0. "
+            "`learning_rate` must be a finite number greater than 0. "
             f"Received: learning_rate={options.learning_rate}."
+        )
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(
+            f"`seed` must be from 0 to {2**32 - 1}. Received: seed={options.seed}."
         )
 
 
@@ -111,34 +73,145 @@ class NoiseOfEpoch(keras.callbacks.Callback):
                 variable.assign([seed, epoch << 20])
 
 
-class History(keras.callbacks.Callback):
-    """Appends the logs of every epoch to a CSV file, with its time."""
+class StopDiverged(keras.callbacks.Callback):
+    """Ends a training whose loss is no number, before a file is written of it."""
 
-    def __init__(self, path):
+    def __init__(self, options, interval=100):
+        super().__init__()
+        self.options = options
+        self.interval = interval
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        # Here, and seldom: in `on_train_batch_end` Keras would wait for every step.
+        if batch and batch % self.interval == 0:
+            (loss,) = (m for m in self.model.metrics if m.name == "loss")
+            self._verify({"loss": float(loss.result())}, f"{batch} steps of ")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._verify(logs)
+
+    def _verify(self, logs, steps=""):
+        for name in ("loss", "val_loss", "val_perplexity"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise ValueError(
+                    f"The training diverged: `{name}` was {logs[name]} after {steps}"
+                    f"epoch {self._epoch + 1}. Received: learning_rate="
+                    f"{self.options.learning_rate}, warmup_steps="
+                    f"{self.options.warmup_steps}. Lower `learning_rate` or raise "
+                    "`warmup_steps`, in another `output_dir` or with --overwrite. The "
+                    "run is not finished; what earlier epochs have left is kept."
+                )
+
+
+class KeepBest(keras.callbacks.Callback):
+    """Keeps the weights of the best validation; ends when none has come for long.
+
+    Args:
+        path: The file of the weights.
+        rows: Logs of the epochs before.
+        patience: Epochs without a better validation before stopping.
+    """
+
+    def __init__(self, path, rows, patience):
         super().__init__()
         self.path = path
+        self.patience = patience
+        self.best, self.waited = math.inf, 0
+        for row in rows:
+            self._is_best(row["val_perplexity"])
+
+    @property
+    def is_over(self):
+        return self.waited >= self.patience
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._is_best(logs["val_perplexity"]):
+            save_weights(self.model, self.path)
+        elif self.is_over:
+            self.model.stop_training = True
+
+    def _is_best(self, perplexity):
+        is_best = perplexity < self.best
+        self.best = perplexity if is_best else self.best
+        self.waited = 0 if is_best else self.waited + 1
+        return is_best
+
+
+class History(keras.callbacks.Callback):
+    """Keeps the logs of every epoch in a CSV file, with its time."""
+
+    def __init__(self, folder, rows):
+        super().__init__()
+        self.folder = folder
+        self.rows = list(rows)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch, "seconds": time.perf_counter() - self._start, **logs}
-        # An epoch whose checkpoint was not written before an interruption runs
-        # again: its row is replaced.
-        rows = [r for r in read_history(self.path.parent) if r["epoch"] < epoch]
-        with open(self.path, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows([*rows, row])
+        seconds = time.perf_counter() - self._start
+        self.rows.append({"epoch": epoch, "seconds": seconds, **logs})
+        folders.write_history(self.folder, self.rows)
 
 
-def read_history(folder):
-    """The logs of the epochs so far, one dict for each."""
-    path = folder / HISTORY
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+class Checkpoint(keras.callbacks.Callback):
+    """Keeps what a run goes on from, of the last two epochs.
+
+    One file holds all of it and has the number of epochs in its name, so that no
+    interruption can leave the weights of one epoch with the number of another. The
+    file before is for workers of which another did not get as far.
+    """
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.folder.mkdir(exist_ok=True)
+        save_weights(self.model, self.folder / f"epoch_{epoch + 1}.weights.h5")
+        kept = {checkpoints(self.folder).get(n) for n in (epoch, epoch + 1)}
+        for path in set(self.folder.iterdir()) - kept:
+            path.unlink()
+
+
+def save_weights(model, path):
+    """Writes weights and optimizer, as a whole or not at all."""
+    with writing.written_beside(path) as partial:
+        model.save_weights(partial, overwrite=True)
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Files that a run can go on from, by the number of epochs done."""
+    found = {
+        int(match[1]): path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"epoch_(\d+)\.weights\.h5", path.name))
+    }
+    # What version 0.1.0 has written, in place, with a copy of the epoch before.
+    for end in () if found else ("", ".bkp"):
+        path, epochs = (
+            folder / f"{name}{end}"
+            for name in ("latest.weights.h5", "training_metadata.json")
+        )
+        if epochs.exists() and path.exists() and _opens(path):
+            number = folders.read_json(epochs, folders.ANEW).get("epoch")
+            if isinstance(number, int) and number > 0:
+                found[number] = folder / f"epoch_{number}.weights.h5"
+                with writing.written_beside(found[number]) as partial:
+                    shutil.copyfile(path, partial)
+                break
+    return found
+
+
+def _opens(path):
+    try:
+        h5py.File(path).close()
+    except OSError:  # cut
+        return False
+    return True
 
 
 def compile_model(model, optimizer):
@@ -152,7 +225,7 @@ def compile_model(model, optimizer):
     model.optimizer.build(model.trainable_variables)
 
 
-def train(model, folder, options, fit) -> float:
+def train(model, folder, options, fit, strategy=None) -> float:
     """Trains, or loads what an earlier run has trained to the end.
 
     Args:
@@ -162,18 +235,40 @@ def train(model, folder, options, fit) -> float:
         fit: Called with `announce`, a function that prints what is coming, given
             the steps of an epoch, and with the arguments of `Model.fit` that all
             commands share.
+        strategy: That of the model, or None.
 
     Returns:
         Seconds of training. The model has its best weights.
+
+    Raises:
+        ValueError: A file of the folder is damaged, or the training diverged.
     """
-    finished = folder / FINISHED
-    if finished.exists():
+    seconds = folders.finished_seconds(folder)
+    found = checkpoints(folder / BACKUP)
+    done = max(found, default=0)
+    workers = devices.gathered([done, seconds is not None], strategy)
+    if seconds is not None and all(finished for _, finished in workers):
         print(f"{folder} holds a trained model; --overwrite trains it again.")
-        model.load_weights(folder / WEIGHTS)
-        return json.loads(finished.read_text())["training_seconds"]
-    best = min(
-        (row["val_perplexity"] for row in read_history(folder)), default=math.inf
-    )
+        folders.load_weights(model, folder / WEIGHTS)
+        return seconds
+    if max(workers)[0] - min(workers)[0] > 1:
+        raise ValueError(
+            f"The folders of the workers beside {folder} do not belong together. "
+            f"Received: {[n for n, _ in workers]} epochs to go on from. Start again in "
+            "another `output_dir`, or with --overwrite."
+        )
+    done = min(workers)[0]
+    rows = folders.read_history(folder)[:done]
+    if done:
+        if len(rows) < done or done not in found:
+            raise folders.damaged(
+                folder / (HISTORY if done in found else BACKUP),
+                f"{len(rows)} epochs, where {done} are to go on from",
+                folders.ANEW,
+            )
+        # The best ones too, so that damage is found before the training.
+        folders.load_weights(model, folder / WEIGHTS)
+        folders.load_weights(model, found[done])
 
     def announce(steps):
         print(
@@ -182,20 +277,22 @@ def train(model, folder, options, fit) -> float:
             flush=True,
         )
 
-    fit(
-        announce,
-        epochs=options.epochs,
-        shuffle=False,
-        verbose=options.verbose,
-        callbacks=[
-            *usage_callbacks(model, folder),
-            *callbacks(folder, best, options.patience),
-        ],
-    )
-    seconds = sum(row["seconds"] for row in read_history(folder))
-    finished.write_text(json.dumps({"training_seconds": seconds}) + "\n")
+    shared = callbacks(folder, rows, options)
+    if done < options.epochs and not any(getattr(c, "is_over", False) for c in shared):
+        fit(
+            announce,
+            epochs=options.epochs,
+            initial_epoch=done,
+            shuffle=False,
+            verbose=options.verbose,
+            callbacks=[StopDiverged(options), *usage_callbacks(model, folder), *shared],
+        )
+    seconds = sum(row["seconds"] for row in folders.read_history(folder))
+    folders.load_weights(model, folder / WEIGHTS)
+    folders.write_json(folder / FINISHED, {"training_seconds": seconds})
+    # Before all workers are finished any of them may have to go on.
+    devices.gathered([0], strategy)
     shutil.rmtree(folder / BACKUP, ignore_errors=True)
-    model.load_weights(folder / WEIGHTS)
     return seconds
 
 
@@ -227,25 +324,17 @@ def usage_files(folder):
     return [(path, text) for path, text in described if path.exists()]
 
 
-def callbacks(folder, best, patience):
-    """Those of every run: best weights, noise, history, resumption, early stop."""
-    # A run that goes on measures itself against its best epoch before.
-    known = {} if math.isinf(best) else {"baseline": best}
+def callbacks(folder, rows, options):
+    """Those of every run: best weights, noise, history, resumption.
+
+    Args:
+        folder: Path of what belongs to this model.
+        rows: Logs of the epochs before.
+        options: Those of the command.
+    """
     return [
-        keras.callbacks.ModelCheckpoint(
-            folder / WEIGHTS,
-            monitor="val_perplexity",
-            mode="min",
-            save_best_only=True,
-            save_weights_only=True,
-            initial_value_threshold=best,
-        ),
+        KeepBest(folder / WEIGHTS, rows, options.patience),
         NoiseOfEpoch(),
-        History(folder / HISTORY),
-        keras.callbacks.BackupAndRestore(
-            folder / BACKUP, double_checkpoint=True, delete_checkpoint=False
-        ),
-        keras.callbacks.EarlyStopping(
-            "val_perplexity", patience=patience, mode="min", **known
-        ),
+        History(folder, rows),
+        Checkpoint(folder / BACKUP),
     ]

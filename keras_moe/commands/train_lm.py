@@ -1,7 +1,6 @@
 """Trains a language model, measures it, saves it, and shows what it does."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_moe import data, distribution, models, serving, telemetry
-from keras_moe.commands import devices, pictures, runs
+from keras_moe.commands import devices, folders, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.optimizers import FactoredAdam, WarmupInverseSquareRoot
@@ -39,13 +38,16 @@ def run(options: TrainLMOptions) -> dict:
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
     runs.verify_numbers(options, _COUNTS)
+    _verify_baseline(options)
     if devices.launch_workers(options):
-        return json.loads((Path(options.output_dir) / REPORT).read_text())
+        return folders.read_json(Path(options.output_dir) / REPORT, folders.ANEW)
     with runs.numbers_of(options.dtype):
         return _run(options, devices.make_strategy(options))
 
 
 def _run(options, strategy):
+    folder = devices.own_folder(Path(options.output_dir), strategy)
+    folders.check_folder(options, folder)
     print("Reading the text ...", flush=True)
     corpus = _corpus(options)
     print(
@@ -53,44 +55,43 @@ def _run(options, strategy):
         f"{corpus.valid.size:,} validation and {corpus.test.size:,} test tokens, vocabulary of "
         f"{len(corpus.vocabulary):,}."
     )
-    folder = runs.prepare_folder(
-        options, devices.own_folder(Path(options.output_dir), strategy)
-    )
-    corpus.vocabulary.save(folder / VOCABULARY)
-    model, seconds = _train(options, corpus, folder, options.middle, strategy)
+    _verify_lengths(corpus, options)
+    model = _build(options, corpus, options.middle, strategy)
+    folders.prepare_folder(options, folder)
+    _keep_vocabulary(corpus.vocabulary, folder)
+    seconds = _train(model, options, corpus, folder, strategy)
     report = _evaluate(model, corpus, options)
     report["training_seconds"] = round(seconds, 1)
-    if options.baseline and options.middle == "moe":
+    if _has_baseline(options):
         print("\nThe dense baseline of equal operations (one wide expert):")
-        dense, seconds = _train(
-            options, corpus, folder / "baseline", "moe_1_wide", strategy
-        )
+        dense = _build(options, corpus, "moe_1_wide", strategy)
+        seconds = _train(dense, options, corpus, folder / "baseline", strategy)
         figures = _evaluate(dense, corpus, options)
         for name in ("test_perplexity", "valid_perplexity"):
             report[f"baseline_{name}"] = figures[name]
         report["baseline_training_seconds"] = round(seconds, 1)
     print("Saving and exporting ...", flush=True)
-    model.save(folder / runs.MODEL)
+    folders.save_model(model, folder)
     saved_model = serving.export(
         model,
         folder / "saved_model",
         text=text_codec(corpus.vocabulary, corpus.tokenizer),
     )
-    written = pictures.draw_history(runs.read_history(folder), folder / "loss.png")
+    written = pictures.draw_history(folders.read_history(folder), folder / "loss.png")
     if "expert_counts" in report:
         counts = np.array(report["expert_counts"])
         written += pictures.draw_load(counts, folder / "expert_load.png")
     # On one device from here on, whatever it was trained on.
-    reloaded = keras.saving.load_model(folder / runs.MODEL)
+    reloaded = keras.saving.load_model(folder / folders.MODEL)
     written += _write_contexts(reloaded, corpus, folder)
-    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    folders.write_json(folder / REPORT, report)
     _print_report(report)
     runs.print_files(
         [
-            (folder / runs.MODEL, "the model, for keras.saving.load_model"),
+            (folder / folders.MODEL, "the model, for keras.saving.load_model"),
             (saved_model, "SavedModel, for TF Serving: score, generate, routing"),
             (folder / VOCABULARY, "tokens in the order of their ids, with counts"),
-            (folder / runs.HISTORY, "the logs of every epoch"),
+            (folder / folders.HISTORY, "the logs of every epoch"),
             (folder / REPORT, "the figures above"),
             *written,
             *runs.usage_files(folder),
@@ -114,6 +115,50 @@ def _corpus(options):
         vocabulary_size=options.vocabulary_size,
         min_count=options.min_count,
     )
+
+
+def _verify_lengths(corpus, options):
+    """Every row of a batch needs a token."""
+    for split, rows, otherwise in (
+        ("train", options.batch_size, ", or lower `batch_size`"),
+        ("valid", _EVALUATION_BATCH_SIZE, ""),
+        ("test", _EVALUATION_BATCH_SIZE, ""),
+    ):
+        tokens = corpus.num_tokens(split)
+        if tokens < rows:
+            raise ValueError(
+                f"The {split!r} text must have at least {rows} tokens, one for each "
+                f"row that it is cut into. Received: {tokens} tokens in "
+                f"{corpus.name!r}. Give a longer text{otherwise}."
+            )
+
+
+def _has_baseline(options):
+    return options.baseline and options.middle == "moe"
+
+
+def _verify_baseline(options):
+    if options.preset is None or not _has_baseline(options):
+        return
+    if models.preset(options.preset).middle != "moe":
+        raise ValueError(
+            "`baseline` compares with a mixture of experts. Received: preset="
+            f"{options.preset!r}, which has none. Leave `baseline` out."
+        )
+
+
+def _keep_vocabulary(vocabulary, folder):
+    """Writes the vocabulary, or sees that a run goes on with its own."""
+    path = folder / VOCABULARY
+    if path.exists() and (folder / folders.HISTORY).exists():
+        remedy = (
+            "Bring back the text that the run began with, or start again in another "
+            "`output_dir` or with --overwrite."
+        )
+        known = folders.read_whole(path, lambda: data.Vocabulary.load(path), remedy)
+        if known != vocabulary:
+            raise folders.damaged(path, "the text has other words", remedy)
+    vocabulary.save(path)
 
 
 def build_model(
@@ -176,14 +221,18 @@ def _scaled(options, vocabulary_size):
     )
 
 
-def _train(options, corpus, folder, middle, strategy):
-    folder.mkdir(parents=True, exist_ok=True)
+def _build(options, corpus, middle, strategy):
     keras.utils.set_random_seed(options.seed)
     with devices.scope_of(strategy):
         model = build_model(options, len(corpus.vocabulary), middle)
     if strategy is not None:
         tokens = options.batch_size * options.sequence_length
         print(distribution.describe(model, tokens))
+    return model
+
+
+def _train(model, options, corpus, folder, strategy):
+    folder.mkdir(exist_ok=True)
     train = corpus.dataset("train", options.batch_size, options.sequence_length)
 
     def fit(announce, **arguments):
@@ -192,7 +241,7 @@ def _train(options, corpus, folder, middle, strategy):
         valid = _evaluation_stream(corpus, "valid", options)
         model.fit(train, validation_data=valid, **arguments)
 
-    return model, runs.train(model, folder, options, fit)
+    return runs.train(model, folder, options, fit, strategy)
 
 
 def _steps(corpus, options):

@@ -1,14 +1,13 @@
 """Trains a translation model, scores it, saves it, and shows what it does."""
 
-import json
+import math
 import time
 from pathlib import Path
 
 import keras
-import tensorflow as tf
 
-from keras_moe import checks, data, models, serving, telemetry
-from keras_moe.commands import pictures, runs
+from keras_moe import checks, data, models, serving, telemetry, writing
+from keras_moe.commands import folders, pairs, pictures, runs
 from keras_moe.commands.language_experts import (
     experts_by_language,
     information_report,
@@ -18,7 +17,7 @@ from keras_moe.data.translation import split_direction, target_inputs
 from keras_moe.optimizers import WarmupInverseSquareRoot
 
 _COUNTS = ("epochs", "patience", "warmup_steps", "num_beams", "max_length")
-_VOCABULARY = "subwords.model"
+_VOCABULARY, REPORT = "subwords.model", "report.json"
 
 
 def run(options: TrainMTOptions) -> dict:
@@ -36,9 +35,9 @@ def run(options: TrainMTOptions) -> dict:
             other settings.
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
-    runs.verify_numbers(options, _COUNTS)
-    if options.steps_per_epoch is not None:
-        checks.verify_positive_int(options.steps_per_epoch, "steps_per_epoch")
+    _verify_options(options)
+    folder = Path(options.output_dir)
+    folders.check_folder(options, folder)
     print("Reading the pairs ...", flush=True)
     directions = None if options.directions is None else options.directions.split(",")
     corpus = _corpus(options, directions)
@@ -47,34 +46,47 @@ def run(options: TrainMTOptions) -> dict:
             f"{d} {len(s):,}" for d, (s, _) in corpus.pairs[split].items()
         )
         print(f"{corpus.name}, {split} pairs: {sizes}")
-    folder = runs.prepare_folder(options)
+    pairs.verify_pairs(corpus)
     vocabulary = _vocabulary(corpus, options, folder)
     print(f"Subwords of all languages: {len(vocabulary):,}.", flush=True)
-    model, seconds = _train(options, corpus, vocabulary, folder, options.middle)
-    report = _evaluate(model, corpus, options, folder)
+    print("Encoding the pairs ...", flush=True)
+    keras.utils.set_random_seed(options.seed)
+    batches = {
+        split: pairs.epoch_batches(corpus, split, vocabulary, options)
+        for split in ("train", "valid", "test")
+    }
+    model = _build(options, vocabulary, options.middle)
+    folders.prepare_folder(options, folder)
+    with writing.written_beside(folder / _VOCABULARY) as partial:
+        partial.write_bytes(vocabulary.model)
+    seconds = _train(model, options, corpus, batches, folder)
+    report = _evaluate(model, corpus, batches, options, folder)
     report["training_seconds"] = round(seconds, 1)
     if options.baseline and options.middle == "moe":
         print("\nThe dense baseline of equal operations (one wide expert a mixture):")
         dense_folder = folder / "baseline"
-        dense, seconds = _train(options, corpus, vocabulary, dense_folder, "moe_1_wide")
-        report["baseline"] = _evaluate(dense, corpus, options, dense_folder)
+        dense = _build(options, vocabulary, "moe_1_wide")
+        # Afresh, for a dataset that is gone through again has another order.
+        batches["train"] = pairs.epoch_batches(
+            corpus, "train", vocabulary, options, show=False
+        )
+        seconds = _train(dense, options, corpus, batches, dense_folder)
+        report["baseline"] = _evaluate(dense, corpus, batches, options, dense_folder)
         report["baseline"]["training_seconds"] = round(seconds, 1)
     print("Saving and exporting ...", flush=True)
-    model.save(folder / runs.MODEL)
+    folders.save_model(model, folder)
     saved_model = serving.export(model, folder / "saved_model")
     print("Drawing attention and experts ...", flush=True)
     written = _draw(model, corpus, options, report, folder)
-    (folder / "report.json").write_text(
-        json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    )
+    folders.write_json(folder / REPORT, report)
     _print_report(report)
     runs.print_files(
         [
-            (folder / runs.MODEL, "the model, for keras.saving.load_model"),
+            (folder / folders.MODEL, "the model, for keras.saving.load_model"),
             (saved_model, "SavedModel with the signature translate, for TF Serving"),
             (folder / _VOCABULARY, "the subwords, a sentencepiece model"),
-            (folder / runs.HISTORY, "the logs of every epoch"),
-            (folder / "report.json", "the figures above, and the translations"),
+            (folder / folders.HISTORY, "the logs of every epoch"),
+            (folder / REPORT, "the figures above, and the translations"),
             *written,
             *runs.usage_files(folder),
         ]
@@ -97,14 +109,16 @@ def _vocabulary(corpus, options, folder):
     """Learns the subwords, or takes those of the run that goes on."""
     path = folder / _VOCABULARY
     languages = corpus.target_languages
-    if path.exists():
-        return data.SubwordVocabulary(path.read_bytes(), languages)
+    if path.exists() and not options.overwrite:
+        return folders.read_whole(
+            path,
+            lambda: data.SubwordVocabulary(path.read_bytes(), languages),
+            "Delete it, and the same command learns it again from the same pairs.",
+        )
     print("Learning subwords ...", flush=True)
-    vocabulary = data.SubwordVocabulary.learn(
+    return data.SubwordVocabulary.learn(
         corpus.texts("train"), options.vocabulary_size, languages
     )
-    path.write_bytes(vocabulary.model)
-    return vocabulary
 
 
 def build_model(
@@ -143,49 +157,41 @@ def build_model(
     return model
 
 
-def _dataset(corpus, split, vocabulary, options):
-    """Batches of a split, and how many there are."""
-    dataset = corpus.dataset(
-        split,
-        vocabulary,
-        batch_tokens=options.batch_tokens,
-        max_length=options.max_length,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
-    # A pass to count them; from now on the subwords are held in memory.
-    steps = sum(1 for _ in dataset)
-    return dataset, steps
+def _verify_options(options):
+    runs.verify_numbers(options, _COUNTS)
+    for name in ("steps_per_epoch", "test_sentences"):
+        if getattr(options, name) is not None:
+            checks.verify_positive_int(getattr(options, name), name)
+    if not math.isfinite(options.length_penalty):
+        raise ValueError(
+            "`length_penalty` must be a finite number. Received: length_penalty="
+            f"{options.length_penalty}. Pass for example 0.6."
+        )
 
 
-def _known(dataset, steps):
-    """A dataset that Keras knows the length of."""
-    return dataset.apply(tf.data.experimental.assert_cardinality(steps))
-
-
-def _train(options, corpus, vocabulary, folder, middle):
-    folder.mkdir(parents=True, exist_ok=True)
+def _build(options, vocabulary, middle):
     keras.utils.set_random_seed(options.seed)
-    model = build_model(options, vocabulary, middle)
+    return build_model(options, vocabulary, middle)
 
-    def fit(announce, callbacks, **arguments):
-        print("Encoding the pairs ...", flush=True)
-        train, steps = _dataset(corpus, "train", vocabulary, options)
-        steps = options.steps_per_epoch or steps
-        valid = _known(*_dataset(corpus, "valid", vocabulary, options))
+
+def _train(model, options, corpus, batches, folder):
+    folder.mkdir(exist_ok=True)
+    train, steps = batches["train"]
+
+    def fit(announce, callbacks, initial_epoch, **arguments):
         announce(steps)
         samples = SampleTranslations(corpus, print if options.verbose else None)
-        # A run that goes on, goes on with the pairs that come next.
-        seen = steps * len(runs.read_history(folder))
         model.fit(
-            train.repeat().skip(seen),
+            # A run that goes on, goes on with the pairs that come next.
+            train.repeat().skip(steps * initial_epoch),
             steps_per_epoch=steps,
-            validation_data=valid,
+            validation_data=pairs.of_known_length(*batches["valid"]),
             callbacks=[*callbacks, samples],
+            initial_epoch=initial_epoch,
             **arguments,
         )
 
-    return model, runs.train(model, folder, options, fit)
+    return runs.train(model, folder, options, fit)
 
 
 class SampleTranslations(keras.callbacks.Callback):
@@ -217,13 +223,14 @@ def _target(direction):
     return split_direction(direction)[1]
 
 
-def _evaluate(model, corpus, options, folder):
+def _evaluate(model, corpus, batches, options, folder):
     """Perplexity, and BLEU and chrF of each direction of the test set."""
     report: dict = {"parameters": model.count_params(), "directions": {}}
     print("Evaluating ...", flush=True)
     for split in ("valid", "test"):
-        dataset = _known(*_dataset(corpus, split, model.vocabulary, options))
-        logs = model.evaluate(dataset, verbose=0, return_dict=True)
+        logs = model.evaluate(
+            pairs.of_known_length(*batches[split]), verbose=0, return_dict=True
+        )
         report[f"{split}_perplexity"] = logs["perplexity"]
     for layer in model.moe_layers:
         if layer.num_experts > 1:
@@ -246,7 +253,7 @@ def _evaluate(model, corpus, options, folder):
         )
         seconds = time.perf_counter() - start
         lines = [" ".join(text.split()) + "\n" for text in found]
-        (folder / f"test.{direction}.txt").write_text("".join(lines))
+        writing.write_text(folder / f"test.{direction}.txt", "".join(lines))
         report["directions"][direction] = {
             **telemetry.translation_scores(found, targets, language),
             "sentences": len(sources),
@@ -261,7 +268,7 @@ def _evaluate(model, corpus, options, folder):
 def _draw(model, corpus, options, report, folder: Path):
     """Pictures of the history, of attention, and of the experts."""
     written = pictures.draw_history(
-        runs.read_history(folder), folder / "loss.png", "translation model"
+        folders.read_history(folder), folder / "loss.png", "translation model"
     )
     direction, (sources, _) = next(iter(corpus.pairs["test"].items()))
     # The first sentence of middling length, so that there is something to see.

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_moe import writing
+
 #: Token that fills a row up, always id 0.
 PAD = "<pad>"
 #: Token of everything the vocabulary does not know.
@@ -294,7 +296,8 @@ class Vocabulary:
         """
         lines = [f"{t}\t{c}\n" for t, c in zip(self.tokens, self.counts, strict=True)]
         # Lone surrogates, as in file names, are no UTF-8 but must come back too.
-        Path(path).write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
+        with writing.written_beside(path) as partial:
+            partial.write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":

@@ -241,6 +241,8 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
             hidden: `(batch, time, units)`; `self.softmax(hidden)` are logits.
             state: The states after the last time step.
         """
+        if 0 in tokens.shape[:2]:
+            return self._hidden_of_nothing(tokens, state, training)
         mask = tf.not_equal(tokens, 0)
         hidden = self.embedding(tokens)
         hidden = self.dropouts[0](hidden, training=training)
@@ -263,6 +265,17 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
                 output = layer(hidden)
             hidden = hidden + dropout(output, training=training)
         return hidden, next_state
+
+    def _hidden_of_nothing(self, tokens, state, training):
+        """No rows or no time steps, on which Keras' recurrent layers fail: padded."""
+        rows, time = tokens.shape
+        more = [0, int(rows == 0)]
+        padded = tf.pad(tokens, [more, [0, int(time == 0)]])
+        padded_state = [[tf.pad(s, [more, [0, 0]]) for s in each] for each in state]
+        hidden, next_state = self.hidden_with_state(padded, padded_state, training)
+        if time != 0:
+            state = [[s[:rows] for s in each] for each in next_state]
+        return hidden[:rows, :time], state
 
     def _run(self, tokens, state, training):
         hidden, next_state = self.hidden_with_state(tokens, state, training)

@@ -166,20 +166,20 @@ def load_cluster(cluster: str | Path | Cluster) -> Cluster:
         return cluster
     if str(cluster) in cluster_names():
         file = resources.files("keras_moe.planning") / "clusters" / f"{cluster}.json"
-        return _parse(file.read_text(), f"{cluster}.json")
+        return _parse(file, f"{cluster}.json")
     path = Path(cluster)
     if not path.is_file():
         raise FileNotFoundError(
             f"`cluster` must be one of {', '.join(cluster_names())}, or a JSON file. "
             f"Received: cluster={str(cluster)!r}, which is no file."
         )
-    return _parse(path.read_text(), str(path))
+    return _parse(path, str(path))
 
 
-def _parse(text, name):
+def _parse(file, name):
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"`cluster` must be a file of JSON. Received: {name}: {error}. "
             "Copy keras_moe/planning/clusters/k40.json and change it."

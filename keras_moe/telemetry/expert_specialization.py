@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_moe import checks
+from keras_moe import checks, writing
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.routing_record import recorded_routing, routing_tensors
 from keras_moe.telemetry.specialization import Routed, Specialization, specialization
@@ -187,7 +187,7 @@ class ExpertSpecialisation(keras.callbacks.Callback):
                 ("html", as_html),
             ):
                 path = folder / f"{name}_experts.{suffix}"
-                path.write_text(render(of_layer), encoding="utf-8")
+                writing.write_text(path, render(of_layer))
                 written.append(path)
         return written
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_moe import writing
+
 _DRAWN = "#2a6f97"
 _SECOND = "#c8553d"
 
@@ -48,7 +50,8 @@ def draw(records: dict[str, dict[str, list[Any]]], path: str | os.PathLike) -> N
         image = _draw_loads(left, name, splits["train"])
         figure.colorbar(image, ax=left, label="load / mean load")
         _draw_balance(right, splits)
-    figure.savefig(path)
+    with writing.written_beside(path) as partial:
+        figure.savefig(partial)
 
 
 def _draw_loads(axes, name, records):

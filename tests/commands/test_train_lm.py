@@ -1,5 +1,6 @@
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import tensorflow as tf
 import keras_moe
 from keras_moe import data
 from keras_moe.__main__ import main
-from keras_moe.commands import train_lm
+from keras_moe.commands import folders, train_lm
 from keras_moe.commands.options import TrainLMOptions
 
 WORDS = [f"w{i}" for i in range(20)]
@@ -219,13 +220,105 @@ def test_a_folder_of_other_files_is_refused_and_kept(data_dir, tmp_path):
         ({"epochs": 0}, r"epochs=0"),
         ({"batch_size": 0}, r"batch_size=0"),
         ({"learning_rate": 0.0}, r"learning_rate=0.0"),
+        ({"learning_rate": float("inf")}, r"learning_rate=inf"),
         ({"dropout": 1.0}, r"dropout=1.0"),
         ({"loss_weight": -1.0}, r"-1.0"),
+        ({"seed": -1}, r"`seed`.*seed=-1"),
+        ({"batch_size": 2000}, r"'train' text.*2000 tokens.*lower `batch_size`"),
+        ({"preset": "4xlstm_512", "baseline": True}, r"preset='4xlstm_512'"),
     ],
 )
-def test_bad_options_are_refused(data_dir, tmp_path, changes, message):
+def test_bad_options_are_refused_and_leave_nothing(
+    data_dir, tmp_path, changes, message
+):
     with pytest.raises(ValueError, match=message):
         train_lm.run(small(data_dir, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_refused_options_delete_no_run(data_dir, tmp_path):
+    folder = tmp_path / "run"
+    folders.prepare_folder(small(data_dir, folder), folder)
+    (folder / "model.keras").write_text("mine")
+    with pytest.raises(ValueError, match="k=9"):
+        train_lm.run(small(data_dir, folder, k=9, overwrite=True))
+    assert (folder / "model.keras").read_text() == "mine"
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_text_that_is_too_short_is_refused_first(data_dir, tmp_path, split):
+    short = tmp_path / "text"
+    shutil.copytree(data_dir, short)
+    (short / f"{split}.txt").write_text("w1 w2\n")
+    message = rf"'{split}' text must have at least 8 tokens.*3 tokens"
+    with pytest.raises(ValueError, match=message) as caught:
+        train_lm.run(small(short, tmp_path / "run"))
+    assert "batch_size" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_another_text(data_dir, tmp_path):
+    folder = tmp_path / "run"
+    options = small(data_dir, folder)
+    folders.prepare_folder(options, folder)
+    (folder / "history.csv").write_text("epoch\n")
+    (folder / "vocabulary.tsv").write_text("<pad>\t0\n<unk>\t0\n<eos>\t1\n")
+    with pytest.raises(ValueError, match=r"vocabulary\.tsv.*other words.*Bring back"):
+        train_lm.run(options)
+
+
+@pytest.fixture(scope="module")
+def exported_run(tmp_path_factory):
+    """A model and what `export` reads beside it."""
+    folder = tmp_path_factory.mktemp("export")
+    options = small("text", folder)
+    vocabulary = data.Vocabulary.from_tokens([WORDS])
+    model = train_lm.build_model(options, len(vocabulary), "moe")
+    folders.prepare_folder(options, folder)
+    folders.save_model(model, folder)
+    vocabulary.save(folder / "vocabulary.tsv")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("model.keras", lambda b: b"x", "no .keras file"),
+        ("model.keras", lambda b: b"", "no .keras file"),
+        ("model.keras", lambda b: b[: len(b) // 2], "no .keras file"),
+        ("model.keras", lambda b: b[:300] + bytes(9) + b[309:], "model.keras"),
+        ("vocabulary.tsv", lambda b: b[:-2], "in line 23"),
+        ("vocabulary.tsv", lambda b: b"\n".join(b.splitlines()[:9]) + b"\n", "9 tok"),
+        ("vocabulary.tsv", lambda b: b"\xff\xfe" + b, "UnicodeDecodeError"),
+        ("vocabulary.tsv", lambda b: b"", "must begin with"),
+        ("settings.json", lambda b: b[:-9], "JSONDecodeError"),
+        ("settings.json", lambda b: b"{}", "no tokenizer"),
+        ("settings.json", lambda b: b'{"tokenizer": 7}', "no tokenizer"),
+        ("settings.json", None, "missing"),
+    ],
+)
+def test_an_export_names_the_file_that_is_damaged(
+    exported_run, tmp_path, capsys, name, change, reason
+):
+    folder = tmp_path / "run"
+    shutil.copytree(exported_run, folder)
+    path = folder / name
+    content = path.read_bytes()
+    path.unlink()
+    if change is not None:
+        path.write_bytes(change(content))
+    assert main(["export", "--run-dir", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is damaged" in error
+    assert reason in error
+    assert not (folder / "saved_model").exists()
+
+
+def test_an_export_to_a_file_is_refused(exported_run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    arguments = ["--run-dir", str(exported_run), "--output-dir"]
+    assert main(["export", *arguments, str(tmp_path / "file")]) == 2
+    assert "`output_dir` must be a folder" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
@@ -261,7 +354,8 @@ def test_the_version_is_that_of_the_package(capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "resumes"), [("train-lm", True), ("export", False)]
+    ("command", "resumes"),
+    [("train-lm", True), ("train-mt", True), ("export", False), ("plan", False)],
 )
 def test_an_interruption_says_whether_the_command_goes_on(
     command, resumes, monkeypatch, capsys

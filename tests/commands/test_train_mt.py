@@ -2,6 +2,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  (the ops of the SavedModel)
 
+from keras_moe import data
 from keras_moe.__main__ import main
-from keras_moe.commands import runs, train_mt
+from keras_moe.commands import folders, pairs, runs, train_mt
 from keras_moe.commands.language_experts import experts_by_language
 from keras_moe.commands.options import TrainMTOptions
 
@@ -164,7 +166,7 @@ def test_a_cut_run_goes_on_with_the_pairs_that_come_next_and_is_not_repeated(
     options = small(data_dir, folder, **changes)
     run_cut_after_one_epoch(options, monkeypatch)
     report = train_mt.run(options)
-    assert [row["epoch"] for row in runs.read_history(folder)] == [0, 1]
+    assert [row["epoch"] for row in folders.read_history(folder)] == [0, 1]
     for name in ("test_perplexity", "valid_perplexity"):
         assert report[name] == pytest.approx(whole[name], rel=1e-4)
     again = train_mt.run(options)
@@ -200,14 +202,95 @@ def test_bad_options_end_with_a_message(data_dir, tmp_path, capsys):
         (["--data-dir", str(data_dir), "--steps-per-epoch", "0"], "steps_per_epoch=0"),
         (["--data-dir", str(data_dir), "--temperature", "0.5"], "temperature=0.5"),
         (["--data-dir", str(data_dir), "--vocabulary-size", "100"], "size=100"),
+        (["--data-dir", str(data_dir), "--test-sentences", "0"], "test_sentences=0"),
+        (
+            ["--data-dir", str(data_dir), "--length-penalty", "nan"],
+            "length_penalty=nan",
+        ),
+        (
+            ["--data-dir", str(data_dir), "--vocabulary-size", "300", "--k", "99"],
+            "k=99",
+        ),
     ):
         folder = str(tmp_path / "out")
         assert main(["train-mt", "--output-dir", folder, *arguments]) == 2
         assert message in capsys.readouterr().err
-        if os.path.exists(folder):
-            import shutil
+        assert not os.path.exists(folder)
 
-            shutil.rmtree(folder)
+
+@pytest.mark.parametrize(
+    ("split", "steps_per_epoch"),
+    [("train", None), ("train", 2), ("valid", 2), ("test", None)],
+)
+def test_pairs_that_are_all_too_long_are_refused_before_the_training(
+    data_dir, tmp_path, split, steps_per_epoch
+):
+    long = tmp_path / "pairs"
+    shutil.copytree(data_dir, long)
+    lines = ("un " * 60 + "\t" + "one " * 60 + "\n") * 5
+    for other in ("fr", "de"):
+        (long / f"{split}.en-{other}.tsv").write_text(lines)
+    options = small(long, tmp_path / "run", steps_per_epoch=steps_per_epoch)
+    message = rf"{split} pairs through.*max_length=40; all 20 .* left out"
+    with pytest.raises(ValueError, match=message):
+        train_mt.run(options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_left_out_are_counted_and_an_epoch_of_steps_needs_no_pass(
+    data_dir, capsys, monkeypatch
+):
+    corpus = data.load_translation_corpus(data_dir)
+    vocabulary = data.SubwordVocabulary.learn(
+        corpus.texts(), 300, corpus.target_languages
+    )
+    sources, _ = corpus.pairs["train"]["en-fr"]
+    sources[3] = sources[5] = "one " * 99  # serves fr-en too
+    options = small(data_dir, "run")
+    _, steps = pairs.epoch_batches(corpus, "train", vocabulary, options)
+    assert "4 of 600 train pairs are left out" in capsys.readouterr().out
+    assert steps > 2
+    counted = []
+    count = pairs._count
+    monkeypatch.setattr(
+        pairs, "_count", lambda dataset: counted.append(count(dataset)) or counted[-1]
+    )
+    monkeypatch.setattr(pairs, "_SAMPLED_PAIRS", 4)
+    options = small(data_dir, "run", steps_per_epoch=2)
+    _, steps = pairs.epoch_batches(corpus, "train", vocabulary, options)
+    # 4 pairs of 4 directions, of which one is left out of en-fr and fr-en each.
+    assert [kept for _, kept in counted] == [14]
+    assert "2 of the first 16 train pairs are left out" in capsys.readouterr().out
+    assert steps == 2
+    # None of these fit, others do.
+    monkeypatch.setattr(pairs, "_SAMPLED_PAIRS", 1)
+    for name in ("en-fr", "en-de"):
+        corpus.pairs["train"][name][0][0] = "one " * 99
+    pairs.epoch_batches(corpus, "train", vocabulary, options)
+    # Of 600 without rows 3 and 5 of two directions and row 0 of four.
+    assert [kept for _, kept in counted[1:]] == [0, 592]
+
+
+def test_a_direction_without_test_pairs_is_refused(data_dir):
+    corpus = data.load_translation_corpus(data_dir)
+    corpus.pairs["test"]["en-fr"] = ([], [])
+    with pytest.raises(ValueError, match="0 pairs of 'en-fr'"):
+        pairs.verify_pairs(corpus)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", "cut"])
+def test_damaged_subwords_are_an_error_that_names_them(data_dir, tmp_path, content):
+    corpus = data.load_translation_corpus(data_dir)
+    options = small(data_dir, tmp_path)
+    folders.prepare_folder(options, tmp_path)
+    learned = data.SubwordVocabulary.learn(
+        corpus.texts(), 300, corpus.target_languages
+    ).model
+    (tmp_path / "subwords.model").write_bytes(
+        learned[: len(learned) // 2 + 3] if content == "cut" else content
+    )
+    with pytest.raises(ValueError, match=r"subwords\.model is damaged.*Delete it"):
+        train_mt.run(options)
 
 
 @pytest.mark.slow

@@ -280,3 +280,26 @@ def test_a_policy_is_that_of_every_layer_and_of_the_reloaded_model(
     assert {v.dtype for v in mixed.trainable_variables} == {"float32"}
     assert mixed.first_lstm.cell.compute_dtype == "bfloat16"
     assert mixed(tokens).dtype == tf.float32
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_a_batch_of_nothing_gives_nothing(shape, stateful):
+    model = make(stateful=stateful)
+    tokens = np.zeros(shape, "int32")
+    with tf.GradientTape() as tape:
+        logits = model(tokens, training=True)
+        loss = tf.reduce_sum(logits) + sum(model.losses)
+    assert logits.shape == (*shape, V)
+    for gradient in tape.gradient(loss, model.trainable_variables):
+        assert np.isfinite(tf.convert_to_tensor(gradient)).all()
+    state = [[tf.ones((shape[0], D))] * 2] * 2
+    logits, after = model.call_with_state(tokens, state)
+    assert logits.shape == (*shape, V)
+    for each in tf.nest.flatten(after):  # no time has passed
+        np.testing.assert_array_equal(each, np.ones((shape[0], D)))
+    # Without static shapes too.
+    if shape == (0, 5):
+        model.reset_state()
+        traced = tf.function(model, input_signature=[tf.TensorSpec([None, 5], "int32")])
+        assert traced(tokens).shape == (0, 5, V)
