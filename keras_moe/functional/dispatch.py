@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_moe import checks, placement
 from keras_moe.functional import losses
+from keras_moe.functional.plain import only_plain
 from keras_moe.types import DispatchPlan, GateStatistics, GatingResult
 
 
@@ -105,10 +106,11 @@ def make_dispatch_plan(
     else:
         sorted_tokens = tf.gather(tf.cast(token_indices, tf.int32), order)
     positions = tf.reshape(_inverse_permutation(order), tf.shape(expert_indices))
+    positions.set_shape(expert_indices.shape)
     return DispatchPlan(
         token_indices=sorted_tokens,
         counts=losses.expert_counts(flat_experts, num_experts),
-        positions=tf.ensure_shape(positions, expert_indices.shape),
+        positions=positions,
         expert_indices=expert_indices,
         overflow=tf.constant(0, tf.int32),
     )
@@ -140,9 +142,12 @@ def expert_capacity(
             "would be dropped; use None for no capacity at all."
         )
     num_tokens = tf.cast(num_tokens, tf.int32)
-    slots = tf.math.ceil(
-        tf.cast(num_tokens, tf.float64) * (capacity_factor * k / num_experts)
-    )
+    share = capacity_factor * k / num_experts
+    if only_plain():
+        # In single precision a whole number may come out as slightly more.
+        slots = tf.math.ceil(tf.cast(num_tokens, tf.float32) * (share * (1 - 1e-6)))
+    else:
+        slots = tf.math.ceil(tf.cast(num_tokens, tf.float64) * share)
     return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
 
 
@@ -201,12 +206,12 @@ def make_capacity_plan(
     padded_order = tf.concat([order, [0]], axis=0)  # an empty batch has no row 0
     tokens = tf.gather(padded_order, source) % tf.maximum(num_tokens, 1)
     counts = tf.minimum(wanted, capacity)
+    positions = tf.transpose(tf.reshape(positions, [k, num_tokens]))
+    positions.set_shape(expert_indices.shape)
     return DispatchPlan(
         token_indices=tf.where(filled, tokens, -1),
         counts=counts,
-        positions=tf.ensure_shape(
-            tf.transpose(tf.reshape(positions, [k, num_tokens])), expert_indices.shape
-        ),
+        positions=positions,
         expert_indices=expert_indices,
         overflow=tf.reduce_sum(wanted) - tf.reduce_sum(counts),
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from keras_moe.functional.blocks import run_in_blocks
+from keras_moe.functional.plain import only_plain
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
 
@@ -75,7 +76,7 @@ def feed_forward_experts(
     if weights[0].shape[0] == 0:  # no experts live on this device: no rows either
         nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
         return nothing[0]
-    if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
+    if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS or only_plain():
         if recompute:
             return _one_by_one_recomputed(network, counts, expert_inputs, *weights)
         return _one_by_one(expert_inputs, kernels, biases, counts, activation)

@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras_moe.functional import experts
 from keras_moe.functional.blocks import mix_in_blocks
 from keras_moe.functional.dispatch import assignments_of_rows, combine, dispatch
+from keras_moe.functional.plain import only_plain
 from keras_moe.types import DispatchPlan
 
 
@@ -54,7 +55,7 @@ def mix_feed_forward_experts(
     """
     num_experts = kernels[0].shape[0]
     dropless = plan.token_indices.shape.rank == 1
-    if dropless and plan.positions.shape.rank == 2:
+    if dropless and plan.positions.shape.rank == 2 and not only_plain():
         gates = tf.cast(gates, kernels[0].dtype)
         if num_experts > experts.MOST_UNROLLED_EXPERTS:
             network = experts.network_of(len(kernels), activation)
