@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.functional import losses
 from keras_moe.functional.dispatching import Dispatcher, Mixed, inverse_permutation
+from keras_moe.functional.plain import only_plain
 from keras_moe.types import DispatchPlan
 
 
@@ -133,9 +134,12 @@ def expert_capacity(
     """
     capacity_factor = checks.verify_capacity_factor(capacity_factor)
     num_tokens = tf.cast(num_tokens, tf.int32)
-    slots = tf.math.ceil(
-        tf.cast(num_tokens, tf.float64) * (capacity_factor * k / num_experts)
-    )
+    share = capacity_factor * k / num_experts
+    if only_plain():
+        # In single precision a whole number may come out as slightly more.
+        slots = tf.math.ceil(tf.cast(num_tokens, tf.float32) * (share * (1 - 1e-6)))
+    else:
+        slots = tf.math.ceil(tf.cast(num_tokens, tf.float64) * share)
     return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
 
 
@@ -199,12 +203,12 @@ def make_capacity_plan(
     source = tf.where(filled, starts[:-1, tf.newaxis] + slots, 0)
     padded_order = tf.concat([order, [0]], axis=0)  # an empty batch has no row 0
     tokens = tf.gather(padded_order, source) % tf.maximum(num_tokens, 1)
+    positions = tf.transpose(tf.reshape(positions, [k, num_tokens]))
+    positions.set_shape(expert_indices.shape)
     return CapacityPlan(
         token_indices=tf.where(filled, tokens, -1),
         counts=counts,
-        positions=tf.ensure_shape(
-            tf.transpose(tf.reshape(positions, [k, num_tokens])), expert_indices.shape
-        ),
+        positions=positions,
         expert_indices=expert_indices,
         overflow=tf.reduce_sum(wanted) - tf.reduce_sum(counts),
     )

@@ -246,11 +246,12 @@ def make_dispatch_plan(
     else:
         sorted_tokens = tf.gather(tf.cast(token_indices, tf.int32), order)
     positions = tf.reshape(inverse_permutation(order), tf.shape(expert_indices))
+    positions.set_shape(expert_indices.shape)
     kind = SortedPlan if token_indices is None else RaggedPlan
     return kind(
         token_indices=sorted_tokens,
         counts=losses.expert_counts(flat_experts, num_experts),
-        positions=tf.ensure_shape(positions, expert_indices.shape),
+        positions=positions,
         expert_indices=expert_indices,
     )
 

@@ -27,6 +27,7 @@ import tensorflow as tf
 
 from keras_moe.functional.blocks import mix_in_blocks, run_in_blocks
 from keras_moe.functional.dispatching import SortedPlan
+from keras_moe.functional.plain import only_plain
 from keras_moe.types import DispatchPlan
 
 Network = Callable[..., tf.Tensor]
@@ -115,7 +116,7 @@ def run_experts(
     if num_experts == 0:  # no experts live on this device: no rows either
         nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
         return nothing[0]
-    if (computation or default_computation(num_experts)) == "unrolled":
+    if only_plain() or (computation or default_computation(num_experts)) == "unrolled":
         parts = split_by_expert(expert_inputs, counts, num_experts)
         return _concat(_run_each(network, parts, weights, recompute))
     run = recomputed(network) if recompute else network
@@ -159,7 +160,7 @@ def mix_experts(
         Shazeer et al. 2017, equation 1.
     """
     verify_computation(computation)
-    if not isinstance(plan, SortedPlan):
+    if not isinstance(plan, SortedPlan) or only_plain():
         rows = run_experts(
             network,
             plan.dispatch(inputs),

@@ -135,7 +135,6 @@ class ExpertList(keras.layers.Layer):
         return tf.concat(outputs, axis=0)
 
     def _run(self, expert, rows, mask, training):
-        rows = tf.ensure_shape(rows, (None, rows.shape[-1]))
         taken = inspect.signature(expert.call).parameters
         options = {}
         if "training" in taken:
