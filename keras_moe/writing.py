@@ -1,7 +1,8 @@
-"""Files that are there as a whole or not at all."""
+"""Files that are there as a whole or not at all, and whether they can be written."""
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,69 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def verify_folder(folder: str | os.PathLike, name: str) -> Path:
+    """Makes a folder if it is missing, and checks that files can be written there.
+
+    Args:
+        folder: Where.
+        name: Of the argument, for the message.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: It can't be made, or not be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`{name}` must be a folder to write to, or one that can be made. "
+            f"Received: {name}={str(folder)!r} ({error.strerror}). Choose another."
+        ) from error
+    return folder
+
+
+def verify_picture(path: str | os.PathLike, name: str) -> Path:
+    """Checks that matplotlib can write a picture there.
+
+    Args:
+        path: The picture. Its folder is made if it is missing.
+        name: Of the argument, for the message.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The suffix is of no kind that matplotlib writes, the path is a
+            folder, or its folder can't be written to.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ImportError(
+            "A picture of the experts needs matplotlib. Install keras-moe[examples], "
+            f"or leave `{name}` out."
+        ) from error
+    path = Path(path)
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    # To a name without a suffix matplotlib adds one.
+    if (path.suffix and path.suffix[1:].lower() not in kinds) or path.is_dir():
+        raise ValueError(
+            f"`{name}` must be a file whose name ends in a kind that matplotlib "
+            f"writes ({', '.join(kinds)}). Received: {name}={str(path)!r}. End it in "
+            ".png."
+        )
+    verify_folder(path.parent, name)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(
+            f"`{name}` must be a file that can be written. Received: "
+            f"{name}={str(path)!r}, which is there and can't. Choose another."
+        )
+    return path

@@ -1,12 +1,14 @@
 """Balance of the experts in the logs of `fit` and `evaluate`.
 
-A layer that writes variables in `call` would write them in an exported model
-too. So `call` only hands its statistics to the metric, as tensors of the graph
+A layer that writes variables in evaluation would write them in an exported model
+too. So there `call` only hands its statistics to the metric, as tensors of the graph
 it runs in; Keras asks the metrics for their results at the end of a training or
 test step, in the same graph, and there the statistics are added up. Prediction
-and export never ask, so they contain no trace of it.
+and export never ask, so they contain no trace of it. In training they are added up
+at once, as in batch normalization: a loop of one's own need not ask.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,13 @@ _TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
 
 class BalanceMetric(keras.metrics.Metric):
     """Importance and true load of the experts, added up since the last reset.
+
+    Load is that of the experts that were chosen: with the gate's noise in training,
+    without it in evaluation. If it is even in training and uneven in evaluation, the
+    gate chooses by its noise.
+
+    In a `tf.function` of one's own, training is counted by itself; an evaluation only
+    if the function asks for `result()` after the call.
 
     `result()` gives, under names that begin with the layer's:
 
@@ -54,14 +63,17 @@ class BalanceMetric(keras.metrics.Metric):
         statistics: GateStatistics,
         overflow: tf.Tensor,
         entropy: Callable[[], tuple[tf.Tensor, tf.Tensor]] | None = None,
+        training: bool | None = False,
     ) -> None:
-        """Takes note of one call of the layer, without writing a variable.
+        """Takes note of one call of the layer, in evaluation without writing.
 
         Args:
             statistics: `GateStatistics` of the call.
             overflow: `()` int32, assignments dropped.
             entropy: Gives those of `functional.gate_entropy`; None where the gates
                 of single tokens are not known.
+            training: That of the call. In training the sums are updated at once.
+                Defaults to `False`.
         """
 
         def make():
@@ -74,6 +86,9 @@ class BalanceMetric(keras.metrics.Metric):
                 tf.cast(num_tokens, tf.float64),
             ]
 
+        if training and not tf.executing_eagerly():
+            self._add(make())
+            return
         pending = self._take_pending()
         if pending is None:
             self._set_pending(make)
@@ -141,12 +156,15 @@ class BalanceMetric(keras.metrics.Metric):
         super().reset_state()
 
     def _fold(self):
-        pending = self._take_pending()
+        pending = self._take_pending(is_asked=True)
         if pending is not None:
-            for variable, value in zip(self._sums(), pending(), strict=True):
-                variable.assign(variable + value)
+            self._add(pending())
 
-    def _take_pending(self):
+    def _add(self, values):
+        for variable, value in zip(self._sums(), values, strict=True):
+            variable.assign(variable + value)
+
+    def _take_pending(self, is_asked=False):
         """What was recorded in the present graph (or eagerly) and not yet added.
 
         Tensors of another graph (a prediction, an export) are of no use here.
@@ -155,7 +173,17 @@ class BalanceMetric(keras.metrics.Metric):
         if pending is None:
             return None
         graph, values = pending
-        return values if graph is _current_graph() else None
+        if graph is _current_graph():
+            return values
+        if is_asked and tf.executing_eagerly() and not tf.reduce_any(self._counts > 0):
+            warnings.warn(
+                f"{self.name}: nothing is counted. The layer ran without training in "
+                "a function that did not ask for its balance, as in a prediction. "
+                "Use `evaluate`, or call `balance.result()` of the layer inside the "
+                "`tf.function` of your evaluation, after the model.",
+                stacklevel=4,
+            )
+        return None
 
     def _set_pending(self, values):
         """Takes a function: what no step asks for leaves no operation in its graph."""
@@ -218,4 +246,4 @@ def add_balance(
         for loss in own_losses:
             layer.add_loss(loss)
     if layer.num_experts > 1:  # a single expert has nothing to balance
-        layer.balance.record(statistics, overflow, entropy)
+        layer.balance.record(statistics, overflow, entropy, training)

@@ -24,7 +24,8 @@ class BalancedGating(_Gating):
     thresholds are trained to select what the batchwise mask selects (20).
 
     A token has k experts on average only. It may have more, or none: then its
-    output of the mixture is zero.
+    output of the mixture is zero. A token of NaN takes no other token's place; it
+    goes to the first expert, so that its output is NaN.
 
     The batchwise mask looks across the batch and across time steps. In a causal
     language model later tokens influence the selection in training, so trust
@@ -141,7 +142,9 @@ class BalancedGating(_Gating):
             real = tf.cast(tf.where(mask)[:, 0], tf.int32)
             inputs = tf.gather(inputs, real)
         logits = self._logits(inputs)
-        selected, losses = self._select(functional.softmax_gating(logits), training)
+        softmax_gates, broken = _without_nan(functional.softmax_gating(logits))
+        selected, losses = self._select(softmax_gates, training)
+        selected |= broken
         assignments = tf.where(selected)  # (M, 2), in the order of the tokens
         token_indices, expert_indices = tf.unstack(
             tf.cast(assignments, tf.int32), axis=1
@@ -159,13 +162,14 @@ class BalancedGating(_Gating):
     def _dense(self, inputs, mask, training):
         """The result in static shapes: every expert a choice, -1 if not selected."""
         logits = self._logits(inputs)
-        softmax_gates = functional.softmax_gating(logits)
+        softmax_gates, broken = _without_nan(functional.softmax_gating(logits))
         if mask is not None:
             # Below every threshold and behind every real token.
             softmax_gates = tf.where(
                 mask[:, tf.newaxis], softmax_gates, -tf.ones_like(softmax_gates)
             )
         selected, losses = self._select(softmax_gates, training, mask)
+        selected |= broken
         if mask is not None:
             selected &= mask[:, tf.newaxis]
         experts = tf.range(self.num_experts) + tf.zeros_like(selected, tf.int32)
@@ -203,3 +207,16 @@ class BalancedGating(_Gating):
             "k": self.k,
             "threshold_loss_weight": self.threshold_loss_weight,
         }
+
+
+def _without_nan(softmax_gates):
+    """Gates in which a token of NaN loses against every other, and where those are.
+
+    Returns:
+        `(N, E)` gates, -1 throughout for such a token; `(N, E)` bool, True at the
+        first expert for such a token.
+    """
+    broken = tf.math.is_nan(softmax_gates)
+    gates = tf.where(broken, -tf.ones_like(softmax_gates), softmax_gates)
+    first = tf.range(softmax_gates.shape[-1]) == 0
+    return gates, broken & first

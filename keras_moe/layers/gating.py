@@ -71,8 +71,8 @@ class SoftmaxGating(_Gating):
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         gates = functional.softmax_gating(self._logits(inputs))
         experts = tf.range(self.num_experts)
-        # gates * 0 and not tf.broadcast_to: the shape may be dynamic.
-        expert_indices = tf.cast(gates * 0, tf.int32) + experts
+        # zeros_like and not tf.broadcast_to: the shape may be dynamic.
+        expert_indices = tf.zeros_like(gates, tf.int32) + experts
         return functional.make_gating_result(
             gates, expert_indices, self.num_experts, mask=mask
         )

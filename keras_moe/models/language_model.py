@@ -58,8 +58,8 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
             baseline LSTM-2048-512. Defaults to `2`.
         dropout: Float. Fraction of each output that is dropped (the paper's
             DropProb). Defaults to `0.1`.
-        stateful: Bool. Whether states are carried from batch to batch.
-            Defaults to `False`.
+        stateful: Bool. Whether states are carried from batch to batch. The model
+            then tells Keras not to compile it with XLA. Defaults to `False`.
         num_sampled: Int or None. Candidates of the softmax in the training
             steps of `fit`, see `SampledSoftmax`; ids must then be in the order
             of falling frequency. Metrics of the logits are left to evaluation,
@@ -133,6 +133,9 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self.lstm_layers = lstm_layers
         self.dropout = dropout
         self.stateful = bool(stateful)
+        # The carried states get the rows of the first batch of a stream: XLA cannot
+        # change a variable's shape, nor check that all batches have as many.
+        self.supports_jit = not self.stateful
         self.middle = as_middle(middle)
         track_entries(self, "middle")
         policy = self.dtype_policy

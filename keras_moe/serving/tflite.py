@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_moe import writing
 from keras_moe.functional.plain import plain_operations
 from keras_moe.serving.saved_model import export
 
@@ -52,7 +53,6 @@ def export_tflite(
                 f"{model.name!r}, which does not convert: {error} Leave these operations "
                 "to the program around it, or serve the SavedModel of `export`."
             ) from error
-    partial = file.with_name(f".{file.name}-partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    with writing.written_beside(file) as partial:
+        partial.write_bytes(content)
     return file

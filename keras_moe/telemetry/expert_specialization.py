@@ -1,5 +1,6 @@
 """A callback that shows what the experts have specialized in."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -47,7 +48,9 @@ class ExpertSpecialisation(keras.callbacks.Callback):
     Raises:
         ValueError: A number is below 1; when it analyzes: the model has no `MoE` of
             several experts, a batch's words or labels are not as many as the tokens
-            that the mixture saw, or there are no batches.
+            that the mixture saw, there are no batches or they can't be gone through
+            again, or the folder can't be written. With a `folder` this is tried with
+            the first batch when training begins.
 
     All assignments of all batches are held in memory: 100,000 tokens are plenty.
 
@@ -89,6 +92,12 @@ class ExpertSpecialisation(keras.callbacks.Callback):
         self.num_contexts = checks.verify_positive_int(num_contexts, "num_contexts")
         self.window = checks.verify_positive_int(window, "window")
 
+    def on_train_begin(self, logs=None):
+        # What would fail after the training fails before it.
+        if self.folder is not None:
+            writing.verify_folder(self.folder, "folder")
+            self._analyze(self.model, itertools.islice(self.batches, 1))
+
     def on_train_end(self, logs=None):
         if self.folder is not None:
             self.write(self.analyze(self.model), self.folder)
@@ -102,6 +111,9 @@ class ExpertSpecialisation(keras.callbacks.Callback):
         Returns:
             Dict of layer name to `Specialization`.
         """
+        return self._analyze(model, self.batches)
+
+    def _analyze(self, model, batches):
         mixtures = [layer for layer in _mixtures(model) if layer.num_experts > 1]
         if not mixtures:
             raise ValueError(
@@ -113,7 +125,13 @@ class ExpertSpecialisation(keras.callbacks.Callback):
         labels: list[np.ndarray] = []
         units: list[np.ndarray] = []
         routing: dict[str, list] = {layer.name: [] for layer in mixtures}
-        for batch in self.batches:
+        if iter(self.batches) is self.batches:
+            raise ValueError(
+                "`batches` must be something to go through again at every analysis. "
+                f"Received: batches={self.batches!r}, which is gone after one. Pass a "
+                "list or a `tf.data.Dataset`."
+            )
+        for batch in batches:
             with recorded_routing(mixtures) as records:
                 if self.call is None:
                     model(batch, training=False)
@@ -177,8 +195,7 @@ class ExpertSpecialisation(keras.callbacks.Callback):
         Returns:
             Paths of the files.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = writing.verify_folder(folder, "folder")
         written = []
         for name, of_layer in found.items():
             for suffix, render in (

@@ -1,17 +1,21 @@
 """A callback that watches how evenly the experts are used."""
 
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, writing
 from keras_moe.layers.balance_metric import BalanceMetric
 from keras_moe.telemetry import usage_picture
 from keras_moe.telemetry.statistics import UsageTotals, usage_statistics
 
 TRAIN, VALIDATION = "train", "validation"
+# From which epoch on a gate that chooses by its noise is warned of, and from which
+# coefficient of variation of the load in validation.
+_FIRST_WARNING, _UNEVEN = 3, 0.5
 
 
 class UsageRecord(NamedTuple):
@@ -69,8 +73,13 @@ class ExpertUsage(keras.callbacks.Callback):
 
     Raises:
         ValueError: `interval` or `max_records` is out of range; when training
-            begins: the model has no mixture of several experts.
+            begins: the model has no mixture of several experts, or `log_dir` or
+            `picture` can't be written.
         ImportError: When training begins: a picture is wanted without matplotlib.
+
+    It warns, once for each mixture, if the load is uneven in validation and even in
+    training from the third epoch on (or the last, if there are fewer): the gate then
+    chooses by its noise, see the guide to balancing.
 
     On several workers every worker needs the callback, since reading the sums is a
     collective; give each a `log_dir` of its own.
@@ -120,10 +129,13 @@ class ExpertUsage(keras.callbacks.Callback):
         self._epoch_figures: dict[str, float] = {}
         self._is_part_ended = False
         self._training = False
+        self._warned: set[str] = set()
 
     def on_train_begin(self, logs=None):
         if self.picture is not None:
-            usage_picture.verify_matplotlib()
+            writing.verify_picture(self.picture, "picture")
+        if self.log_dir is not None and "://" not in os.fspath(self.log_dir):
+            writing.verify_folder(self.log_dir, "log_dir")
         if not self._metrics():
             raise ValueError(
                 "`ExpertUsage` needs a model with a mixture of several experts. "
@@ -163,7 +175,40 @@ class ExpertUsage(keras.callbacks.Callback):
             new = {**self._epoch_figures, **self._validation_figures(validated)}
             # The layers' own entries stay as they are.
             logs.update({k: v for k, v in new.items() if k not in logs})
+        num_epochs = (self.params or {}).get("epochs") or 0
+        if validated and epoch + 1 >= min(_FIRST_WARNING, num_epochs):
+            self._warn_of_noise()
         self._flush()
+
+    def _warn_of_noise(self):
+        """Of gates that choose by their noise, once each."""
+        gates = {
+            layer.balance: layer.gating
+            for layer in self.model._flatten_layers()
+            if hasattr(layer, "balance") and hasattr(layer, "gating")
+        }
+        for name, metric in self._metrics().items():
+            if name in self._warned or not hasattr(gates.get(metric), "noise_kernel"):
+                continue
+            trained = self._epoch_figures[f"{name}_load_cv"]
+            record = self.records[name][VALIDATION][-1]
+            validated = record.figures["load_cv"]
+            # So far apart are the experts of few tokens by chance alone.
+            chance = (metric.num_experts / max(record.totals.counts.sum(), 1)) ** 0.5
+            if validated > max(_UNEVEN, 4.0 * trained) + 2.0 * chance:
+                self._warned.add(name)
+                warnings.warn(
+                    f"{name}: the load of the experts is even in training "
+                    f"(load_cv={trained:.2f}) and uneven in validation without noise "
+                    f"(val_{name}_load_cv={validated:.2f}, val_{name}_max_over_mean_"
+                    f"load={record.figures['max_over_mean_load']:.1f}). Either the "
+                    "validation data are of another kind, or the gate chooses by its "
+                    "noise more than by the token, which meets the balancing losses "
+                    "without a choice. Lower `load_loss_weight` and `noise_epsilon`, "
+                    'start the gate with `gate_initializer="glorot_uniform"`, or use '
+                    "`TopKGating`; train longer if this is an early epoch.",
+                    stacklevel=2,
+                )
 
     def on_train_end(self, logs=None):
         self._training = False
@@ -181,7 +226,7 @@ class ExpertUsage(keras.callbacks.Callback):
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: There are no records yet.
+            ValueError: There are no records yet, or `path` can't be written.
         """
         usage_picture.draw(self.records, path)
 

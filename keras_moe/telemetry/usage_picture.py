@@ -11,17 +11,6 @@ _DRAWN = "#2a6f97"
 _SECOND = "#c8553d"
 
 
-def verify_matplotlib() -> None:
-    """Raises an `ImportError` that says what to install, if it is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "A picture of the experts needs matplotlib. Install keras-moe[examples], "
-            "or leave `picture` out."
-        ) from error
-
-
 def draw(records: dict[str, dict[str, list[Any]]], path: str | os.PathLike) -> None:
     """Draws a row for each mixture: a heat map of its load, and the balance.
 
@@ -31,9 +20,9 @@ def draw(records: dict[str, dict[str, list[Any]]], path: str | os.PathLike) -> N
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: There are no records of training.
+        ValueError: There are no records of training, or `path` can't be written.
     """
-    verify_matplotlib()
+    writing.verify_picture(path, "path")
     from matplotlib.figure import Figure
 
     rows = {name: splits for name, splits in records.items() if splits["train"]}

@@ -303,3 +303,17 @@ def test_a_batch_of_nothing_gives_nothing(shape, stateful):
         model.reset_state()
         traced = tf.function(model, input_signature=[tf.TensorSpec([None, 5], "int32")])
         assert traced(tokens).shape == (0, 5, V)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_stateful_model_is_not_compiled_with_xla(policy):
+    # Its states change their shape at the first batch, which XLA refuses.
+    keras.config.set_dtype_policy(policy)
+    model = models.MoELanguageModel(11, units=4, stateful=True)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    with pytest.warns(UserWarning, match="jit_compile=False"):
+        model.compile("sgd", loss, jit_compile=True)
+    tokens = np.arange(24).reshape(4, 6) % 10 + 1
+    history = model.fit(tokens, tokens, batch_size=2, shuffle=False, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    assert models.MoELanguageModel(11, units=4).supports_jit

@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -263,3 +265,44 @@ def test_errors(rng):
         model.fit(x, x, verbose=0, callbacks=[telemetry.ExpertUsage()])
     with pytest.raises(ValueError, match="0 records"):
         telemetry.ExpertUsage().draw("nowhere.png")
+
+
+def fit_with_noise(rng, noise, epochs=3, **options):
+    """Logits that favour expert 0 by 1, under noise of a given size."""
+    gating = layers.NoisyTopKGating(k=1, normalization="all", seed=0)
+    moe = make_moe(gating=gating, **options)
+    model, usage = compiled(moe, run_eagerly=True), telemetry.ExpertUsage()
+    x = rng.uniform(0.5, 1.5, size=(400, FEATURES)).astype("float32")
+    gate, scale = np.zeros((FEATURES, 5)), np.full((FEATURES, 5), noise / FEATURES)
+    gate[:, 0] = 1.0 / FEATURES
+    gating.gate_kernel.assign(gate)
+    gating.noise_kernel.assign(scale)
+    model.fit(
+        x,
+        x,
+        batch_size=400,
+        epochs=epochs,
+        validation_data=(x, x),
+        verbose=0,
+        callbacks=[usage],
+    )
+    return usage
+
+
+def test_a_gate_that_chooses_by_its_noise_is_warned_of_once(rng):
+    # Without noise expert 0 takes all of 5: a variation of sqrt(5 - 1) = 2.
+    message = (
+        r"moe: .*even in training \(load_cv=0\.\d+\).*val_moe_load_cv=2\.00.*"
+        r"max_over_mean_load=5\.0.*noise_epsilon"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        fit_with_noise(rng, noise=20.0, epochs=5)
+    assert len([w for w in caught if "noise_epsilon" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match=message):
+        fit_with_noise(rng, noise=20.0, epochs=1)
+
+
+def test_a_gate_that_chooses_by_the_token_is_not_warned_of(rng):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_with_noise(rng, noise=-20.0)  # next to no noise: uneven in both
