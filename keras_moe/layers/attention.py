@@ -9,7 +9,7 @@ from keras_moe import checks, functional
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MultiplicativeAttention(keras.layers.Layer):
+class MultiplicativeAttention(checks.FromConfig, keras.layers.Layer):
     """Attention whose scores are one matrix product over all pairs of positions.
 
     $A(x_i, y_j) = \\sum_d V_d \\tanh((x_i U)_d) \\tanh((y_j W)_d)$ (equation 22),

@@ -13,13 +13,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import functional, placement
+from keras_moe import checks, functional, placement
 from keras_moe.types import GateStatistics
 
 _TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
 
 
-class BalanceMetric(keras.metrics.Metric):
+class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
     """Importance and true load of the experts, added up since the last reset.
 
     `result()` gives, under names that begin with the layer's:

@@ -13,7 +13,7 @@ from keras_moe.layers.tracking import track_entries
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class FeedForwardExperts(keras.layers.Layer):
+class FeedForwardExperts(checks.FromConfig, keras.layers.Layer):
     """A stack of feed-forward networks of one shape, each with its own weights.
 
     $E_i(x) = \\mathrm{act}(x W_{i,1}) W_{i,2}$, without bias unless asked for,

@@ -10,7 +10,7 @@ from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
 
 
-class _Gating(keras.layers.Layer):
+class _Gating(checks.FromConfig, keras.layers.Layer):
     """What all gates of this package share: size, dtype, kernel, checks."""
 
     def __init__(

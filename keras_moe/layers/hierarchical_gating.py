@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional, placement
+from keras_moe.layers import configs
 from keras_moe.layers.gating import NoisyTopKGating, _Gating
 from keras_moe.layers.hierarchical_static import hierarchical_gating
 from keras_moe.layers.initializers import PerExpertInitializer
@@ -106,6 +107,7 @@ class HierarchicalGating(_Gating):
         # The secondary gates see as many rows as the primary gate sends them.
         self.supports_jit = False
         _share_num_groups(primary_gating, num_groups)
+        configs.hold(self, primary_gating)
 
     def _verify_against_num_experts(self):
         verify_groups(self.num_experts, self.num_groups, self.k)
@@ -232,7 +234,7 @@ class HierarchicalGating(_Gating):
             **super().get_config(),
             "num_groups": self.num_groups,
             "k": list(self.k),
-            "primary_gating": keras.saving.serialize_keras_object(self.primary_gating),
+            "primary_gating": configs.serialize(self, self.primary_gating),
             "noise_epsilon": self.noise_epsilon,
             "noise_initializer": keras.initializers.serialize(self.noise_initializer),
             "seed": self.seed,
@@ -240,13 +242,12 @@ class HierarchicalGating(_Gating):
 
     @classmethod
     def from_config(cls, config):
+        checks.verify_config(cls, config)
         return cls(**with_primary_gating(config))
 
 
 def with_primary_gating(config):
-    primary = config.get("primary_gating")
-    if isinstance(primary, dict):
-        primary = keras.saving.deserialize_keras_object(primary)
+    primary = configs.deserialize(config.get("primary_gating"), config["num_groups"])
     return {**config, "primary_gating": primary}
 
 

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, placement
+from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import add_balance
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.group_exchange import mix_at_groups
@@ -171,11 +172,12 @@ class HierarchicalMoE(MoE):
             **config,
             "num_groups": self.num_groups,
             "k": list(self.k),
-            "primary_gating": primary and keras.saving.serialize_keras_object(primary),
+            "primary_gating": configs.serialize(self.gating, primary),
         }
 
     @classmethod
     def from_config(cls, config):
+        checks.verify_config(cls, config)
         config = with_primary_gating(config)
-        experts = keras.saving.deserialize_keras_object(config["experts"])
+        experts = configs.deserialize(config["experts"])
         return cls(**{**config, "experts": experts})

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional, placement
+from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, TopKGating
@@ -133,6 +134,7 @@ class MoE(keras.layers.Layer):
         # Dropless shapes depend on the data, which XLA cannot compile.
         self.supports_jit = capacity_factor is not None
         share_num_experts(gating, experts.num_experts)
+        configs.hold(self, experts, gating)
         self._warn_of_missing_gradients()
 
     @property
@@ -275,11 +277,10 @@ class MoE(keras.layers.Layer):
         return (*input_shape[:-1], last)
 
     def get_config(self):
-        serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
-            "experts": serialize(self.experts),
-            "gating": serialize(self.gating),
+            "experts": configs.serialize(self, self.experts),
+            "gating": configs.serialize(self, self.gating),
             "importance_loss_weight": self.importance_loss_weight,
             "load_loss_weight": self.load_loss_weight,
             "activation": keras.activations.serialize(self.activation),
@@ -288,11 +289,11 @@ class MoE(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        deserialize = keras.saving.deserialize_keras_object
-        config = dict(config)
-        config["experts"] = deserialize(config["experts"])
-        config["gating"] = deserialize(config["gating"])
-        return cls(**config)
+        checks.verify_config(cls, config)
+        experts = configs.deserialize(config["experts"])
+        num_experts = getattr(experts, "num_experts", None)
+        gating = configs.deserialize(config.get("gating"), num_experts)
+        return cls(**{**config, "experts": experts, "gating": gating})
 
 
 def default_name(prefix):

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.layers import configs
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.noise import Dropout
 from keras_moe.layers.sampled_softmax import SampledSoftmax
@@ -135,6 +136,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self.stateful = bool(stateful)
         self.middle = as_middle(middle)
         track_entries(self, "middle")
+        configs.hold(self, *self.middle)
         policy = self.dtype_policy
         self.embedding = keras.layers.Embedding(
             vocabulary_size, units, name="embedding", dtype=policy
@@ -302,7 +304,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
             **super().get_config(),
             "vocabulary_size": self.vocabulary_size,
             "units": self.units,
-            "middle": [keras.saving.serialize_keras_object(m) for m in self.middle],
+            "middle": configs.serialize_all(self, self.middle),
             "lstm_units": self.lstm_units,
             "lstm_layers": self.lstm_layers,
             "dropout": self.dropout,
@@ -312,8 +314,6 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        middle = [
-            keras.saving.deserialize_keras_object(m, custom_objects)
-            for m in config["middle"]
-        ]
+        checks.verify_config(cls, config)
+        middle = configs.deserialize_all(config.get("middle"), custom_objects)
         return cls(**{**config, "middle": middle})
