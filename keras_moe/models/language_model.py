@@ -19,6 +19,7 @@ from keras_moe.models.language_model_checks import (
     verify_tokens,
 )
 from keras_moe.models.parts import (
+    SavedWhole,
     TracedFunctions,
     make_lstm,
     softmax_dtype,
@@ -30,7 +31,7 @@ from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoELanguageModel(Generation, SampledTraining, keras.Model):
+class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
     """Embedding, LSTM, middle layers, LSTM, softmax (appendix C.1).
 
     The output of every layer but the softmax goes through dropout, and then the

@@ -16,6 +16,7 @@ from keras_moe.layers.noise import Dropout
 from keras_moe.layers.routing import recorded_routing, routing_arrays
 from keras_moe.layers.tracking import track_entries
 from keras_moe.models.parts import (
+    SavedWhole,
     TracedFunctions,
     make_cell,
     make_lstm,
@@ -44,7 +45,7 @@ class _BiasWithoutPadding(keras.initializers.Initializer):
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoETranslator(Decoding, keras.Model):
+class MoETranslator(SavedWhole, Decoding, keras.Model):
     """LSTM encoder and decoder with attention, and mixtures between the LSTMs.
 
     The paper's model is `MoETranslator(32_768, 512, lstm_units=2048,

@@ -280,3 +280,11 @@ def test_a_policy_is_that_of_every_layer_and_of_the_reloaded_model(
     assert {v.dtype for v in mixed.trainable_variables} == {"float32"}
     assert mixed.first_lstm.cell.compute_dtype == "bfloat16"
     assert mixed(tokens).dtype == tf.float32
+
+
+@pytest.mark.parametrize("kind", [models.MoELanguageModel, models.MoETranslator])
+@pytest.mark.parametrize("suffix", ["h5", "hdf5"])
+def test_files_that_cannot_be_loaded_are_refused(kind, suffix, tmp_path):
+    with pytest.raises(ValueError, match=r"`filepath`.*\.keras"):
+        kind(20, 8).save(tmp_path / f"model.{suffix}")
+    assert not list(tmp_path.iterdir())
