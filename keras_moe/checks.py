@@ -1,5 +1,6 @@
 """Checks of arguments, shared by the functional code and the layers."""
 
+import inspect
 import sys
 import warnings
 from collections.abc import Sequence
@@ -188,3 +189,38 @@ def verify_floating(dtype: Any, layer_name: str) -> None:
             f"Received: dtype={tf.as_dtype(dtype).name}. "
             "Embed token ids or cast the inputs to a float type first."
         )
+
+
+def verify_config(cls: type, config: dict[str, Any]) -> None:
+    """Raises unless a config has every key that a class cannot do without.
+
+    Args:
+        cls: The class to be made.
+        config: Of its `from_config`.
+
+    Raises:
+        ValueError: A key is missing.
+    """
+    _, *parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    for parameter in parameters:
+        name = parameter.name
+        takes_any = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if (
+            parameter.default is parameter.empty
+            and not takes_any
+            and name not in config
+        ):
+            raise ValueError(
+                f"`config` of {cls.__name__} must have the key {name!r}. Received: "
+                f"config with the keys {sorted(config)}. Pass all that `get_config` "
+                "gives."
+            )
+
+
+class FromConfig:
+    """First base of a class whose `from_config` names a key that is missing."""
+
+    @classmethod
+    def from_config(cls, config):
+        verify_config(cls, config)
+        return super().from_config(config)  # type: ignore[misc]

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.data.vocabulary import EOS, PAD, RESERVED, UNK, verify_at_least
 
 
@@ -279,4 +280,5 @@ class SubwordVocabulary:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SubwordVocabulary":
         """A vocabulary from its `get_config`."""
+        checks.verify_config(cls, config)
         return cls(**config)

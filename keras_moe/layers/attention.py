@@ -10,7 +10,7 @@ from keras_moe.types import at_least_float32
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MultiplicativeAttention(keras.layers.Layer):
+class MultiplicativeAttention(checks.FromConfig, keras.layers.Layer):
     """Attention whose scores are one matrix product over all pairs of positions.
 
     $A(x_i, y_j) = \\sum_d V_d \\tanh((x_i U)_d) \\tanh((y_j W)_d)$ (equation 22),

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.layers import configs
 from keras_moe.layers.attention import MultiplicativeAttention
 
 
@@ -80,6 +81,7 @@ class AttentionLSTM(keras.layers.Layer):
             if attention is None
             else attention
         )
+        configs.hold(self, cell, self.attention)
 
     def build(self, inputs_shape, memory_shape):
         name = type(self).__name__
@@ -165,17 +167,17 @@ class AttentionLSTM(keras.layers.Layer):
         return (*inputs_shape[:-1], self.cell.output_size), states
 
     def get_config(self):
-        serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
-            "cell": serialize(self.cell),
-            "attention": serialize(self.attention),
+            "cell": configs.serialize(self, self.cell),
+            "attention": configs.serialize(self, self.attention),
         }
 
     @classmethod
     def from_config(cls, config):
-        deserialize = keras.saving.deserialize_keras_object
-        config = dict(config)
-        config["cell"] = deserialize(config["cell"])
-        config["attention"] = deserialize(config["attention"])
-        return cls(**config)
+        checks.verify_config(cls, config)
+        parts = {key: configs.deserialize(config.get(key)) for key in _PARTS}
+        return cls(**{**config, **parts})
+
+
+_PARTS = ("cell", "attention")

@@ -15,14 +15,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import engine, functional
+from keras_moe import checks, engine, functional
 from keras_moe.layers.gate_contract import has_load_loss
 from keras_moe.types import GateStatistics
 
 _TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
 
 
-class BalanceMetric(keras.metrics.Metric):
+class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
     """Importance and true load of the experts, added up since the last reset.
 
     Load is that of the experts that were chosen: with the gate's noise in training,

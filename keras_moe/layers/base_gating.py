@@ -20,7 +20,7 @@ class Choice(NamedTuple):
     remedy: str = 'normalization="all"'
 
 
-class _Gating(keras.layers.Layer):
+class _Gating(checks.FromConfig, keras.layers.Layer):
     """What all gates of this package share: size, dtype, kernel, checks."""
 
     # Whether the load in training has a gradient: only then is there a load loss.

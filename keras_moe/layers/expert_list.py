@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine
+from keras_moe.layers import configs
 from keras_moe.layers.tracking import track_entries
 
 
@@ -88,6 +89,7 @@ class ExpertList(keras.layers.Layer):
             )
         self.experts = experts
         track_entries(self, "experts")
+        configs.hold(self, *experts)
         self.supports_jit = all(expert.supports_jit for expert in experts)
 
     @property
@@ -166,17 +168,33 @@ class ExpertList(keras.layers.Layer):
         return (*input_shape[:-1], self._output_units(input_shape[-1]))
 
     def get_config(self):
+        self._verify_apart()
         return {
             **super().get_config(),
-            "experts": [keras.saving.serialize_keras_object(e) for e in self.experts],
+            "experts": configs.serialize_all(self, self.experts),
         }
+
+    def _verify_apart(self):
+        """Keras would load a layer inside of two experts as two layers."""
+        inside = [
+            id(layer)
+            for expert in self.experts
+            for layer in {id(e): e for e in expert._flatten_layers()}.values()
+        ]
+        for expert in self.experts:
+            for layer in expert._flatten_layers():
+                if inside.count(id(layer)) > 1:
+                    raise ValueError(
+                        "`experts` must not share a layer to be written as a config. "
+                        f"Received: layer {layer.name!r} inside of more than one "
+                        "expert. Give each expert a layer of its own, or save the "
+                        "weights alone: `save_weights`, `tf.train.Checkpoint`."
+                    )
 
     @classmethod
     def from_config(cls, config):
-        experts = [
-            keras.saving.deserialize_keras_object(expert)
-            for expert in config["experts"]
-        ]
+        checks.verify_config(cls, config)
+        experts = configs.deserialize_all(config["experts"])
         return cls(**{**config, "experts": experts})
 
 

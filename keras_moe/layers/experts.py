@@ -17,7 +17,7 @@ from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.tracking import track_entries
 
 
-class Experts(keras.layers.Layer):
+class Experts(checks.FromConfig, keras.layers.Layer):
     """Experts of one form, their weights stacked. The base of `FeedForwardExperts`.
 
     A subclass makes its weights in `build` with `add_expert_weight` and overrides

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
+from keras_moe.layers import configs
 from keras_moe.layers.base_gating import Choice, _Gating
 from keras_moe.layers.gate_contract import verify_gating, verify_gating_result
 from keras_moe.layers.gating import NoisyTopKGating
@@ -125,6 +126,7 @@ class HierarchicalGating(_Gating):
         # The secondary gates see as many rows as the primary gate sends them.
         self.supports_jit = False
         _share_num_groups(primary_gating, num_groups)
+        configs.hold(self, primary_gating)
 
     @property
     def has_smooth_load(self) -> bool:  # type: ignore[override]
@@ -294,7 +296,7 @@ class HierarchicalGating(_Gating):
             **super().get_config(),
             "num_groups": self.num_groups,
             "k": list(self.k),
-            "primary_gating": keras.saving.serialize_keras_object(self.primary_gating),
+            "primary_gating": configs.serialize(self, self.primary_gating),
             "normalization": self.normalization
             if isinstance(self.normalization, str)
             else list(self.normalization),
@@ -305,13 +307,12 @@ class HierarchicalGating(_Gating):
 
     @classmethod
     def from_config(cls, config):
+        checks.verify_config(cls, config)
         return cls(**with_primary_gating(config))
 
 
 def with_primary_gating(config):
-    primary = config.get("primary_gating")
-    if isinstance(primary, dict):
-        primary = keras.saving.deserialize_keras_object(primary)
+    primary = configs.deserialize(config.get("primary_gating"), config["num_groups"])
     return {**config, "primary_gating": primary}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_moe import checks, engine
+from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import add_balance
 from keras_moe.layers.experts import Experts
 from keras_moe.layers.hierarchical_gating import (
@@ -192,13 +193,14 @@ class HierarchicalMoE(MoE):
             **config,
             "num_groups": self.num_groups,
             "k": list(self.k),
-            "primary_gating": primary and keras.saving.serialize_keras_object(primary),
+            "primary_gating": configs.serialize(self.gating, primary),
             "normalization": self.gating.get_config()["normalization"],
             "use_gate_bias": self.use_gate_bias,
         }
 
     @classmethod
     def from_config(cls, config):
+        checks.verify_config(cls, config)
         config = with_capacity_of_evaluation(with_primary_gating(config))
-        experts = keras.saving.deserialize_keras_object(config["experts"])
+        experts = configs.deserialize(config["experts"])
         return cls(**{**config, "experts": experts})

@@ -3,6 +3,8 @@
 import keras
 import tensorflow as tf
 
+from keras_moe import checks
+
 # Initializers whose values do not depend on the shape: one draw of the whole
 # stack is the same as one draw for each expert.
 _SHAPE_FREE = (
@@ -65,6 +67,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
     @classmethod
     def from_config(cls, config):
+        checks.verify_config(cls, config)
         return cls(keras.initializers.deserialize(config["initializer"]))
 
 

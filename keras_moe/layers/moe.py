@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
+from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.experts import Experts
 from keras_moe.layers.gate_contract import (
@@ -156,6 +157,7 @@ class MoE(keras.layers.Layer):
         # Dropless shapes depend on the data, which XLA cannot compile.
         self.supports_jit = capacity_factor is not None
         share_num_experts(gating, experts.num_experts)
+        configs.hold(self, experts, gating)
         set_loss_weights(self, importance_loss_weight, load_loss_weight)
         warn_of_constant_gates(self)
         warn_of_flat_load(self)
@@ -283,11 +285,10 @@ class MoE(keras.layers.Layer):
         return (*input_shape[:-1], last)
 
     def get_config(self):
-        serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
-            "experts": serialize(self.experts),
-            "gating": serialize(self.gating),
+            "experts": configs.serialize(self, self.experts),
+            "gating": configs.serialize(self, self.gating),
             **loss_weights_config(self),
             "activation": keras.activations.serialize(self.activation),
             "capacity_factor": self.capacity_factor,
@@ -297,11 +298,12 @@ class MoE(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        deserialize = keras.saving.deserialize_keras_object
+        checks.verify_config(cls, config)
         config = with_capacity_of_evaluation(config)
-        config["experts"] = deserialize(config["experts"])
-        config["gating"] = deserialize(config["gating"])
-        return cls(**config)
+        experts = configs.deserialize(config["experts"])
+        num_experts = getattr(experts, "num_experts", None)
+        gating = configs.deserialize(config.get("gating"), num_experts)
+        return cls(**{**config, "experts": experts, "gating": gating})
 
 
 def with_capacity_of_evaluation(config):

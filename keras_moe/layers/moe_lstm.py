@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
+from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.gate_contract import (
     loss_weights_config,
@@ -266,7 +267,8 @@ class MoELSTM(keras.layers.RNN):
 
     @classmethod
     def from_config(cls, config):
-        gating = keras.saving.deserialize_keras_object(config["gating"])
+        checks.verify_config(cls, config)
+        gating = configs.deserialize(config.get("gating"), config["num_experts"])
         return cls(**{**config, "gating": gating})
 
 

@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
+from keras_moe.layers import configs
 from keras_moe.layers.gate_contract import default_gating, warn_of_constant_gates
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.moe import share_num_experts
@@ -104,6 +105,7 @@ class MoELSTMCell(keras.layers.Layer):
         share_num_experts(gating, num_experts)
         self.gating = gating
         warn_of_constant_gates(self)
+        configs.hold(self, gating)
         self.state_size = [units, units]
         self.output_size = units
         self.supports_jit = False  # experts have as many rows as chose them
@@ -161,7 +163,7 @@ class MoELSTMCell(keras.layers.Layer):
             **super().get_config(),
             "units": self.units,
             "num_experts": self.num_experts,
-            "gating": keras.saving.serialize_keras_object(self.gating),
+            "gating": configs.serialize(self, self.gating),
             "activation": keras.activations.serialize(self.activation),
             "recurrent_activation": keras.activations.serialize(
                 self.recurrent_activation
@@ -174,5 +176,6 @@ class MoELSTMCell(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        gating = keras.saving.deserialize_keras_object(config["gating"])
+        checks.verify_config(cls, config)
+        gating = configs.deserialize(config.get("gating"), config["num_experts"])
         return cls(**{**config, "gating": gating})

@@ -9,7 +9,7 @@ from keras_moe import checks, functional
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class ProjectedLSTMCell(keras.layers.Layer):
+class ProjectedLSTMCell(checks.FromConfig, keras.layers.Layer):
     """One step of an LSTM whose output is projected to fewer units.
 
     The projected output is what the next step and the next layer see, so a wide

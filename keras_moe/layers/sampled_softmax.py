@@ -9,7 +9,7 @@ from keras_moe import checks, functional
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class SampledSoftmax(keras.layers.Layer):
+class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
     """Logits of a large vocabulary; in training a loss that needs few of them.
 
     With targets in training, `num_sampled` candidates are drawn from the

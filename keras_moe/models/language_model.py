@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.layers import configs
 from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.sampled_softmax import SampledSoftmax
@@ -18,6 +19,7 @@ from keras_moe.models.language_model_checks import (
     verify_tokens,
 )
 from keras_moe.models.parts import (
+    SavedWhole,
     TracedFunctions,
     make_lstm,
     verify_width,
@@ -29,7 +31,7 @@ from keras_moe.types import at_least_float32
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoELanguageModel(Generation, SampledTraining, keras.Model):
+class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
     """Embedding, LSTM, middle layers, LSTM, softmax (appendix C.1).
 
     The output of every layer but the softmax goes through dropout, and then the
@@ -138,6 +140,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
         self.supports_jit = not self.stateful
         self.middle = as_middle(middle)
         track_entries(self, "middle")
+        configs.hold(self, *self.middle)
         policy = self.dtype_policy
         self.embedding = keras.layers.Embedding(
             vocabulary_size, units, name="embedding", dtype=policy
@@ -318,7 +321,7 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
             **super().get_config(),
             "vocabulary_size": self.vocabulary_size,
             "units": self.units,
-            "middle": [keras.saving.serialize_keras_object(m) for m in self.middle],
+            "middle": configs.serialize_all(self, self.middle),
             "lstm_units": self.lstm_units,
             "lstm_layers": self.lstm_layers,
             "dropout": self.dropout,
@@ -328,8 +331,6 @@ class MoELanguageModel(Generation, SampledTraining, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        middle = [
-            keras.saving.deserialize_keras_object(m, custom_objects)
-            for m in config["middle"]
-        ]
+        checks.verify_config(cls, config)
+        middle = configs.deserialize_all(config.get("middle"), custom_objects)
         return cls(**{**config, "middle": middle})

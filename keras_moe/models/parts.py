@@ -1,7 +1,7 @@
 """What the language model and the translation model are both made of."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
@@ -79,6 +79,23 @@ def verify_width(layer: keras.layers.Layer, units: int) -> None:
             f"the residual. Received: {width} features, units={units}. Leave out "
             "`output_units` of its experts."
         )
+
+
+_Model: Any = keras.Model if TYPE_CHECKING else object
+
+
+class SavedWhole(_Model):
+    """A model of a class of its own, which HDF5 files cannot bring back."""
+
+    def save(self, filepath, overwrite=True, zipped=None, **kwargs):
+        if str(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                f"`filepath` of a {type(self).__name__} must end in `.keras`: what "
+                f"HDF5 holds of it cannot be loaded. Received: filepath={filepath}. "
+                "Save a `.keras` file, or the weights alone with "
+                "`save_weights('... .weights.h5')`."
+            )
+        super().save(filepath, overwrite=overwrite, zipped=zipped, **kwargs)
 
 
 class TracedFunctions:

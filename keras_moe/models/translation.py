@@ -9,12 +9,14 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.data.subwords import SubwordVocabulary
+from keras_moe.layers import configs
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.routing_record import recorded_routing, routing_arrays
 from keras_moe.layers.tracking import track_entries
 from keras_moe.models.parts import (
+    SavedWhole,
     TracedFunctions,
     make_cell,
     make_lstm,
@@ -43,7 +45,7 @@ class _BiasWithoutPadding(keras.initializers.Initializer):
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoETranslator(Decoding, keras.Model):
+class MoETranslator(SavedWhole, Decoding, keras.Model):
     """LSTM encoder and decoder with attention, and mixtures between the LSTMs.
 
     The paper's model is `MoETranslator(32_768, 512, lstm_units=2048,
@@ -172,6 +174,7 @@ class MoETranslator(Decoding, keras.Model):
         self.decoder = [first, *others]
         self.encoder[middle_after[0] : middle_after[0]] = self.encoder_middle
         self.decoder[middle_after[1] : middle_after[1]] = self.decoder_middle
+        configs.hold(self, *self.encoder_middle, *self.decoder_middle)
         track_entries(self, "encoder")
         track_entries(self, "decoder")
         self.encoder_dropouts = self._make_dropouts(self.encoder)
@@ -344,8 +347,8 @@ class MoETranslator(Decoding, keras.Model):
             **super().get_config(),
             "vocabulary_size": self.vocabulary_size,
             "units": self.units,
-            "encoder_middle": [serialize(layer) for layer in self.encoder_middle],
-            "decoder_middle": [serialize(layer) for layer in self.decoder_middle],
+            "encoder_middle": configs.serialize_all(self, self.encoder_middle),
+            "decoder_middle": configs.serialize_all(self, self.decoder_middle),
             "lstm_units": self.lstm_units,
             "encoder_lstms": self.encoder_lstms,
             "decoder_lstms": self.decoder_lstms,
@@ -356,14 +359,15 @@ class MoETranslator(Decoding, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        def deserialize(value):
-            return keras.saving.deserialize_keras_object(value, custom_objects)
-
-        config = dict(config)
-        for side in ("encoder_middle", "decoder_middle"):
-            config[side] = [deserialize(layer) for layer in config[side]]
-        config["vocabulary"] = deserialize(config["vocabulary"])
-        return cls(**config)
+        checks.verify_config(cls, config)
+        parts = {
+            side: configs.deserialize_all(config.get(side), custom_objects)
+            for side in ("encoder_middle", "decoder_middle")
+        }
+        parts["vocabulary"] = keras.saving.deserialize_keras_object(
+            config.get("vocabulary"), custom_objects
+        )
+        return cls(**{**config, **parts})
 
 
 def _run(layer, hidden, mask, training):

@@ -7,7 +7,9 @@ from keras_moe import checks
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class WarmupInverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
+class WarmupInverseSquareRoot(
+    checks.FromConfig, keras.optimizers.schedules.LearningRateSchedule
+):
     """Linear rise, an optional plateau, then decay with the root of the step.
 
     With w = `warmup_steps` and p = w + `constant_steps`:

@@ -317,3 +317,11 @@ def test_a_stateful_model_is_not_compiled_with_xla(policy):
     history = model.fit(tokens, tokens, batch_size=2, shuffle=False, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
     assert models.MoELanguageModel(11, units=4).supports_jit
+
+
+@pytest.mark.parametrize("kind", [models.MoELanguageModel, models.MoETranslator])
+@pytest.mark.parametrize("suffix", ["h5", "hdf5"])
+def test_files_that_cannot_be_loaded_are_refused(kind, suffix, tmp_path):
+    with pytest.raises(ValueError, match=r"`filepath`.*\.keras"):
+        kind(20, 8).save(tmp_path / f"model.{suffix}")
+    assert not list(tmp_path.iterdir())
