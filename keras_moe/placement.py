@@ -162,6 +162,18 @@ class Placement:
             tf.reshape(values, [-1]), tf.reshape(indices, [-1]), num_experts
         )
 
+    def entries_here(self, variable: Any, values: Any) -> Any:
+        """Those of an array that go with the part of a weight that is here.
+
+        Args:
+            variable: The weight `(E, ...)`, from `add_expert_weight`.
+            values: `(E, ...)`, an array.
+
+        Returns:
+            A part of the array.
+        """
+        return values
+
     def replicated(self, value: tf.Tensor) -> tf.Tensor:
         """The same tensor, laid out whole on every device."""
         return value

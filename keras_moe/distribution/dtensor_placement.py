@@ -112,7 +112,8 @@ class DTensorPlacement(placement.Placement):
                     "strategy and load its weights there."
                 )
         dtype = tf.as_dtype(experts.compute_dtype)
-        return [tf.cast(tf.convert_to_tensor(v.value), dtype) for v in variables]
+        read = getattr(experts, "read", tf.convert_to_tensor)
+        return [tf.cast(read(v), dtype) for v in variables]
 
     def _grouped(self, value, missing):
         """`(N, ...)` -> `(R, n, ...)`, a group on every device."""

@@ -85,6 +85,12 @@ class ReplicatedPlacement(placement.Placement):
         answers = function(arrived, route.counts, before)
         return exchange.from_experts(answers, route, self._all_to_all)
 
+    def entries_here(self, variable, values):
+        if not isinstance(variable, ExpertVariable):
+            return values
+        own = variable.shards.experts_of(self.replica)
+        return values[own.start : own.stop]
+
     def own_entries(self, num_entries):
         return make_shards(num_entries, self.num_replicas).experts_of(self.replica)
 

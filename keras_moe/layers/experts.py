@@ -1,13 +1,22 @@
 """Experts: the networks that the gate chooses among."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, functional, placement
+from keras_moe.layers.expert_rules import (
+    PerExpertConstraint,
+    PerExpertRegularizer,
+    StepValues,
+    stop_gradients,
+    verify_frozen,
+)
 from keras_moe.layers.initializers import PerExpertInitializer
 
 
@@ -31,6 +40,14 @@ class FeedForwardExperts(keras.layers.Layer):
             gets its own draw, with the fans of a single expert. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initial value of the biases. Defaults to `"zeros"`.
+        kernel_regularizer: Regularizer of one expert's kernel; that of all is the
+            sum over the experts. Defaults to `None`.
+        bias_regularizer: The same of a bias. Defaults to `None`.
+        kernel_constraint: Constraint of one expert's kernel `(in, out)`, by itself
+            for every expert. Defaults to `None`.
+        bias_constraint: The same of a bias `(out,)`. Defaults to `None`.
+        frozen_experts: Indices of experts that are not trained, see below. May be
+            set later, before the model is compiled. Defaults to `()`.
         recompute: Bool. Whether hidden activations are computed again in the
             backward pass instead of being kept (appendix D): same gradients,
             less memory, more operations. Defaults to `False`.
@@ -53,10 +70,24 @@ class FeedForwardExperts(keras.layers.Layer):
     Losses and state:
         Weights `kernel_0`, `kernel_1`, ... of shape `(num_experts, in, out)`
         and, with `use_bias`, `bias_0`, ... of shape `(num_experts, out)`.
+        Regularization losses, as of any Keras layer, once for the weights of all
+        devices.
+
+    Frozen experts: they answer as before, and gradients pass through them to their
+    inputs and to the gate. The gradient of their weights is zero, and they are
+    neither regularized nor constrained. A step in which the layer runs and a Keras
+    optimizer is applied, in one function or both outside of any (`fit`,
+    `train_on_batch`, an own loop), leaves their weights bit for bit, whatever weight
+    decay or momentum from before says. The exception is `use_ema`, whose averages
+    overwrite them as they do all weights. The state of the optimizer is kept for
+    them too and decays. An optimizer that Keras did not make, or that is applied in
+    another function, sees zero gradients and nothing else. To save the state as well
+    use `ExpertList`, whose experts are layers with `trainable` of their own.
 
     Raises:
-        ValueError: A size is not positive; `counts` is missing; `gates` come
-            without `plan` or the reverse; inputs have no known feature
+        ValueError: A size is not positive; `frozen_experts` are no different
+            experts; `counts` is missing; `gates` come without `plan` or the reverse;
+            inputs have no known feature
             dimension, or a first dimension other than `num_experts` for rank 3.
 
     Example:
@@ -80,6 +111,11 @@ class FeedForwardExperts(keras.layers.Layer):
         use_bias: bool = False,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        frozen_experts: Sequence[int] = (),
         recompute: bool = False,
         **kwargs: Any,
     ):
@@ -95,6 +131,14 @@ class FeedForwardExperts(keras.layers.Layer):
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.kernels: list[Any] = []
+        self.biases: list[Any] = []
+        self._before = StepValues()
+        self.frozen_experts = frozen_experts
         self.recompute = bool(recompute)
         # Experts that stay together where experts are sharded over devices.
         self.group_size = 1
@@ -128,6 +172,50 @@ class FeedForwardExperts(keras.layers.Layer):
                         self.group_size,
                     )
                 )
+        self._set_rules()
+
+    @property
+    def frozen_experts(self) -> tuple[int, ...]:
+        """Indices of experts that are not trained."""
+        return self._frozen_experts
+
+    @frozen_experts.setter
+    def frozen_experts(self, value):
+        self._frozen_experts = verify_frozen(value, self.num_experts)
+        self._set_rules()
+
+    def _set_rules(self):
+        """Tells Keras what to add to the losses, and what to do after an update."""
+        frozen = np.isin(np.arange(self.num_experts), self.frozen_experts)
+        for weights, regularizer, constraint in (
+            (self.kernels, self.kernel_regularizer, self.kernel_constraint),
+            (self.biases, self.bias_regularizer, self.bias_constraint),
+        ):
+            for weight in weights:
+                if regularizer is not None:
+                    weight.regularizer = PerExpertRegularizer(regularizer, frozen)
+                weight.constraint = None
+                if constraint is not None or frozen.any():
+                    before = functools.partial(self._before.of, weight.path)
+                    weight.constraint = PerExpertConstraint(constraint, frozen, before)
+
+    def read(self, weight: Any) -> tf.Tensor:
+        """A weight for a call: without gradient where experts are frozen.
+
+        Args:
+            weight: One of the layer's variables.
+
+        Returns:
+            `(E, ...)` of the experts that are here, in the compute type.
+        """
+        value = tf.convert_to_tensor(weight)
+        if not self.frozen_experts:
+            return value
+        frozen = np.isin(np.arange(self.num_experts), self.frozen_experts)
+        frozen = placement.for_call().entries_here(weight, frozen)
+        # Not what a policy makes of it.
+        self._before.note(weight.path, tf.convert_to_tensor(weight._value))
+        return stop_gradients(value, frozen)
 
     def _verify_inputs(self, input_shape):
         name = type(self).__name__
@@ -143,8 +231,8 @@ class FeedForwardExperts(keras.layers.Layer):
         return features
 
     def call(self, inputs, counts=None, gates=None, plan=None):
-        kernels = [tf.convert_to_tensor(kernel) for kernel in self.kernels]
-        biases = [tf.convert_to_tensor(bias) for bias in self.biases] or None
+        kernels = [self.read(kernel) for kernel in self.kernels]
+        biases = [self.read(bias) for bias in self.biases] or None
         if (plan is None) != (gates is None):
             missing, given = ("gates", "plan") if gates is None else ("plan", "gates")
             raise ValueError(
@@ -181,5 +269,10 @@ class FeedForwardExperts(keras.layers.Layer):
             "use_bias": self.use_bias,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
+            "frozen_experts": list(self.frozen_experts),
             "recompute": self.recompute,
         }
