@@ -66,6 +66,18 @@ class Weights:
         with strategy.extended.colocate_vars_with(variable.value):
             return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
 
+    def entries_here(self, variable: Any, values: Any) -> Any:
+        """Those of an array that go with the part of a weight that is here.
+
+        Args:
+            variable: The weight `(E, ...)`, from `add_expert_weight`.
+            values: `(E, ...)`, an array.
+
+        Returns:
+            A part of the array.
+        """
+        return values
+
     def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
         """A variable of this device alone, which no file and no other device sees.
 
@@ -161,6 +173,10 @@ class Operations:
             `(N, E)` bool, the rows of this replica. No gradient.
         """
         return function(tf.stop_gradient(values))
+
+    def replicated(self, value: tf.Tensor) -> tf.Tensor:
+        """The same tensor, laid out whole on every device."""
+        return value
 
     def noise_of(self, noise: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
         """Hands rows of noise, one a token, to the tokens that are real."""

@@ -3,8 +3,9 @@
 from keras_moe.layers.attention import MultiplicativeAttention
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.balanced_gating import BalancedGating
+from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.expert_list import ExpertList
-from keras_moe.layers.experts import Experts, FeedForwardExperts
+from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_moe import checks, engine, functional
 from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
-from keras_moe.layers.experts import Experts
+from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.gate_contract import (
     default_gating,
     loss_weights_config,

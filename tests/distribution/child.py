@@ -40,6 +40,7 @@ class Case:
     model: str = "language"
     mask: bool = False
     dtype: str = "float32"
+    rules: bool = False
 
 
 def start(num_devices: int) -> None:
@@ -65,8 +66,18 @@ def scope_of(strategy):
 
 def mixture(case: Case, name: str = "moe"):
     layers = keras_moe.layers
+    rules = {
+        "kernel_regularizer": keras.regularizers.L2(0.01),
+        "bias_regularizer": lambda bias: 0.01 * tf.reduce_max(tf.abs(bias)),
+        "kernel_constraint": keras.constraints.MaxNorm(0.8),
+        "bias_constraint": keras.constraints.NonNeg(),
+        "frozen_experts": (1, case.num_experts - 1),
+    }
     experts = layers.FeedForwardExperts(
-        case.num_experts, hidden_units=24, use_bias=case.use_bias
+        case.num_experts,
+        hidden_units=24,
+        use_bias=case.use_bias,
+        **(rules if case.rules else {}),
     )
     options = {"name": name, "losses_in_evaluation": True}
     if case.layer == "gated":

@@ -184,3 +184,10 @@ def test_an_export_is_that_of_one_device(tmp_path):
     found = run(2, job="exports", folder=str(tmp_path))
     assert found["apart"] <= 1e-6
     assert found["largest"] > 1e-3
+
+
+def test_regularizers_constraints_and_frozen_experts_are_those_of_one_device():
+    case = {"optimizer": "AdamW", "options": {**RATE, "weight_decay": 0.1}}
+    assert_equal_on_devices(
+        2, [{**case, "num_experts": 5, "use_bias": True, "rules": True, "steps": 5}]
+    )

@@ -171,3 +171,10 @@ def test_many_steps_do_not_hang():
 @pytest.mark.exhaustive
 def test_many_more_steps_do_not_hang():
     assert_equal_on_devices(4, [{**SGD, "steps": 100, "repeats": 4}])
+
+
+def test_regularizers_constraints_and_frozen_experts_are_those_of_one_device():
+    case = {"optimizer": "AdamW", "options": {**RATE, "weight_decay": 0.1}}
+    assert_equal_on_devices(
+        2, [{**case, "num_experts": 5, "use_bias": True, "rules": True, "steps": 5}]
+    )

@@ -67,7 +67,7 @@ class MeshDispatcher(functional.Dispatcher):
                     "step on a mesh"
                 )
         dtype = tf.as_dtype(experts.compute_dtype)
-        return [tf.cast(tf.convert_to_tensor(v.value), dtype) for v in variables]
+        return [tf.cast(experts.read(v), dtype) for v in variables]
 
     def _grouped(self, value, missing):
         """`(N, ...)` -> `(R, n, ...)`, a group on every device."""

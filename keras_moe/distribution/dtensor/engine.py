@@ -120,6 +120,9 @@ class _Operations(engine.Operations):
             total += tf.reduce_sum(own * values[..., k, tf.newaxis], axis=0)
         return total
 
+    def replicated(self, value):
+        return replicated(value, self._mesh)
+
     def largest_of_columns(self, values, m):
         columns_EN = tf.transpose(values)
         order = tf.argsort(columns_EN, axis=-1, direction="DESCENDING", stable=True)

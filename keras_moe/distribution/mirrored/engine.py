@@ -78,6 +78,12 @@ class _Weights(engine.Weights):
             )
         return slots.make_slot(optimizer, variable, name, shape=shape)
 
+    def entries_here(self, variable, values):
+        if not isinstance(variable, ExpertVariable):
+            return values
+        own = variable.shards.experts_of(self._engine.replicas.index)
+        return values[own.start : own.stop]
+
     def local_variable(self, value, shape):
         strategy = self._engine.strategy
         device = strategy.extended.worker_devices[compatibility.local_replica(strategy)]
