@@ -41,7 +41,7 @@ def make_gating_result(
         A `GatingResult` with a dropless plan over all N tokens.
 
     Raises:
-        ValueError: The ranks do not fit, see `make_dispatch_plan`.
+        ValueError: Shapes do not fit; outside of a graph, an expert is out of range.
     """
     counted = expert_indices
     if mask is not None:
@@ -81,9 +81,8 @@ def make_dispatch_plan(
         keep their order.
 
     Raises:
-        ValueError: The rank of `expert_indices` does not fit.
+        ValueError: Shapes do not fit; outside of a graph, an expert is out of range.
     """
-    num_experts = checks.verify_positive_int(num_experts, "num_experts")
     expert_indices = tf.cast(expert_indices, tf.int32)
     rank = expert_indices.shape.rank
     if rank not in (1, 2) or (rank == 1) != (token_indices is not None):
@@ -131,14 +130,12 @@ def expert_capacity(
         token once at most), and 1 for an empty batch.
 
     Raises:
-        ValueError: `capacity_factor` is not a positive number.
+        ValueError: `capacity_factor` is not a positive number, or another number is
+            out of range.
     """
-    if checks.verify_weight(capacity_factor, "capacity_factor") == 0.0:
-        raise ValueError(
-            "`capacity_factor` must be greater than 0. "
-            f"Received: capacity_factor={capacity_factor}. With 0 every token "
-            "would be dropped; use None for no capacity at all."
-        )
+    rest = ". With 0 every token would be dropped; use None for no capacity at all."
+    checks.verify_number(capacity_factor, "capacity_factor", "(0, inf)", rest)
+    k = checks.verify_k(k, num_experts)
     num_tokens = tf.cast(num_tokens, tf.int32)
     slots = tf.math.ceil(
         tf.cast(num_tokens, tf.float64) * (capacity_factor * k / num_experts)
@@ -169,9 +166,9 @@ def make_capacity_plan(
         A `DispatchPlan` with `token_indices` of shape `(E, C)`.
 
     Raises:
-        ValueError: `expert_indices` is not of rank 2.
+        ValueError: `expert_indices` is not of rank 2, or a number is out of range.
     """
-    num_experts = checks.verify_positive_int(num_experts, "num_experts")
+    capacity = tf.cast(checks.verify_count(capacity, "capacity", 1), tf.int32)
     expert_indices = tf.cast(expert_indices, tf.int32)
     if expert_indices.shape.rank != 2:
         raise ValueError(
@@ -262,7 +259,10 @@ def assignments_of_rows(plan: DispatchPlan) -> tf.Tensor:
 
 
 def combine(
-    expert_outputs: tf.Tensor, gates: tf.Tensor, plan: DispatchPlan, num_tokens=None
+    expert_outputs: tf.Tensor,
+    gates: tf.Tensor,
+    plan: DispatchPlan,
+    num_tokens: tf.Tensor | int | None = None,
 ) -> tf.Tensor:
     """Sums the answers of each token's experts, weighted by its gates.
 
@@ -287,6 +287,8 @@ def combine(
     Reference:
         Shazeer et al. 2017, equation 1.
     """
+    rows = [*plan.token_indices.shape, None]
+    checks.verify_shape(rows, "the rows of the plan", expert_outputs=expert_outputs)
     gates = tf.cast(gates, expert_outputs.dtype)
     if plan.token_indices.shape.rank == 2:
         width = expert_outputs.shape[-1]
@@ -306,6 +308,17 @@ def combine(
     summed = tf.math.segment_sum(rows, tokens)
     missing = tf.cast(num_tokens, tf.int32) - tf.shape(summed)[0]
     return tf.pad(summed, [[0, missing], [0, 0]])
+
+
+def verify_gating_result(result):
+    """Returns what a gate has returned, or raises unless it is a `GatingResult`."""
+    if not isinstance(result, GatingResult):
+        raise ValueError(
+            "`gating` must return a keras_moe.types.GatingResult. Received: "
+            f"{type(result).__name__}. Make one with "
+            "`keras_moe.functional.make_gating_result`."
+        )
+    return result
 
 
 def _gather_to_experts(inputs, plan):

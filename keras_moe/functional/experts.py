@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.functional.blocks import run_in_blocks
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
@@ -67,15 +68,19 @@ def feed_forward_experts(
             "`counts` is needed for expert inputs of rank 2, to know which rows are "
             f"whose. Received: expert_inputs.shape={expert_inputs.shape}, counts=None."
         )
+    num_experts = kernels[0].shape[0]
     network = network_of(len(kernels), activation)
     weights = [*kernels, *(biases or ())]
     if expert_inputs.shape.rank == 3:
+        shape = [num_experts, None, None]
+        checks.verify_shape(shape, "slots of each expert", expert_inputs=expert_inputs)
         run = recomputed(network) if recompute else network
         return run(expert_inputs, *weights)
-    if weights[0].shape[0] == 0:  # no experts live on this device: no rows either
+    counts = checks.verify_counts(counts, num_experts, expert_inputs)
+    if num_experts == 0:  # no experts live on this device: no rows either
         nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
         return nothing[0]
-    if weights[0].shape[0] <= MOST_UNROLLED_EXPERTS:
+    if num_experts <= MOST_UNROLLED_EXPERTS:
         if recompute:
             return _one_by_one_recomputed(network, counts, expert_inputs, *weights)
         return _one_by_one(expert_inputs, kernels, biases, counts, activation)

@@ -12,6 +12,7 @@ from keras_moe import checks, placement
 # caller has masked out, or an overflow of half precision) give gates of 0 or 1
 # and never NaN. It is far outside what a finite computation produces.
 _LOGIT_LIMIT = 1e30
+NORMALIZATIONS = ("selected", "all")
 
 
 def as_gate_logits(logits: tf.Tensor) -> tf.Tensor:
@@ -81,7 +82,6 @@ def noise_stddev(raw_noise: tf.Tensor, noise_epsilon: float = 1e-2) -> tf.Tensor
     Reference:
         Shazeer et al. 2017, equation 4.
     """
-    noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
     return tf.nn.softplus(as_gate_logits(raw_noise)) + noise_epsilon
 
 
@@ -168,16 +168,11 @@ def top_k_gating(
         kept, expert_indices = placement.for_call().top_k(logits, k)
     else:
         kept, expert_indices = (each[..., :k] for each in largest)
+    checks.verify_choice(normalization, "normalization", NORMALIZATIONS)
     if normalization == "selected":
         return tf.nn.softmax(kept, axis=-1), expert_indices
-    if normalization == "all":
-        probabilities = tf.nn.softmax(logits, axis=-1)
-        kept = placement.for_call().pick(probabilities, expert_indices)
-        return kept, expert_indices
-    raise ValueError(
-        '`normalization` must be "selected" or "all". '
-        f"Received: normalization={normalization!r}."
-    )
+    probabilities = tf.nn.softmax(logits, axis=-1)
+    return placement.for_call().pick(probabilities, expert_indices), expert_indices
 
 
 def prob_in_top_k(

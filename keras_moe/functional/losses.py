@@ -7,7 +7,7 @@ batch, over every replica, before they are squared.
 
 import tensorflow as tf
 
-from keras_moe import checks, placement
+from keras_moe import placement
 
 _EPSILON = 1e-10
 
@@ -67,7 +67,7 @@ def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
     Returns:
         `(E,)` int32. No gradient.
     """
-    ones = tf.ones_like(expert_indices)
+    ones = tf.ones_like(expert_indices, tf.int32)
     return placement.for_call().sum_by_expert(ones, expert_indices, num_experts)
 
 
@@ -79,10 +79,13 @@ def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
 
     Args:
         values: `(E,)` or any shape; all elements count as one vector.
-        epsilon: Added to the squared mean, so that all-zero values give 0.
+        epsilon: Added to the squared mean. All-zero values give 0.
 
     Returns:
         `()`, dtype of `values` (float32 at least).
+
+    Raises:
+        ValueError: `epsilon` is negative or not finite.
 
     Reference:
         Shazeer et al. 2017, equations 7 and 11.
@@ -92,7 +95,8 @@ def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
         values = tf.cast(values, tf.float32)
     mean = tf.reduce_mean(values)
     variance = tf.reduce_mean(tf.square(values - mean))
-    return variance / (tf.square(mean) + epsilon)
+    squared = tf.square(mean) + epsilon
+    return variance / squared if epsilon else tf.math.divide_no_nan(variance, squared)
 
 
 def importance_loss(importance: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
@@ -113,7 +117,7 @@ def importance_loss(importance: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
     Reference:
         Shazeer et al. 2017, equation 7.
     """
-    return checks.verify_weight(weight, "weight") * cv_squared(importance)
+    return weight * cv_squared(importance)
 
 
 def load_loss(load: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
@@ -134,7 +138,7 @@ def load_loss(load: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
     Reference:
         Shazeer et al. 2017, equation 11.
     """
-    return checks.verify_weight(weight, "weight") * cv_squared(load)
+    return weight * cv_squared(load)
 
 
 def max_over_mean(values: tf.Tensor) -> tf.Tensor:

@@ -127,6 +127,7 @@ class BalancedGating(_Gating):
         )
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         real = None
         if placement.for_call().static_shapes:
             return self._dense(inputs, mask, training)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, functional, placement
@@ -84,12 +85,12 @@ class FeedForwardExperts(keras.layers.Layer):
         **kwargs: Any,
     ):
         num_experts = checks.verify_positive_int(num_experts, "num_experts")
-        checks.verify_units(hidden_units, "hidden_units")
+        units = checks.verify_units(hidden_units, "hidden_units")
         if output_units is not None:
             output_units = checks.verify_positive_int(output_units, "output_units")
         super().__init__(**kwargs)
         self.num_experts = num_experts
-        self.hidden_units = hidden_units
+        self.hidden_units = list(units) if np.ndim(hidden_units) else units[0]
         self.output_units = output_units
         self.activation = keras.activations.get(activation)
         self.use_bias = use_bias

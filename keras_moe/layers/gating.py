@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional
+from keras_moe.functional.gating import NORMALIZATIONS
 from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
 
@@ -61,6 +62,11 @@ class _Gating(keras.layers.Layer):
 
     def _verify_against_num_experts(self):
         pass
+
+    def _verify_call(self, inputs, mask):
+        """The mask as a tensor, or an error if a gate cannot take the two."""
+        checks.verify_floating(inputs.dtype, type(self).__name__)
+        return checks.verify_mask(mask, inputs.shape[:1])
 
     def compute_mask(self, inputs, mask=None):
         # The result is a tuple of routing tensors, none of which is a sequence.
@@ -121,6 +127,7 @@ class SoftmaxGating(_Gating):
     """
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         gates = functional.softmax_gating(tf.matmul(inputs, self.gate_kernel))
         experts = tf.range(self.num_experts)
         # gates * 0 and not tf.broadcast_to: the shape may be dynamic.
@@ -193,11 +200,7 @@ class TopKGating(_Gating):
         **kwargs: Any,
     ):
         k = checks.verify_k(k, num_experts)
-        if normalization not in ("selected", "all"):
-            raise ValueError(
-                '`normalization` must be "selected" or "all". '
-                f"Received: normalization={normalization!r}."
-            )
+        checks.verify_choice(normalization, "normalization", NORMALIZATIONS)
         super().__init__(num_experts, gate_initializer=gate_initializer, **kwargs)
         self.k = k
         self.normalization = normalization
@@ -206,6 +209,7 @@ class TopKGating(_Gating):
         checks.verify_k(self.k, self.num_experts)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         return self._result(tf.matmul(inputs, self.gate_kernel), mask)
 
     def _result(self, logits, mask, load=None, largest=None):
@@ -315,7 +319,7 @@ class NoisyTopKGating(TopKGating):
         )
         self.noise_epsilon = noise_epsilon
         self.noise_initializer = keras.initializers.get(noise_initializer)
-        self.seed = seed
+        self.seed = seed = checks.verify_seed(seed)
         self.seed_generator = (
             seed
             if isinstance(seed, keras.random.SeedGenerator)
@@ -347,6 +351,7 @@ class NoisyTopKGating(TopKGating):
         )
 
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         clean_logits = tf.matmul(inputs, self.gate_kernel)
         if not training:
             return self._result(clean_logits, mask)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, functional, placement
+from keras_moe.functional.dispatch import verify_gating_result
 from keras_moe.layers.gating import NoisyTopKGating, _Gating
 from keras_moe.layers.hierarchical_static import hierarchical_gating
 from keras_moe.layers.initializers import PerExpertInitializer
@@ -101,7 +103,7 @@ class HierarchicalGating(_Gating):
         self.primary_gating = primary_gating
         self.noise_epsilon = noise_epsilon
         self.noise_initializer = keras.initializers.get(noise_initializer)
-        self.seed = seed
+        self.seed = seed = checks.verify_seed(seed)
         self.seed_generator = keras.random.SeedGenerator(seed)
         # The secondary gates see as many rows as the primary gate sends them.
         self.supports_jit = False
@@ -127,9 +129,12 @@ class HierarchicalGating(_Gating):
             self.primary_gating.build(input_shape)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         if placement.for_call().static_shapes:
             return hierarchical_gating(self, inputs, mask, training)
-        primary = self.primary_gating(inputs, mask=mask, training=training)
+        primary = verify_gating_result(
+            self.primary_gating(inputs, mask=mask, training=training)
+        )
         plan = primary.plan
         rows = functional.dispatch(inputs, plan)  # (M, D), sorted by group
         row_mask = None if mask is None else tf.gather(mask, plan.token_indices)
@@ -251,7 +256,7 @@ def with_primary_gating(config):
 
 
 def verify_two_ks(k):
-    if not isinstance(k, Sequence) or len(k) != 2:
+    if np.shape(k) != (2,):
         raise ValueError(
             "`k` must be two ints: groups for each token, and experts in each "
             f"group. Received: k={k!r}."

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional, placement
+from keras_moe.functional.dispatch import verify_gating_result
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, TopKGating
@@ -230,6 +231,7 @@ class MoE(keras.layers.Layer):
 
     def _route(self, tokens, mask, training) -> GatingResult:
         result = self.gating(tokens, mask=mask, training=training)
+        verify_gating_result(result)
         if self.capacity_factor is None:
             return result
         plan = result.plan
@@ -268,7 +270,7 @@ class MoE(keras.layers.Layer):
         if not self.built:
             self.build(inputs.shape)
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
-        return self.gating(tokens, training=training)
+        return verify_gating_result(self.gating(tokens, training=training))
 
     def compute_output_shape(self, input_shape):
         last = self.experts.compute_output_shape((None, input_shape[-1]))[-1]

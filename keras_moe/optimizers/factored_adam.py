@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, placement
@@ -62,7 +63,8 @@ class FactoredAdam(keras.optimizers.Adam):
         weight, so where the experts are sharded, their state is sharded alike.
 
     Raises:
-        ValueError: A decay is not within [0, 1), `factored` is not a list of
+        ValueError: A decay is not within [0, 1), `epsilon` is not above 0 or another
+            number is negative or not finite, `factored` is not a list of
             regular expressions, `amsgrad` is set; when built: a pattern matches
             a weight of rank below 2, or matches none.
 
@@ -93,18 +95,21 @@ class FactoredAdam(keras.optimizers.Adam):
         name: str = "factored_adam",
         **kwargs: Any,
     ):
-        checks.verify_rate(beta_1, "beta_1")
-        checks.verify_rate(beta_2, "beta_2")
+        beta_1 = checks.verify_rate(beta_1, "beta_1")
+        beta_2 = checks.verify_rate(beta_2, "beta_2")
+        # With 0 the step of an expert without tokens would be 0 / 0.
+        epsilon = checks.verify_number(epsilon, "epsilon", "(0, inf)")
+        if isinstance(learning_rate, int | float | str | np.generic | np.ndarray):
+            learning_rate = checks.verify_number(learning_rate, "learning_rate")
+        for option in ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm"):
+            if kwargs.get(option) is not None:
+                kwargs[option] = checks.verify_number(kwargs[option], option)
         if kwargs.pop("amsgrad", False):
             raise ValueError(
                 "`amsgrad` must be left out. Received: amsgrad=True. The largest "
                 "second moment cannot be kept in factors."
             )
-        if untouched_rows not in ("decay", "keep"):
-            raise ValueError(
-                "`untouched_rows` must be 'decay' or 'keep'. Received: "
-                f"untouched_rows={untouched_rows!r}."
-            )
+        checks.verify_choice(untouched_rows, "untouched_rows", ("decay", "keep"))
         super().__init__(
             learning_rate, beta_1, beta_2, epsilon=epsilon, name=name, **kwargs
         )
