@@ -116,8 +116,8 @@ def verify_ids(ids: Any, name: str, size: int | None = None, least: int = 0) -> 
     dtype = tf.as_dtype(ids.dtype)
     if not dtype.is_integer:
         raise ValueError(
-            f"`{name}` must be whole numbers. Received: {name} of {dtype.name}. "
-            "Nothing is rounded; cast them to int32 if that is meant."
+            f"`{name}` must be whole numbers. Received: dtype={dtype.name}, "
+            f"shape={ids.shape}. Nothing is rounded; cast them if that is meant."
         )
     if size is not None and not tf.is_symbolic_tensor(ids):
         values = np.asarray(ids)

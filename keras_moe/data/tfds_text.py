@@ -80,7 +80,12 @@ class StreamedCorpus(TextCorpus):
         checks.verify_int(batch_size, "batch_size", 1)
         checks.verify_int(sequence_length, "sequence_length", 1)
         checks.verify_int(num_shards, "num_shards", 1)
-        checks.verify_int(shard_index, "shard_index", 0, num_shards - 1)
+        checks.verify_int(shard_index, "shard_index", 0)
+        if shard_index >= num_shards:
+            raise ValueError(
+                "`shard_index` must be below `num_shards`. Received: "
+                f"shard_index={shard_index}, num_shards={num_shards}."
+            )
         with tf.device("CPU"):
             table = _table(self.vocabulary)
 

@@ -101,13 +101,14 @@ def verify_sampling(
         for number in np.ravel(temperature).tolist():
             checks.verify_number(number, "temperature")
     forbidden = np.asarray(checks.verify_ids(forbidden_tokens, "forbidden_tokens"))
-    known = set(forbidden.ravel().tolist())
-    if forbidden.ndim != 1 or len(known) == size or not known <= {*range(size)}:
+    known = sorted(set(forbidden.ravel().tolist()))
+    inside = not known or 0 <= known[0] <= known[-1] < size
+    if forbidden.ndim != 1 or len(known) == size or not inside:
         raise ValueError(
             f"`forbidden_tokens` must be ids below {size}, not all of them. Received: "
             f"forbidden_tokens={forbidden_tokens!r}. Leave one to draw."
         )
-    return temperature, top_k, tuple(sorted(known))
+    return temperature, top_k, tuple(known)
 
 
 def _verify_rows(values, name, rows):
