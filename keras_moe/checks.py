@@ -1,28 +1,162 @@
-"""Checks of arguments, shared by the functional code and the layers."""
+"""Checks of arguments, shared by the functional code and the layers.
+
+Shapes and types are compared as far as they are known when a graph is made, values
+outside of graphs only: a check adds nothing to a graph.
+"""
 
 import inspect
+import operator
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+
+_MOST = 2**31 - 1
+
+
+def verify_int(value: Any, name: str, least: int = 1, most: int = _MOST) -> int:
+    """Returns `value`, an int or one of NumPy's, as an int, or raises."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except (AttributeError, TypeError):  # a tensor of floats raises the first
+        number = None
+    if number is None or not least <= number <= most:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least {least} and at most {most}. "
+            f"Received: {name}={value!r}. Pass an int within these bounds."
+        )
+    return number
 
 
 def verify_positive_int(value: Any, name: str) -> int:
     """Returns `value` as an int, or raises if it is not a whole number >= 1."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+    return verify_int(value, name)
+
+
+def verify_seed(value: Any) -> Any:
+    """Returns a seed that Keras takes: None, an int or a generator."""
+    if value is None or hasattr(value, "next"):
+        return value
+    return verify_int(value, "seed", -(2**62), 2**62)
+
+
+def verify_number(
+    value: Any,
+    name: str,
+    bounds: str = "[0, inf)",
+    rest: str = ". Pass one within these bounds.",
+) -> float:
+    """Returns `value` as a float, or raises; a round bracket excludes a bound."""
+    low, high = map(float, bounds[1:-1].split(","))
+    try:
+        refused = isinstance(value, bool | str | bytes) or np.ndim(value)
+        number = float("nan") if refused else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    above = number > low if bounds[0] == "(" else number >= low
+    if not (above and (number < high if bounds[-1] == ")" else number <= high)):
         raise ValueError(
-            f"`{name}` must be a whole number of at least 1. "
-            f"Received: {name}={value!r}. Pass a positive int."
+            f"`{name}` must be a finite number within {bounds}. "
+            f"Received: {name}={value!r}{rest}"
         )
-    return int(value)
+    return number
+
+
+def verify_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Raises unless `value` is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}. Pass one of them."
+        )
+
+
+def verify_texts(value: Any, name: str) -> list[str]:
+    """Returns a list of str, or raises; a str by itself is not one."""
+    one = isinstance(value, str | bytes)
+    texts = [] if one else list(value)
+    if one or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"`{name}` must be a list of str, not text. Received: {name}={str(value)[:60]!r}. "
+            "Pass a list with one str for each."
+        )
+    return texts
+
+
+def verify_shape(shape: Any, why: str, **tensors: Any) -> None:
+    """Raises unless tensors, as far as is known, have a shape; None has every one."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tf.TensorShape(tensor.shape).is_compatible_with(
+            shape
+        ):
+            raise ValueError(
+                f"`{name}` must have the shape {tf.TensorShape(shape)}, {why}. "
+                f"Received: {name}.shape={tensor.shape}. Pass one value for each; "
+                "none is repeated or left out."
+            )
+
+
+def verify_mask(mask: Any, shape: Any, name: str = "mask") -> Any:
+    """Returns a mask as a tensor, or raises unless it is bool and of a shape."""
+    mask = None if mask is None else tf.convert_to_tensor(mask)
+    if mask is not None and mask.dtype != tf.bool:
+        raise ValueError(
+            f"`{name}` must be of bools. Received: {name} of {mask.dtype.name}. "
+            "Compare it with something, or cast it."
+        )
+    verify_shape(shape, "one value a token", **{name: mask})
+    return mask
+
+
+def verify_ids(ids: Any, name: str, size: int | None = None, least: int = 0) -> Any:
+    """Returns ints, a tensor or an array, or raises unless `least <= ids < size`."""
+    if not tf.is_tensor(ids):
+        ids = np.asarray(ids)
+        ids = ids if ids.size else ids.astype(np.int32)
+    dtype = tf.as_dtype(ids.dtype)
+    if not dtype.is_integer:
+        raise ValueError(
+            f"`{name}` must be whole numbers. Received: dtype={dtype.name}, "
+            f"shape={ids.shape}. Nothing is rounded; cast them if that is meant."
+        )
+    if size is not None and not tf.is_symbolic_tensor(ids):
+        values = np.asarray(ids)
+        if values.size and not least <= values.min() <= values.max() < size:
+            raise ValueError(
+                f"`{name}` must be within [{least}, {size}). Received: {name} from "
+                f"{values.min()} to {values.max()}. Correct them."
+            )
+    return ids
+
+
+def verify_count(value: Any, name: str, least: int = 0) -> Any:
+    """Returns a number of things, an int or a scalar tensor of ints, or raises."""
+    if tf.is_tensor(value) and tf.is_symbolic_tensor(value):
+        return verify_ids(value, name)
+    return verify_int(value, name, least, 2**62)
+
+
+def verify_counts(counts: Any, num_experts: int, rows: Any) -> Any:
+    """Returns the rows of each expert, or raises unless all rows are theirs."""
+    counts = verify_ids(counts, "counts", _MOST)
+    verify_shape([num_experts], "one count for each expert", counts=counts)
+    if not tf.is_symbolic_tensor(counts) and not tf.is_symbolic_tensor(rows):
+        total = int(np.sum(counts))
+        if total != rows.shape[0]:
+            raise ValueError(
+                "`counts` must add up to the rows of the inputs. Received: a sum of "
+                f"{total}, {rows.shape[0]} rows. Give each expert its number of rows."
+            )
+    return counts
 
 
 def verify_k(k: Any, num_experts: int | None = None) -> int:
     """Returns `k` as an int, or raises unless `1 <= k <= num_experts`."""
     k = verify_positive_int(k, "k")
-    if num_experts is not None and k > num_experts:
+    if num_experts is not None and k > verify_int(num_experts, "num_experts"):
         raise ValueError(
             "`k` must be at most `num_experts`. "
             f"Received: k={k}, num_experts={num_experts}. "
@@ -33,61 +167,23 @@ def verify_k(k: Any, num_experts: int | None = None) -> int:
 
 def verify_weight(value: Any, name: str) -> float:
     """Returns `value` as a float, or raises if it is negative or not finite."""
-    number = _as_number(value)
-    if not 0.0 <= number < float("inf"):
-        raise ValueError(
-            f"`{name}` must be a finite number of at least 0. "
-            f"Received: {name}={value!r}. Use 0 to switch the term off."
-        )
-    return number
+    return verify_number(value, name, rest=". Use 0 to switch the term off.")
 
 
 def verify_capacity_factor(value: Any, name: str = "capacity_factor") -> float:
     """Returns `value` as a float, or raises if it is not finite and above 0."""
-    number = _as_number(value)
-    if not 0.0 < number < float("inf"):
-        raise ValueError(
-            f"`{name}` must be a finite number above 0, or None. "
-            f"Received: {name}={value!r}. 1 fits perfect balance, 2 leaves room for "
-            "twice the mean; None drops nothing."
-        )
-    return number
-
-
-def _as_number(value):
-    """`value` as a float, NaN if it is none. "2" is no number, nor is True."""
-    if isinstance(value, (str, bytes, bool)):
-        return float("nan")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("nan")
-
-
-def verify_normalization(value: Any) -> str:
-    """Returns `value`, or raises if it is no normalization of a top-k gate."""
-    if not isinstance(value, str) or value not in ("selected", "all"):
-        raise ValueError(
-            '`normalization` must be "selected" or "all". '
-            f"Received: normalization={value!r}."
-        )
-    return value
+    rest = ". 1 fits perfect balance, 2 leaves room for twice the mean; None drops nothing."
+    return verify_number(value, name, "(0, inf)", rest)
 
 
 def verify_rate(value: Any, name: str) -> float:
     """Returns `value` as a float, or raises unless `0 <= value < 1`."""
-    number = verify_weight(value, name)
-    if number >= 1.0:
-        raise ValueError(
-            f"`{name}` must be at least 0 and below 1. Received: {name}={value!r}. "
-            "It is the fraction of values that are dropped."
-        )
-    return number
+    return verify_number(value, name, "[0, 1)", ". It is a fraction; 0 is none.")
 
 
 def verify_units(value: Any, name: str) -> tuple[int, ...]:
     """Returns `value` (an int or a sequence of ints) as a tuple of positive ints."""
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    values = tuple(value) if np.ndim(value) else (value,)
     if not values:
         raise ValueError(
             f"`{name}` must name at least one layer. Received: {name}={value!r}. "

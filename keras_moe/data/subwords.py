@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.data.vocabulary import EOS, PAD, RESERVED, UNK, verify_at_least
+from keras_moe.data.vocabulary import EOS, PAD, RESERVED, UNK
 
 
 def language_token(language: str) -> str:
@@ -63,7 +63,7 @@ class SubwordVocabulary:
                 "SubwordVocabulary needs tensorflow-text. Install keras-moe[translation]."
             ) from error
         self.model = base64.b64decode(model) if isinstance(model, str) else bytes(model)
-        self.languages = tuple(languages)
+        self.languages = tuple(checks.verify_texts(languages, "languages"))
 
         # A tokenizer of tensorflow-text lives as long as the kernel that made it,
         # and `keras.utils.set_random_seed` clears the kernels of eager ops. Made
@@ -133,14 +133,17 @@ class SubwordVocabulary:
             raise ImportError(
                 "Learning subwords needs sentencepiece. Install keras-moe[translation]."
             ) from error
-        languages = list(languages)
+        languages = checks.verify_texts(languages, "languages")
+        checks.verify_int(max_sentences, "max_sentences")
+        if isinstance(texts, str | bytes):
+            checks.verify_texts(texts, "texts")  # a generator is not gone through
         if len(set(languages)) != len(languages):
             raise ValueError(
                 f"`languages` must be distinct. Received: languages={languages}. Name "
                 "each once."
             )
         least = len(RESERVED) + len(languages) + (256 if byte_fallback else 0) + 1
-        verify_at_least(size, least, "size")
+        checks.verify_int(size, "size", least)
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -190,14 +193,11 @@ class SubwordVocabulary:
         Raises:
             ValueError: `ids` is not one row, or outside the vocabulary.
         """
-        array = np.asarray(ids, np.int32)
-        if array.ndim != 1 or not np.all((array >= 0) & (array < len(self))):
-            raise ValueError(
-                f"`ids` must be one row within [0, {len(self)}). Received: shape "
-                f"{array.shape}, ids {array.ravel()[:10].tolist()}. Use the ids of this "
-                "vocabulary."
-            )
-        return [piece.decode() for piece in self._pieces(array).numpy()]
+        array = np.asarray(checks.verify_ids(ids, "ids", len(self)))
+        checks.verify_shape([None], "one row", ids=array)
+        return [
+            piece.decode() for piece in self._pieces(array.astype(np.int32)).numpy()
+        ]
 
     def language_ids(self, languages) -> tf.Tensor:
         """Ids of the tokens of target languages, in the graph.
@@ -238,8 +238,12 @@ class SubwordVocabulary:
         Raises:
             tf.errors.InvalidArgumentError: A language is not one of `languages`.
         """
-        first = self.language_ids(languages)[:, tf.newaxis]
-        return tf.concat([first, self.encode_target(texts)], axis=1)
+        texts, languages = (
+            tf.convert_to_tensor(each, tf.string) for each in (texts, languages)
+        )
+        checks.verify_shape(texts.shape, "one for each text", languages=languages)
+        pieces = self.encode_target(texts)
+        return tf.concat([self.language_ids(languages)[:, tf.newaxis], pieces], axis=1)
 
     def encode_target(self, texts) -> tf.RaggedTensor:
         """Ids of target sentences: pieces, `<eos>`.
@@ -250,7 +254,9 @@ class SubwordVocabulary:
         Returns:
             `(n, None)` int32, ragged.
         """
-        ids = self._tokenize(tf.convert_to_tensor(texts, tf.string))
+        texts = tf.convert_to_tensor(texts, tf.string)
+        checks.verify_shape([None], "a list of sentences", texts=texts)
+        ids = self._tokenize(texts)
         end = tf.fill([ids.nrows(), 1], self.eos_id)
         return tf.concat([ids, tf.cast(end, tf.int32)], axis=1)
 
@@ -263,9 +269,11 @@ class SubwordVocabulary:
         Returns:
             `(n,)` string tensor.
         """
-        if not isinstance(ids, tf.RaggedTensor):
-            ids = tf.RaggedTensor.from_tensor(ids)
-        dense = ids.to_tensor(self.pad_id)
+        dense = ids
+        if isinstance(ids, tf.RaggedTensor):
+            dense = ids.to_tensor(self.pad_id)
+        dense = tf.cast(checks.verify_ids(dense, "ids", len(self)), tf.int32)
+        checks.verify_shape([None, None], "rows of ids", ids=dense)
         ended = tf.cumsum(tf.cast(tf.equal(dense, self.eos_id), tf.int32), axis=1) > 0
         keep = tf.logical_not(ended) & tf.not_equal(dense, self.pad_id)
         return self._detokenize(tf.ragged.boolean_mask(dense, keep))

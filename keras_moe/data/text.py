@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.data.files import read_lines, suffixes
 from keras_moe.data.vocabulary import (
     EOS,
     RESERVED,
     Vocabulary,
     tokenize,
-    verify_at_least,
 )
 
 SPLITS = ("train", "valid", "test")
@@ -65,11 +65,7 @@ class TextCorpus:
         Raises:
             ValueError: `split` is none of the three.
         """
-        if split not in SPLITS:
-            raise ValueError(
-                f"`split` must be one of {SPLITS}. Received: split={split!r}. "
-                "Pass one of them."
-            )
+        checks.verify_choice(split, "split", SPLITS)
         return getattr(self, split)
 
     def num_tokens(self, split: str) -> int:
@@ -97,8 +93,9 @@ class TextCorpus:
         Raises:
             ValueError: A size is below 1, or a row would be empty.
         """
-        verify_at_least(batch_size, 1, "batch_size")
-        verify_at_least(sequence_length, 1, "sequence_length")
+        checks.verify_int(batch_size, "batch_size", 1)
+        # A batch is held in memory, with the padding at its end.
+        checks.verify_int(sequence_length, "sequence_length", 1, 2**28 // batch_size)
         size = self.stream(split).size
         if size < batch_size:
             raise ValueError(
@@ -217,9 +214,9 @@ def load_text_corpus(
     if tokenizer is None:
         tokenizer = default_tokenizer(data_dir)
     tokenize("", tokenizer)  # raises if unknown
-    verify_at_least(min_count, 1, "min_count")
+    checks.verify_int(min_count, "min_count", 1)
     if vocabulary_size is not None:
-        verify_at_least(vocabulary_size, len(RESERVED) + 1, "vocabulary_size")
+        checks.verify_int(vocabulary_size, "vocabulary_size", len(RESERVED) + 1)
     # Every token gets a provisional code when it is first met, so that no more
     # than one string a type is held.
     codes_of: defaultdict[str, int] = defaultdict(count().__next__)

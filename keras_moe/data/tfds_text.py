@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.data.text import TextCorpus
-from keras_moe.data.vocabulary import EOS, RESERVED, Vocabulary, verify_at_least
+from keras_moe.data.vocabulary import EOS, RESERVED, Vocabulary
 
 _EOS_ID = RESERVED.index(EOS)
 # Sentences that are split and looked up at a time.
@@ -76,10 +77,10 @@ class StreamedCorpus(TextCorpus):
         """
         if split != "train":
             return super().dataset(split, batch_size, sequence_length)
-        verify_at_least(batch_size, 1, "batch_size")
-        verify_at_least(sequence_length, 1, "sequence_length")
-        verify_at_least(num_shards, 1, "num_shards")
-        verify_at_least(shard_index, 0, "shard_index")
+        checks.verify_int(batch_size, "batch_size", 1)
+        checks.verify_int(sequence_length, "sequence_length", 1)
+        checks.verify_int(num_shards, "num_shards", 1)
+        checks.verify_int(shard_index, "shard_index", 0)
         if shard_index >= num_shards:
             raise ValueError(
                 "`shard_index` must be below `num_shards`. Received: "
@@ -199,7 +200,7 @@ def load_tfds_text(
         Chelba et al. 2013; Shazeer et al. 2017, appendix C.
     """
     tfds = _tfds()
-    verify_at_least(min_count, 1, "min_count")
+    checks.verify_int(min_count, "min_count", 1)
     builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
 
     def read(split: Any) -> tf.data.Dataset:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_moe import checks
 from keras_moe.data.translation import Pairs, TranslationCorpus, split_direction
-from keras_moe.data.vocabulary import verify_at_least
 
 _SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 
@@ -55,7 +55,7 @@ def load_tfds_translation(
             "keras-moe[translation]."
         ) from error
     if max_pairs is not None:
-        verify_at_least(max_pairs, 1, "max_pairs")
+        checks.verify_int(max_pairs, "max_pairs", 1)
     builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
     if download:
         builder.download_and_prepare()

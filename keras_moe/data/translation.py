@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.data.files import read_lines, suffixes
 from keras_moe.data.subwords import SubwordVocabulary
-from keras_moe.data.vocabulary import verify_at_least
 
 SPLITS = ("train", "valid", "test")
 # Lengths that a batch holds together, the last without end.
@@ -62,6 +62,7 @@ class TranslationCorpus:
         Yields:
             Str.
         """
+        checks.verify_choice(split, "split", SPLITS)
         seen = set()
         for direction, sides in self.pairs[split].items():
             for language, side in zip(split_direction(direction), sides, strict=True):
@@ -87,11 +88,12 @@ class TranslationCorpus:
             Arivazhagan et al. 2019, "Massively multilingual neural machine
             translation in the wild", section 4.
         """
-        if not 1.0 <= temperature < float("inf"):
-            raise ValueError(
-                "`temperature` must be a finite number of at least 1. Received: "
-                f"temperature={temperature}. Pass 1 to sample as the data are."
-            )
+        temperature = checks.verify_number(
+            temperature,
+            "temperature",
+            "[1, inf)",
+            ". Pass 1 to sample as the data are.",
+        )
         sizes = np.array([len(s) for s, _ in self.pairs["train"].values()], np.float64)
         weights = (sizes / sizes.sum()) ** (1.0 / temperature)
         return weights / weights.sum()
@@ -131,13 +133,10 @@ class TranslationCorpus:
         Raises:
             ValueError: `split` is unknown or has no pairs, a size is below 1.
         """
-        if split not in SPLITS:
-            raise ValueError(
-                f"`split` must be one of {SPLITS}. Received: split={split!r}. Pass one "
-                "of them."
-            )
-        verify_at_least(max_length, 1, "max_length")
-        verify_at_least(batch_tokens, max_length, "batch_tokens")
+        checks.verify_choice(split, "split", SPLITS)
+        seed = checks.verify_seed(seed)
+        checks.verify_int(max_length, "max_length", 1)
+        checks.verify_int(batch_tokens, "batch_tokens", max_length)
         shuffle = split == "train" if shuffle is None else shuffle
         data = self._encoded(split, vocabulary, temperature, shuffle, seed)
         data = data.filter(
@@ -218,12 +217,12 @@ def split_direction(direction: str) -> tuple[str, str]:
     """`"en-fr"` -> `("en", "fr")`.
 
     Raises:
-        ValueError: It is not two names with a hyphen between.
+        ValueError: It is not two different names with a hyphen between.
     """
     parts = direction.split("-")
-    if len(parts) != 2 or not all(parts):
+    if len(parts) != 2 or not all(parts) or parts[0] == parts[1]:
         raise ValueError(
-            "A direction must be two language names with a hyphen. Received: "
+            "A direction must be two different language names with a hyphen. Received: "
             f"direction={direction!r}. Write it like 'en-fr'."
         )
     return parts[0], parts[1]
@@ -261,7 +260,9 @@ def load_translation_corpus(
     >>> len(corpus.directions), corpus.target_languages
     (12, ('fr', 'en', 'de', 'es', 'ja', 'ko', 'pt_BR'))
     """
-    wanted = None if directions is None else [*dict.fromkeys(directions)]
+    wanted = None
+    if directions is not None:
+        wanted = [*dict.fromkeys(checks.verify_texts(directions, "directions"))]
     if wanted is not None:
         for direction in wanted:
             split_direction(direction)

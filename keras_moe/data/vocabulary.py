@@ -4,11 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from keras_moe import writing
+from keras_moe import checks, writing
 
 #: Token that fills a row up, always id 0.
 PAD = "<pad>"
@@ -80,15 +79,6 @@ def tokenize(line: str, tokenizer: str) -> list[str]:
     )
 
 
-def verify_at_least(value: Any, least: int, name: str) -> None:
-    """Raises a `ValueError` unless `value` is a whole number >= `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least {least}. "
-            f"Received: {name}={value!r}. Pass {least} or more."
-        )
-
-
 class Vocabulary:
     """Token ids with counts. 0 is `<pad>`, 1 is `<unk>`, 2 is `<eos>`.
 
@@ -117,7 +107,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokens: Sequence[str], counts: Sequence[int] | np.ndarray):
-        tokens = list(tokens)
+        tokens = checks.verify_texts(tokens, "tokens")
         if tuple(tokens[:3]) != RESERVED:
             raise ValueError(
                 f"`tokens` must begin with {RESERVED}. Received: {tokens[:3]}. "
@@ -129,7 +119,7 @@ class Vocabulary:
                 f"{len(tokens)} tokens, {len(counts)} counts. Give one count a token."
             )
         self.tokens = tokens
-        self.counts = np.asarray(counts, np.int64)
+        self.counts = np.asarray(checks.verify_ids(counts, "counts"), np.int64)
         if self.counts.min() < 0:
             raise ValueError(
                 "`counts` must be at least 0. Received: a count of "
@@ -181,16 +171,15 @@ class Vocabulary:
             ValueError: `max_size` leaves no room for a word, `min_count` is
                 below 1, or a line is a str, not a list of them.
         """
-        verify_at_least(min_count, 1, "min_count")
+        checks.verify_int(min_count, "min_count", 1)
         if max_size is not None:
-            verify_at_least(max_size, len(RESERVED) + 1, "max_size")
+            checks.verify_int(max_size, "max_size", len(RESERVED) + 1)
         counter: Counter[str] = Counter()
         if isinstance(tokens, Counter):
             counter.update(tokens)
         else:
             for line in tokens:
-                _verify_no_str(line, "tokens")
-                counter.update(line)
+                counter.update(checks.verify_texts(line, "tokens"))
                 counter[EOS] += 1
         eos = counter.pop(EOS, 0)
         unknown = counter.pop(UNK, 0) + counter.pop(PAD, 0)
@@ -227,9 +216,9 @@ class Vocabulary:
         Raises:
             ValueError: `tokens` is a str, not a list of them.
         """
-        _verify_no_str(tokens, "tokens")
         get = self._ids.get
-        return np.fromiter((get(token, _UNK_ID) for token in tokens), np.int32)
+        listed = checks.verify_texts(tokens, "tokens")
+        return np.fromiter((get(token, _UNK_ID) for token in listed), np.int32)
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Tokens of ids.
@@ -328,26 +317,10 @@ class Vocabulary:
         return cls(tokens, counts)
 
     def _verify_ids(self, ids: Iterable[int], least: int) -> np.ndarray:
-        array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-        if array.ndim != 1:
-            raise ValueError(
-                f"`ids` must have one dimension. Received: shape {array.shape}. "
-                "Pass one row at a time."
-            )
-        if array.size and not least <= array.min() <= array.max() < len(self):
-            raise ValueError(
-                f"`ids` must be within [{least}, {len(self)}). Received: ids from "
-                f"{array.min()} to {array.max()}. Use the ids of this vocabulary."
-            )
+        ids = ids if hasattr(ids, "shape") else list(ids)
+        array = np.asarray(checks.verify_ids(ids, "ids", len(self), least))
+        checks.verify_shape([None], "of one dimension", ids=array)
         return array
-
-
-def _verify_no_str(tokens: Any, name: str) -> None:
-    if isinstance(tokens, str):
-        raise ValueError(
-            f"`{name}` must be lists of tokens, not text. Received: {tokens[:40]!r}. "
-            "Split it with `tokenize` first."
-        )
 
 
 def unigram_perplexity(vocabulary: Vocabulary, ids: Iterable[int]) -> float:

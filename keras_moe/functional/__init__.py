@@ -5,6 +5,7 @@ from keras_moe.functional.attention import (
     attention_scores,
     masked_softmax,
 )
+from keras_moe.functional.boundary import checked as _checked
 from keras_moe.functional.capacity import (
     CapacityDispatcher,
     CapacityPlan,
@@ -138,3 +139,40 @@ __all__ = [
     "verify_computation",
     "verify_recurrent_gating",
 ]
+
+# The shapes that arguments have in common, see `boundary`.
+_SHAPES = {
+    "attention_keys": "key_kernel:DU scale:U memory:BSD",
+    "attention_scores": "query:BTQ keys:BSU query_kernel:QU",
+    "combine": "gates:~",
+    "dispatch": "inputs:ND",
+    "expert_counts": "expert_indices:~#-E",
+    "feed_forward_experts": "kernels:F.. biases:F. counts:F#",
+    "gate_entropy": "gates:~ mask:N?",
+    "gates_of_rows": "gates:~",
+    "hierarchical_gates": "secondary_gates:MK secondary_indices:MK# primary_gates:M "
+    "group_indices:M#",
+    "hierarchical_load": "secondary_load:GB primary_load:G group_counts:G#+",
+    "importance": "expert_indices:~#-E gates:~",
+    "load": "prob_in_top_k:NE mask:N?",
+    "make_capacity_plan": "expert_indices:~#-E mask:N?",
+    "make_dispatch_plan": "expert_indices:~#E token_indices:M#",
+    "make_gating_result": "expert_indices:~#E gates:~ token_indices:M# load:E mask:N?",
+    "masked_gating": "logits:NE mask:NE?",
+    "mix_experts": "inputs:ND gates:~",
+    "mix_in_rounds": "inputs:ND gates:NK expert_indices:NK#E mask:N?",
+    "mix_feed_forward_experts": "inputs:ND gates:~ kernels:F.. biases:F.",
+    "mixed_product": "inputs:ND kernels:EDO gates:~",
+    "moe_lstm": "inputs:TBD h:BU c:BU kernels:ERZ bias:Z mask:TB?",
+    "noisy_logits": "clean_logits:~ stddev:~ noise:~",
+    "normal_rows": "seed:S#",
+    "prob_in_top_k": "noisy_logits:~ clean_logits:~ stddev:~",
+    "sampled_cross_entropy": "kernel:VD bias:V inputs:ND targets:N#V candidates:C#V "
+    "expected_counts:C",
+    "threshold_loss": "gates:NE selected:NE?",
+    "unbiased_candidates": "drawn:C# expected_counts:C",
+    "uniform_rows": "seed:S#",
+}
+for _name in __all__:
+    if not isinstance(globals()[_name], type):
+        globals()[_name] = _checked(globals()[_name], _SHAPES.get(_name, ""))

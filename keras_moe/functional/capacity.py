@@ -133,6 +133,7 @@ def expert_capacity(
         ValueError: `capacity_factor` is not a positive number.
     """
     capacity_factor = checks.verify_capacity_factor(capacity_factor)
+    k = checks.verify_k(k, num_experts)
     num_tokens = tf.cast(num_tokens, tf.int32)
     share = capacity_factor * k / num_experts
     if only_plain():
@@ -172,7 +173,7 @@ def make_capacity_plan(
     Raises:
         ValueError: `expert_indices` is not of rank 2.
     """
-    num_experts = checks.verify_positive_int(num_experts, "num_experts")
+    capacity = tf.cast(checks.verify_count(capacity, "capacity", 1), tf.int32)
     expert_indices = tf.cast(expert_indices, tf.int32)
     if expert_indices.shape.rank != 2:
         raise ValueError(

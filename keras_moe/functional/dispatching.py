@@ -233,9 +233,8 @@ def make_dispatch_plan(
         so within an expert the tokens keep their order.
 
     Raises:
-        ValueError: The rank of `expert_indices` does not fit.
+        ValueError: Shapes do not fit; outside of a graph, an expert is out of range.
     """
-    num_experts = checks.verify_positive_int(num_experts, "num_experts")
     expert_indices = tf.cast(expert_indices, tf.int32)
     verify_assignments(expert_indices, token_indices)
     flat_experts = tf.reshape(expert_indices, [-1])
@@ -292,7 +291,10 @@ def gates_of_rows(gates: tf.Tensor, plan: DispatchPlan) -> tf.Tensor:
 
 
 def combine(
-    expert_outputs: tf.Tensor, gates: tf.Tensor, plan: DispatchPlan, num_tokens=None
+    expert_outputs: tf.Tensor,
+    gates: tf.Tensor,
+    plan: DispatchPlan,
+    num_tokens: tf.Tensor | int | None = None,
 ) -> tf.Tensor:
     """Sums the answers of each token's experts, weighted by its gates.
 
@@ -317,6 +319,8 @@ def combine(
     Reference:
         Shazeer et al. 2017, equation 1.
     """
+    rows = [*plan.token_indices.shape, None]
+    checks.verify_shape(rows, "the rows of the plan", expert_outputs=expert_outputs)
     return plan.combine(expert_outputs, gates, num_tokens)
 
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.functional.blocks import mix_in_blocks, run_in_blocks
 from keras_moe.functional.dispatching import SortedPlan
 from keras_moe.functional.plain import only_plain
@@ -109,10 +110,13 @@ def run_experts(
             f"whose. Received: expert_inputs.shape={expert_inputs.shape}, counts=None."
         )
     verify_computation(computation)
+    num_experts = weights[0].shape[0]
     if expert_inputs.shape.rank == 3:
+        shape = [num_experts, None, None]
+        checks.verify_shape(shape, "slots of each expert", expert_inputs=expert_inputs)
         run = recomputed(network) if recompute else network
         return run(expert_inputs, *weights)
-    num_experts = weights[0].shape[0]
+    counts = checks.verify_counts(counts, num_experts, expert_inputs)
     if num_experts == 0:  # no experts live on this device: no rows either
         nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
         return nothing[0]

@@ -16,6 +16,7 @@ from keras_moe.types import CountedStatistics, GateStatistics, GatingResult
 # caller has masked out, or an overflow of half precision) give gates of 0 or 1
 # and never NaN. It is far outside what a finite computation produces.
 _LOGIT_LIMIT = 1e30
+NORMALIZATIONS = ("selected", "all")
 
 # What a noisy logit of 1 resolves.
 _LEAST_STDDEV = {tf.float32: 2.0**-23, tf.float64: 2.0**-52}
@@ -85,7 +86,6 @@ def noise_stddev(raw_noise: tf.Tensor, noise_epsilon: float = 1e-2) -> tf.Tensor
     Reference:
         Shazeer et al. 2017, equation 4.
     """
-    noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
     return tf.nn.softplus(as_gate_logits(raw_noise)) + noise_epsilon
 
 
@@ -168,11 +168,11 @@ def top_k_gating(
     """
     logits = as_gate_logits(logits)
     k = checks.verify_k(k, logits.shape[-1])
-    checks.verify_normalization(normalization)
     if largest is None:
         kept, expert_indices = ops.top_k(logits, k)
     else:
         kept, expert_indices = (each[..., :k] for each in largest)
+    checks.verify_choice(normalization, "normalization", NORMALIZATIONS)
     if normalization == "selected":
         return tf.nn.softmax(kept, axis=-1), expert_indices
     probabilities = tf.nn.softmax(logits, axis=-1)
@@ -251,6 +251,7 @@ def _normal_cdf(difference, stddev):
     `stddev`, and 0 times infinity is NaN.
     """
     # The gradient is at most 0.4 / stddev.
+    stddev = tf.convert_to_tensor(stddev)
     stddev = tf.maximum(stddev, _LEAST_STDDEV[stddev.dtype])
     # Nothing is gained beyond 40 standard deviations, and the bound keeps
     # (clipped) infinite logits from overflowing.
@@ -292,7 +293,7 @@ def make_gating_result(
         A `GatingResult` over all N tokens.
 
     Raises:
-        ValueError: The rank of `expert_indices` does not fit.
+        ValueError: Shapes do not fit; outside of a graph, an expert is out of range.
     """
     expert_indices = tf.cast(expert_indices, tf.int32)
     verify_assignments(expert_indices, token_indices)

@@ -68,7 +68,7 @@ def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
     Returns:
         `(E,)` int32. No gradient.
     """
-    ones = tf.ones_like(expert_indices)
+    ones = tf.ones_like(expert_indices, tf.int32)
     return ops.sum_by_expert(ones, expert_indices, num_experts)
 
 
@@ -118,7 +118,7 @@ def importance_loss(importance: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
     Reference:
         Shazeer et al. 2017, equation 7.
     """
-    return checks.verify_weight(weight, "weight") * cv_squared(importance)
+    return weight * cv_squared(importance)
 
 
 def load_loss(load: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
@@ -139,7 +139,7 @@ def load_loss(load: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
     Reference:
         Shazeer et al. 2017, equation 11.
     """
-    return checks.verify_weight(weight, "weight") * cv_squared(load)
+    return weight * cv_squared(load)
 
 
 def max_over_mean(values: tf.Tensor) -> tf.Tensor:

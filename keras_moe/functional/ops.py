@@ -30,6 +30,11 @@ def largest_of_columns(values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
     return engine.current().operations.largest_of_columns(values, m)
 
 
+def values_are_here() -> bool:
+    """Whether a value can be looked at: on a mesh it lies on many devices."""
+    return not engine.current().static_shapes
+
+
 def cast_up(x: tf.Tensor) -> tf.Tensor:
     """`x` as a tensor of float32, or of float64 if it is that."""
     x = tf.convert_to_tensor(x)

@@ -71,6 +71,9 @@ def lstm_step(
     Reference:
         Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate).
     """
+    *rows, units = c.shape
+    shape = [*rows, units and 4 * units]
+    checks.verify_shape(shape, "four values for each of `c`", z=z)
     i, f, g, o = tf.split(z, 4, axis=-1)
     c = recurrent_activation(f) * c + recurrent_activation(i) * activation(g)
     return recurrent_activation(o) * activation(c), c
@@ -163,10 +166,12 @@ def moe_lstm(
         2016, "Memory-efficient backpropagation through time".
     """
     functions = activation, recurrent_activation
+    if noise is not None:
+        steps = [*inputs.shape[:2], *noise.shape[2:]]
+        checks.verify_shape(steps, "with the steps of `inputs`", noise=noise)
     if segment_length is None:
         run = _run_of(route, functions, recompute=not keep_steps)
         return _result(*run(noise, mask, inputs, h, c, kernels, bias, *weights))
-    segment_length = checks.verify_positive_int(segment_length, "segment_length")
     run = _run_of(route, functions, recompute=True)
     num_steps = tf.shape(inputs)[0]
     num_segments = -(-num_steps // segment_length)

@@ -5,7 +5,9 @@ import math
 import tensorflow as tf
 
 
-def unbiased_candidates(drawn, expected_counts, vocabulary_size):
+def unbiased_candidates(
+    drawn: tf.Tensor, expected_counts: tf.Tensor, vocabulary_size: int
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Candidates and counts that estimate a sum over the vocabulary without bias.
 
     TensorFlow's sampler draws from the log-uniform distribution until it has as
@@ -40,7 +42,14 @@ def unbiased_candidates(drawn, expected_counts, vocabulary_size):
     return drawn[:-1], -tf.math.expm1(others * log_rest)[:-1]
 
 
-def sampled_cross_entropy(inputs, kernel, bias, targets, candidates, expected_counts):
+def sampled_cross_entropy(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    bias: tf.Tensor,
+    targets: tf.Tensor,
+    candidates: tf.Tensor,
+    expected_counts: tf.Tensor,
+) -> tf.Tensor:
     """Cross-entropy with the normalizer estimated from candidates.
 
     $L_n = \\log\\left(e^{s_{n,t_n}} +
@@ -72,7 +81,7 @@ def sampled_cross_entropy(inputs, kernel, bias, targets, candidates, expected_co
         the normalizer unbiased and the loss comparable with the full one.
     """
     kernel, bias = tf.convert_to_tensor(kernel), tf.convert_to_tensor(bias)
-    inputs, targets = tf.convert_to_tensor(inputs), tf.cast(targets, tf.int64)
+    targets, candidates = tf.cast(targets, tf.int64), tf.cast(candidates, tf.int64)
     target_scores = tf.gather(bias, targets) + tf.reduce_sum(
         inputs * tf.gather(kernel, targets), axis=-1
     )

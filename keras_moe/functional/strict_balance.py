@@ -36,7 +36,6 @@ def tokens_per_expert(
     Reference:
         Shazeer et al. 2017, equation 18.
     """
-    num_experts = checks.verify_positive_int(num_experts, "num_experts")
     k = checks.verify_k(k, num_experts)
     num_tokens = tf.cast(num_tokens, tf.int64)
     nearest = (2 * k * num_tokens + num_experts) // (2 * num_experts)

@@ -131,6 +131,7 @@ class MultiplicativeAttention(checks.FromConfig, keras.layers.Layer):
             query, keys, tf.convert_to_tensor(self.query_kernel)
         )
         mask = None if memory_mask is None else tf.cast(memory_mask, tf.bool)
+        checks.verify_shape(keys.shape[:2], "that of the memory", memory_mask=mask)
         mask = None if mask is None else mask[:, tf.newaxis]
         # A half-precision softmax loses the small weights of long sources.
         exact = tf.cast(scores, at_least_float32(scores.dtype))

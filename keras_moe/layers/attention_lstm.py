@@ -103,6 +103,16 @@ class AttentionLSTM(keras.layers.Layer):
             else (initial_state)
         )
 
+        batch, memories = inputs.shape[0], memory.shape[0]
+        for name, state, size in zip("hc", (h, c), self.cell.state_size, strict=True):
+            checks.verify_shape([batch, size], "of `initial_state`", **{name: state})
+        if batch and memories and batch % memories:
+            raise ValueError(
+                "`inputs` must have a multiple of the rows of `memory`. Received: "
+                f"inputs.shape={inputs.shape}, memory.shape={memory.shape}. Give each "
+                "memory as many rows."
+            )
+
         def step(time, h, c, outputs):
             context = self._context(h, keys, memory, memory_mask)
             x = tf.concat([inputs_by_time[time], context], axis=-1)

@@ -132,7 +132,7 @@ class BalancedGating(_Gating):
         )
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
-        checks.verify_dense(inputs, type(self).__name__)
+        mask = self._verify_call(inputs, mask)
         real = None
         if engine.current().static_shapes:
             return self._dense(inputs, mask, training)

@@ -77,8 +77,13 @@ class _Gating(checks.FromConfig, keras.layers.Layer):
             name="gate_bias", shape=(self.num_experts,), initializer="zeros"
         )
 
-    def _logits(self, inputs):
+    def _verify_call(self, inputs, mask):
+        """The mask as a tensor, or an error if a gate cannot take the two."""
         checks.verify_dense(inputs, type(self).__name__)
+        checks.verify_floating(inputs.dtype, type(self).__name__)
+        return checks.verify_mask(mask, inputs.shape[:1])
+
+    def _logits(self, inputs):
         logits = tf.matmul(inputs, self.gate_kernel)
         return logits + self.gate_bias if self.use_bias else logits
 

@@ -1,7 +1,7 @@
 """Any Keras layers as experts."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -71,10 +71,12 @@ class ExpertList(keras.layers.Layer):
 
     def __init__(self, experts: Sequence[keras.layers.Layer], **kwargs: Any):
         super().__init__(**kwargs)
-        experts = list(experts)
+        given = experts
+        experts = list(experts) if isinstance(experts, Iterable) else []
         if not experts:
             raise ValueError(
-                "`experts` must hold at least one layer. Received: experts=[]."
+                "`experts` must be a list of at least one layer. Received: "
+                f"experts={given!r}. Put layers into a list."
             )
         for expert in experts:
             if not isinstance(expert, keras.layers.Layer):
@@ -127,6 +129,7 @@ class ExpertList(keras.layers.Layer):
                 f"whose. Received: inputs.shape={inputs.shape}, counts=None."
             )
         outputs = []
+        counts = checks.verify_counts(counts, self.num_experts, inputs)
         parts = tf.split(inputs, counts, num=self.num_experts)
         for expert, part in zip(self.experts, parts, strict=True):
             rows = tf.shape(part)[0]

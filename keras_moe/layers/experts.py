@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_moe import checks, functional
 from keras_moe.layers.base_experts import Experts
@@ -98,7 +99,7 @@ class FeedForwardExperts(Experts):
         computation: str | None = None,
         **kwargs: Any,
     ):
-        checks.verify_units(hidden_units, "hidden_units")
+        units = checks.verify_units(hidden_units, "hidden_units")
         super().__init__(
             num_experts,
             output_units=output_units,
@@ -107,7 +108,7 @@ class FeedForwardExperts(Experts):
             frozen_experts=frozen_experts,
             **kwargs,
         )
-        self.hidden_units = hidden_units
+        self.hidden_units = list(units) if np.ndim(hidden_units) else units[0]
         self.activation = keras.activations.get(activation)
         self.use_bias = use_bias
         self.kernel_initializer = keras.initializers.get(kernel_initializer)

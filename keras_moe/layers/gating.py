@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional
+from keras_moe.functional.gating import NORMALIZATIONS
 from keras_moe.layers.base_gating import Choice, _Gating
 from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
@@ -69,6 +70,7 @@ class SoftmaxGating(_Gating):
     """
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         gates = functional.softmax_gating(self._logits(inputs))
         experts = tf.range(self.num_experts)
         # zeros_like and not tf.broadcast_to: the shape may be dynamic.
@@ -144,7 +146,7 @@ class TopKGating(_Gating):
         **kwargs: Any,
     ):
         k = checks.verify_k(k, num_experts)
-        normalization = checks.verify_normalization(normalization)
+        checks.verify_choice(normalization, "normalization", NORMALIZATIONS)
         super().__init__(
             num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
         )
@@ -158,6 +160,7 @@ class TopKGating(_Gating):
         checks.verify_k(self.k, self.num_experts)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         return self._result(self._logits(inputs), mask)
 
     def _result(self, logits, mask, load=None, largest=None):
@@ -271,7 +274,7 @@ class NoisyTopKGating(TopKGating):
         )
         self.noise_epsilon = noise_epsilon
         self.noise_initializer = keras.initializers.get(noise_initializer)
-        self.seed = seed
+        self.seed = seed = checks.verify_seed(seed)
         self.seed_generator = (
             seed
             if isinstance(seed, keras.random.SeedGenerator)
@@ -308,6 +311,7 @@ class NoisyTopKGating(TopKGating):
         )
 
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
+        mask = self._verify_call(inputs, mask)
         clean_logits = self._logits(inputs)
         if not training:
             return self._result(clean_logits, mask)

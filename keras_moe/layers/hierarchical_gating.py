@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
+from keras_moe.functional.gating import NORMALIZATIONS
 from keras_moe.layers import configs
 from keras_moe.layers.base_gating import Choice, _Gating
 from keras_moe.layers.gate_contract import verify_gating, verify_gating_result
@@ -121,7 +123,7 @@ class HierarchicalGating(_Gating):
         self.primary_gating = primary_gating
         self.noise_epsilon = noise_epsilon
         self.noise_initializer = keras.initializers.get(noise_initializer)
-        self.seed = seed
+        self.seed = seed = checks.verify_seed(seed)
         self.seed_generator = keras.random.SeedGenerator(seed)
         # The secondary gates see as many rows as the primary gate sends them.
         self.supports_jit = False
@@ -183,7 +185,7 @@ class HierarchicalGating(_Gating):
             self.primary_gating.build(input_shape)
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
-        checks.verify_dense(inputs, type(self).__name__)
+        mask = self._verify_call(inputs, mask)
         otherwise = engine.current().hierarchical_gating
         if otherwise is not None:
             return otherwise(self, inputs, mask, training)
@@ -317,7 +319,7 @@ def with_primary_gating(config):
 
 
 def verify_two_ks(k):
-    if not isinstance(k, Sequence) or len(k) != 2:
+    if np.shape(k) != (2,):
         raise ValueError(
             "`k` must be two ints: groups for each token, and experts in each "
             f"group. Received: k={k!r}."
@@ -335,7 +337,9 @@ def two_normalizations(normalization):
             "primary gate and for the secondary gates. Received: "
             f"normalization={normalization!r}."
         )
-    return tuple(map(checks.verify_normalization, normalization))
+    for each in normalization:
+        checks.verify_choice(each, "normalization", NORMALIZATIONS)
+    return tuple(normalization)
 
 
 def verify_groups(num_experts, num_groups, k):

@@ -278,7 +278,9 @@ class MoE(keras.layers.Layer):
         if not self.built:
             self.build(inputs.shape)
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
-        return self.gating(tokens, training=training)
+        result = self.gating(tokens, training=training)
+        verify_gating_result(result, self.gating)
+        return result
 
     def compute_output_shape(self, input_shape):
         last = self.experts.compute_output_shape((None, input_shape[-1]))[-1]

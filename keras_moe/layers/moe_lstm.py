@@ -192,6 +192,7 @@ class MoELSTM(keras.layers.RNN):
     def inner_loop(self, sequences, initial_state, mask, training=False):
         checks.verify_floating(sequences.dtype, type(self).__name__)
         engine.verify_not_compiled(type(self).__name__, ", or use `keras.layers.LSTM`")
+        checks.verify_shape(sequences.shape[:2], "one value a step", mask=mask)
         inputs = tf.transpose(sequences, [1, 0, 2])  # (time, batch, features)
         if mask is not None:
             mask = tf.transpose(tf.cast(mask, tf.bool), [1, 0])

@@ -103,6 +103,7 @@ class ProjectedLSTMCell(checks.FromConfig, keras.layers.Layer):
 
     def call(self, inputs, states, training=None):
         h, c = states
+        checks.verify_shape([*inputs.shape[:1], None], "a row for each input", h=h, c=c)
         z = tf.matmul(inputs, self.kernel) + tf.matmul(h, self.recurrent_kernel)
         h, c = functional.lstm_step(z + self.bias, c)
         h = tf.matmul(h, self.projection_kernel)

@@ -100,7 +100,7 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         self.num_sampled = num_sampled
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.seed = seed
+        self.seed = checks.verify_seed(seed)
         self.supports_jit = False
 
     def build(self, input_shape):
@@ -123,11 +123,9 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         inputs = tf.cast(inputs, self.variable_dtype)
         if targets is None:
             return self._logits(inputs)
-        if not tf.as_dtype(targets.dtype).is_integer:
-            raise ValueError(
-                "`targets` of SampledSoftmax must be integer word ids. Received: "
-                f"dtype={tf.as_dtype(targets.dtype).name}. Cast them to int32."
-            )
+        targets = checks.verify_ids(targets, "targets", self.vocabulary_size)
+        shape = inputs.shape[:-1]
+        checks.verify_shape(shape, "a word for each row of `inputs`", targets=targets)
         if not training:
             return tf.nn.sparse_softmax_cross_entropy_with_logits(
                 labels=targets, logits=self._logits(inputs)

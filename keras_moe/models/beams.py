@@ -5,6 +5,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_moe import checks
+from keras_moe.models.translation_checks import verify_decoding
+
 _NEVER = -1e9
 
 
@@ -47,6 +50,7 @@ def beam_search(
 
     Raises:
         ImportError: tf-models-official is not installed.
+        ValueError: An option is out of range, or `start` is not one token a row.
 
     Reference:
         Wu et al. 2016, "Google's neural machine translation system", section 7.
@@ -57,6 +61,13 @@ def beam_search(
         raise ImportError(
             "Beam search needs tf-models-official. Install keras-moe[translation]."
         ) from error
+
+    options = verify_decoding(num_beams, length_penalty, max_length)
+    num_beams, length_penalty, max_length = options
+    vocabulary_size = checks.verify_int(vocabulary_size, "vocabulary_size", 2)
+    eos_id = checks.verify_int(eos_id, "eos_id", 0, vocabulary_size - 1)
+    start = tf.cast(checks.verify_ids(start, "start", vocabulary_size), tf.int32)
+    checks.verify_shape([None], "one token a row", start=start)
 
     def symbols_to_logits(ids, _, cache):
         logits, cache = step(ids[:, -1], cache)

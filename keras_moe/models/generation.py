@@ -24,8 +24,8 @@ class Generation(_Model):
         prompt,
         max_new_tokens: int = 50,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        temperature: Any = 1.0,
+        top_k: Any = None,
         seed: int | None = None,
         forbidden_tokens: Sequence[int] = (0,),
     ) -> np.ndarray:
@@ -34,10 +34,10 @@ class Generation(_Model):
         Args:
             prompt: Int array `(batch, time)` without padding, time at least 1.
             max_new_tokens: Int. Tokens to add. Defaults to `50`.
-            temperature: Float. Divides the logits; 0 takes the most probable
-                token. Defaults to `1.0`.
-            top_k: Int or None. Samples among the `top_k` most probable tokens
-                only. Defaults to `None`: all.
+            temperature: Float, or one a row. Divides the logits; 0 takes the most
+                probable token. Defaults to `1.0`.
+            top_k: Int, one a row, or None. Samples among the `top_k` most probable
+                tokens only. Defaults to `None`: all.
             seed: Int or None. The same seed gives the same text; row r draws
                 with `seed + r`. Defaults to `None`.
             forbidden_tokens: Ids never sampled. Defaults to `(0,)`: padding.
@@ -48,28 +48,36 @@ class Generation(_Model):
         Raises:
             ValueError: An argument is out of range.
         """
-        tokens = tf.cast(tf.convert_to_tensor(prompt), tf.int32)
-        verify_tokens(tokens)
+        tokens = verify_tokens(prompt, self.vocabulary_size, "prompt")
         max_new_tokens = checks.verify_positive_int(max_new_tokens, "max_new_tokens")
         if tokens.shape[1] == 0:
             raise ValueError(
                 "`prompt` must have at least one token. Received: "
                 f"prompt.shape={tokens.shape}. Begin with the end-of-sentence token."
             )
-        temperature, top_k = verify_sampling(temperature, top_k, self.vocabulary_size)
+        temperature, top_k, forbidden = verify_sampling(
+            temperature,
+            top_k,
+            self.vocabulary_size,
+            forbidden_tokens,
+            tokens.shape[0],
+        )
         if seed is None:
             seed = int(np.random.default_rng().integers(2**62))
+        seed = checks.verify_seed(seed)
         if not self.built:
             self.build(tokens.shape)
         rows = tokens.shape[:1]
         new_tokens = self._traced_functions.get(
-            tuple(forbidden_tokens), lambda: self._continue(tuple(forbidden_tokens))
+            forbidden, lambda: self._continue(forbidden)
         )(
             tokens,
             tf.fill(rows, tokens.shape[1]),
             max_new_tokens=tf.fill(rows, max_new_tokens),
-            temperature=tf.fill(rows, float(temperature)),
-            top_k=tf.fill(rows, top_k or 0),
+            temperature=tf.broadcast_to(tf.cast(temperature, tf.float32), rows),
+            top_k=tf.broadcast_to(
+                tf.cast(0 if top_k is None else top_k, tf.int32), rows
+            ),
             seeds=seed + tf.range(rows[0], dtype=tf.int64),
         )
         return tf.concat([tokens, new_tokens], axis=1).numpy()
@@ -114,8 +122,7 @@ class Generation(_Model):
             of experts, k is the largest of them, filled up with -1 and 0, as is
             padding.
         """
-        tokens = tf.convert_to_tensor(tokens)
-        verify_tokens(tokens)
+        tokens = verify_tokens(tokens, self.vocabulary_size, "tokens")
         if not self.built:
             self.build(tokens.shape)
         with recorded_routing(self.moe_layers) as records:

@@ -15,13 +15,13 @@ from keras_moe.layers.tracking import track_entries
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import (
     as_middle,
-    verify_lstm_layers,
     verify_tokens,
 )
 from keras_moe.models.parts import (
     SavedWhole,
     TracedFunctions,
     make_lstm,
+    verify_states,
     verify_width,
     zero_states,
 )
@@ -126,7 +126,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
         units = checks.verify_positive_int(units, "units")
         if lstm_units is not None:
             lstm_units = checks.verify_positive_int(lstm_units, "lstm_units")
-        verify_lstm_layers(lstm_layers)
+        lstm_layers = checks.verify_int(lstm_layers, "lstm_layers", 1, 2)
         dropout = checks.verify_rate(dropout, "dropout")
         super().__init__(name=name, **kwargs)
         self.vocabulary_size = vocabulary_size
@@ -151,7 +151,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
             if lstm_layers == 2
             else None
         )
-        self.num_sampled = num_sampled
+        self.num_sampled = num_sampled and int(num_sampled)
         self.softmax = self._make_softmax()
         self.dropouts = [
             Dropout(dropout, dtype=policy) for _ in range(len(self.stack) + 1)
@@ -191,7 +191,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
         self.built = True
 
     def call(self, inputs, training=None):
-        verify_tokens(inputs)
+        inputs = verify_tokens(inputs, self.vocabulary_size)
         state = self.initial_state(tf.shape(inputs)[0])
         if not self.stateful:
             return self._run(inputs, state, training)[0]
@@ -212,8 +212,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
             logits: `(batch, time, vocabulary_size)`.
             state: The states after the last time step.
         """
-        tokens = tf.convert_to_tensor(tokens)
-        verify_tokens(tokens)
+        tokens = verify_tokens(tokens, self.vocabulary_size, "tokens")
         if not self.built:
             self.build(tokens.shape)
         return self._run(tokens, state, training)
@@ -247,6 +246,9 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
             hidden: `(batch, time, units)`; `self.softmax(hidden)` are logits.
             state: The states after the last time step.
         """
+        recurrent = [x for x in self.stack if isinstance(x, keras.layers.RNN)]
+        verify_states(recurrent, state, tokens.shape[0])
+        checks.verify_shape(tokens.shape, "that of `tokens`", state_mask=state_mask)
         if 0 in tokens.shape[:2]:
             return self._hidden_of_nothing(tokens, state, training)
         mask = tf.not_equal(tokens, 0)

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.models.parts import as_layers
 
 
@@ -22,18 +23,14 @@ def as_middle(middle):
     return layers
 
 
-def verify_tokens(tokens):
+def verify_tokens(tokens, vocabulary_size, name="inputs"):
+    """Token ids as int32, or an error if they are none."""
+    if not isinstance(tokens, keras.KerasTensor):
+        tokens = tf.cast(checks.verify_ids(tokens, name, vocabulary_size), tf.int32)
     if not tf.as_dtype(tokens.dtype).is_integer or len(tokens.shape) != 2:
         raise ValueError(
-            "`inputs` of MoELanguageModel must be integer token ids of shape "
+            f"`{name}` of MoELanguageModel must be integer token ids of shape "
             f"(batch, time). Received: dtype={tf.as_dtype(tokens.dtype).name}, "
             f"shape={tuple(tokens.shape)}."
         )
-
-
-def verify_lstm_layers(lstm_layers):
-    if lstm_layers not in (1, 2):
-        raise ValueError(
-            f"`lstm_layers` must be 1 or 2. Received: lstm_layers={lstm_layers!r}. "
-            "Put further recurrent layers into `middle`."
-        )
+    return tokens

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 
 
@@ -50,6 +51,13 @@ def zero_states(layers: Iterable, batch_size: Any, dtype: str) -> list:
         ]
         for of_layer in sizes
     ]
+
+
+def verify_states(layers: Iterable, state: Any, rows: int | None) -> None:
+    """Raises unless there is a row of states for each of `rows`."""
+    sizes = tf.nest.flatten([layer.cell.state_size for layer in layers])
+    for size, each in zip(sizes, tf.nest.flatten(state), strict=True):
+        checks.verify_shape([rows, size], "a row for each of the tokens", state=each)
 
 
 def as_layers(middle: Any, name: str) -> list[keras.layers.Layer]:

@@ -8,19 +8,19 @@ from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.models.middle import middle_layers
-from keras_moe.models.presets import Preset
+from keras_moe.models.presets import Preset, as_preset
 from keras_moe.models.translation import MoETranslator
 from keras_moe.models.translation_layers import translation_middle
 
 
-def build_language_model(preset: Preset, **options: Any) -> MoELanguageModel:
+def build_language_model(preset: Preset | str, **options: Any) -> MoELanguageModel:
     """The language model that a preset describes.
 
     Nothing is allocated before it is built or called, so a preset of any size
     can be passed; `keras_moe.models.count` tells its parameters.
 
     Args:
-        preset: A `Preset` of kind `"language_model"`.
+        preset: A `Preset` of kind `"language_model"`, or its name.
         **options: More arguments of `MoELanguageModel`, e.g. `stateful=True`.
 
     Returns:
@@ -35,6 +35,7 @@ def build_language_model(preset: Preset, **options: Any) -> MoELanguageModel:
     >>> keras_moe.models.build_language_model(small).moe_layers[0].num_experts
     64
     """
+    preset = as_preset(preset)
     if preset.kind != "language_model":
         raise ValueError(
             "`preset` must be of a language model. Received: "
@@ -86,7 +87,7 @@ def make_middle(preset: Preset) -> list[keras.layers.Layer]:
     ]
 
 
-def build_translation_model(preset: Preset, **options: Any) -> MoETranslator:
+def build_translation_model(preset: Preset | str, **options: Any) -> MoETranslator:
     """The translation model that a preset describes.
 
     Nothing is allocated before it is built or called. In a hierarchical mixture
@@ -94,7 +95,7 @@ def build_translation_model(preset: Preset, **options: Any) -> MoETranslator:
     gates the experts within; the paper does not say how the two go together.
 
     Args:
-        preset: A `Preset` of kind `"translation"`.
+        preset: A `Preset` of kind `"translation"`, or its name.
         **options: More arguments of `MoETranslator`, e.g. `vocabulary=...`.
 
     Returns:
@@ -109,6 +110,7 @@ def build_translation_model(preset: Preset, **options: Any) -> MoETranslator:
     >>> [m.num_experts for m in keras_moe.models.build_translation_model(small).moe_layers]
     [64, 64]
     """
+    preset = as_preset(preset)
     if preset.kind != "translation":
         raise ValueError(
             "`preset` must be of a translation model. Received: "

@@ -4,6 +4,17 @@ import dataclasses
 import math
 from typing import Any
 
+from keras_moe import checks
+from keras_moe.layers.hierarchical_gating import verify_groups
+
+_MAY_BE_0 = "lstm_layers num_experts constant_steps encoder_lstms decoder_lstms"
+_CHOICES = {
+    "kind": ("language_model", "translation"),
+    "middle": ("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none"),
+    "gating": ("noisy_top_k", "balanced"),
+    "expert_optimizer": ("adam", "factored_adam"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
@@ -50,6 +61,9 @@ class Preset:
             billions: `operations_m`, `parameters_m`, `total_b`, `tflops`,
             `perplexity`.
         assumed: Tuple of the names of attributes that the paper leaves open.
+
+    Raises:
+        ValueError: An attribute is out of range, or the sizes do not fit.
     """
 
     name: str
@@ -80,6 +94,26 @@ class Preset:
     reported: dict[str, float] = dataclasses.field(default_factory=dict)
     assumed: tuple[str, ...] = ("num_sampled",)
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int or (field.type == int | None and value is not None):
+                least = int(field.name not in _MAY_BE_0.split())
+                value = checks.verify_int(value, field.name, least)
+            elif field.type == tuple[int, ...] and len(value):
+                value = checks.verify_units(value, field.name)
+            elif field.name in _CHOICES:
+                checks.verify_choice(value, field.name, _CHOICES[field.name])
+            object.__setattr__(self, field.name, value)
+        checks.verify_rate(self.dropout, "dropout")
+        checks.verify_weight(self.loss_weight, "loss_weight")
+        if self.middle == "moe":
+            verify_levels(self.k, self.num_groups)
+            if self.num_groups is None:
+                checks.verify_k(self.k[0], self.num_experts)
+            else:
+                verify_groups(self.num_experts, self.num_groups, self.k)
+
     @property
     def group_size(self) -> int:
         """Experts of one group; all experts of a flat mixture."""
@@ -96,6 +130,20 @@ class Preset:
         if self.middle != "moe":
             return 0
         return 1 if self.kind == "language_model" else len(self.moe_after)
+
+
+def verify_levels(k, num_groups):
+    """Raises unless `k` has a number for each level of gates."""
+    if len(k) != (1 if num_groups is None else 2):
+        raise ValueError(
+            "`k` must have one number, or two with `num_groups`. Received: "
+            f"k={k}, num_groups={num_groups}. Give one for each level."
+        )
+
+
+def as_preset(value: Any) -> Preset:
+    """A `Preset`, or the one of a name."""
+    return value if isinstance(value, Preset) else preset(value)
 
 
 def _flat(name, num_experts, **options):

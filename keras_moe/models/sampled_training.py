@@ -38,6 +38,8 @@ class SampledTraining(_Model):
         if inputs is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         _verify_loss(self.loss)
+        if y.shape.rank == inputs.shape.rank and y.shape[-1] == 1:
+            y = y[..., 0]  # as Keras does it
         losses = self.softmax(inputs, targets=y, training=True)
         # As Keras does for the mask of the logits.
         losses._keras_mask = self.compute_mask(x)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
@@ -36,18 +37,26 @@ def sample_tokens(
         `(batch,)` int32.
 
     Raises:
-        ValueError: `temperature` is a negative number, or `top_k` is a number
-            below 1 or above the size of the vocabulary.
+        ValueError: A shape does not fit, or, where it is known, `temperature` is
+            negative, `top_k` is not within the size of the vocabulary, `uniform` is
+            not within [0, 1), or no token is left that is not forbidden.
     """
-    logits = tf.cast(logits, tf.float32)
+    logits, uniform = tf.cast(logits, tf.float32), tf.cast(uniform, tf.float32)
     size = logits.shape[-1]
-    temperature, top_k = verify_sampling(temperature, top_k, size)
+    checks.verify_shape([None, size], "(batch, vocabulary)", logits=logits)
+    checks.verify_shape(logits.shape[:1], "one number a row", uniform=uniform)
+    if not tf.is_symbolic_tensor(uniform):
+        for number in uniform.numpy():
+            checks.verify_number(number, "uniform", "[0, 1)")
+    temperature, top_k, forbidden_tokens = verify_sampling(
+        temperature, top_k, size, forbidden_tokens, logits.shape[0]
+    )
     rows = tf.shape(logits)[:1]
     temperature = tf.broadcast_to(tf.cast(temperature, tf.float32), rows)
     top_k = tf.broadcast_to(tf.cast(0 if top_k is None else top_k, tf.int32), rows)
     if len(forbidden_tokens):
         forbidden = tf.reduce_any(
-            tf.one_hot(list(forbidden_tokens), size, on_value=True, off_value=False),
+            tf.one_hot(forbidden_tokens, size, on_value=True, off_value=False),
             axis=0,
         )
         logits = tf.where(forbidden, logits.dtype.min, logits)
@@ -62,28 +71,49 @@ def sample_tokens(
     cumulative = tf.cumsum(weights, axis=-1)
     # The first token whose sum exceeds the drawn part of the total: its own
     # weight is above zero.
-    drawn_part = tf.cast(uniform, tf.float32)[:, tf.newaxis] * cumulative[:, -1:]
+    drawn_part = uniform[:, tf.newaxis] * cumulative[:, -1:]
     drawn = tf.reduce_sum(tf.cast(cumulative <= drawn_part, tf.int32), axis=-1)
     return tf.where(is_greedy, greedy, tf.minimum(drawn, size - 1))
 
 
-def verify_sampling(temperature: Any, top_k: Any, size: int) -> tuple[Any, Any]:
-    """Temperature and `top_k` of `sample_tokens`; tensors pass as they are.
+def verify_sampling(
+    temperature: Any, top_k: Any, size: int, forbidden_tokens: Any, rows: int | None
+) -> tuple[Any, Any, tuple[int, ...]]:
+    """Temperature, `top_k` and forbidden ids of `sample_tokens`.
 
     Raises:
-        ValueError: `temperature` is a negative number, or `top_k` is a number
-            below 1 or above `size`, that of the vocabulary.
+        ValueError: One is out of range, as far as values are known, or has not one
+            value for each of `rows`.
     """
-    if not tf.is_tensor(temperature):
-        temperature = checks.verify_weight(temperature, "temperature")
-    if not tf.is_tensor(top_k) and top_k is not None:
-        top_k = checks.verify_positive_int(top_k, "top_k")
-        if top_k > size:
+    if np.ndim(top_k) == 0 and top_k is not None and not tf.is_tensor(top_k):
+        if checks.verify_int(top_k, "top_k") > size:
             raise ValueError(
                 "`top_k` must be at most the size of the vocabulary. "
                 f"Received: top_k={top_k}, vocabulary size={size}."
             )
-    return temperature, top_k
+    elif top_k is not None:
+        top_k = checks.verify_ids(top_k, "top_k", size + 1)
+        _verify_rows(top_k, "top_k", rows)
+    if tf.is_tensor(temperature) or np.ndim(temperature):
+        temperature = tf.cast(temperature, tf.float32)
+        _verify_rows(temperature, "temperature", rows)
+    if not tf.is_symbolic_tensor(temperature):
+        for number in np.ravel(temperature).tolist():
+            checks.verify_number(number, "temperature")
+    forbidden = np.asarray(checks.verify_ids(forbidden_tokens, "forbidden_tokens"))
+    known = sorted(set(forbidden.ravel().tolist()))
+    inside = not known or 0 <= known[0] <= known[-1] < size
+    if forbidden.ndim != 1 or len(known) == size or not inside:
+        raise ValueError(
+            f"`forbidden_tokens` must be ids below {size}, not all of them. Received: "
+            f"forbidden_tokens={forbidden_tokens!r}. Leave one to draw."
+        )
+    return temperature, top_k, tuple(known)
+
+
+def _verify_rows(values, name, rows):
+    shape = [rows] if len(values.shape) else []
+    checks.verify_shape(shape, "one value, or one a row", **{name: values})
 
 
 def _least_kept(logits, top_k):

@@ -3,11 +3,11 @@
 import dataclasses
 
 from keras_moe import checks
-from keras_moe.models.presets import Preset
+from keras_moe.models.presets import Preset, as_preset
 
 
 def scale_down(
-    preset: Preset,
+    preset: Preset | str,
     *,
     factor: int = 16,
     max_experts: int = 64,
@@ -23,7 +23,7 @@ def scale_down(
     tenth.
 
     Args:
-        preset: A `Preset`.
+        preset: A `Preset`, or the name of one.
         factor: Int. Divides every width. Defaults to `16`.
         max_experts: Int. Most experts of one mixture. Defaults to `64`.
         vocabulary_size: Int. Words. Defaults to `2000`.
@@ -37,6 +37,7 @@ def scale_down(
         ValueError: A size is not positive, `factor` divides no width, or
             `max_experts` is below k.
     """
+    preset = as_preset(preset)
     factor = checks.verify_positive_int(factor, "factor")
     max_experts = checks.verify_positive_int(max_experts, "max_experts")
     if preset.units % factor:

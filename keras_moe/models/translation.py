@@ -149,8 +149,8 @@ class MoETranslator(SavedWhole, Decoding, keras.Model):
         self.vocabulary_size = vocabulary_size
         self.units = units
         self.lstm_units = lstm_units
-        self.encoder_lstms = encoder_lstms
-        self.decoder_lstms = decoder_lstms
+        self.encoder_lstms = int(encoder_lstms)
+        self.decoder_lstms = int(decoder_lstms)
         self.middle_after = middle_after
         self.dropout = dropout
         self.vocabulary = vocabulary
@@ -222,13 +222,20 @@ class MoETranslator(SavedWhole, Decoding, keras.Model):
         self.built = True
 
     def call(self, inputs, training=None):
-        source, target_inputs = split_inputs(inputs)
+        source, target_inputs = split_inputs(inputs, self.vocabulary_size)
+        checks.verify_shape(
+            [source.shape[0], None],
+            "a row for each of source",
+            target_inputs=target_inputs,
+        )
         memory, memory_mask = self.encode(source, training=training)
         state = self.initial_state(tf.shape(target_inputs)[0])
         return self.decode(target_inputs, memory, memory_mask, state, training)[0]
 
     def compute_mask(self, inputs, previous_mask=None):
-        return keras.ops.not_equal(split_inputs(inputs)[1], PAD_ID)
+        return keras.ops.not_equal(
+            split_inputs(inputs, self.vocabulary_size)[1], PAD_ID
+        )
 
     def encode(self, source, training=None):
         """What the decoder attends to.
@@ -317,8 +324,9 @@ class MoETranslator(SavedWhole, Decoding, keras.Model):
         Returns:
             `(batch, target length, source length)`, rows sum to 1.
         """
-        memory, mask = self.encode(tf.convert_to_tensor(source), training=False)
-        hidden = self.target_embedding(tf.convert_to_tensor(target_inputs))
+        source, target_inputs = self._verified(source, target_inputs)
+        memory, mask = self.encode(source, training=False)
+        hidden = self.target_embedding(target_inputs)
         first = self.decoder[0]
         outputs, _ = first(hidden, memory, memory_mask=mask)
         return first.attention_weights(outputs, memory, mask).numpy()
@@ -334,7 +342,7 @@ class MoETranslator(SavedWhole, Decoding, keras.Model):
             For each mixture, under its layer's name: expert indices and gates,
             both `(batch, length, k)`, as `MoELanguageModel.routing`.
         """
-        source, target_inputs = map(tf.convert_to_tensor, (source, target_inputs))
+        source, target_inputs = self._verified(source, target_inputs)
         with recorded_routing(self.moe_layers) as records:
             memory, mask = self.encode(source, training=False)
             state = self.initial_state(target_inputs.shape[0])

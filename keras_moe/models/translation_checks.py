@@ -1,8 +1,7 @@
 """Checks of the translation model's parts and inputs."""
 
-from collections.abc import Sequence
-
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
@@ -41,11 +40,11 @@ def verify_stack(encoder_lstms, decoder_lstms, middle_after):
         checks.verify_positive_int(encoder_lstms, "encoder_lstms"),
         checks.verify_positive_int(decoder_lstms, "decoder_lstms"),
     )
+    numbers = np.array(middle_after)
     if (
-        not isinstance(middle_after, Sequence)
-        or len(middle_after) != 2
-        or not all(isinstance(n, int) for n in middle_after)
-        or not all(1 <= n <= size for n, size in zip(middle_after, sizes, strict=True))
+        numbers.shape != (2,)
+        or numbers.dtype.kind != "i"
+        or not np.all((numbers >= 1) & (numbers <= sizes))
     ):
         raise ValueError(
             "`middle_after` must be two ints, from 1 to `encoder_lstms` and from 1 to "
@@ -53,7 +52,7 @@ def verify_stack(encoder_lstms, decoder_lstms, middle_after):
             f"encoder_lstms={sizes[0]}, decoder_lstms={sizes[1]}."
             " Lower it, or add LSTMs."
         )
-    return (middle_after[0], middle_after[1])
+    return tuple(numbers.tolist())
 
 
 def verify_vocabulary(vocabulary, vocabulary_size):
@@ -66,7 +65,7 @@ def verify_vocabulary(vocabulary, vocabulary_size):
         )
 
 
-def split_inputs(inputs):
+def split_inputs(inputs, vocabulary_size):
     """Source and target inputs, verified."""
     if not isinstance(inputs, (tuple, list)) or len(inputs) != 2:
         raise ValueError(
@@ -75,31 +74,39 @@ def split_inputs(inputs):
             f"{f' of {len(inputs)}' if isinstance(inputs, (tuple, list)) else ''}. "
             "Pass (source, target_inputs)."
         )
-    for name, tensor in zip(("source", "target inputs"), inputs, strict=True):
-        verify_ids(tensor, name)
-    return inputs
+    return [
+        verify_ids(tensor, name, vocabulary_size)
+        for name, tensor in zip(("source", "target inputs"), inputs, strict=True)
+    ]
 
 
-def verify_ids(tensor, name):
-    """Raises unless a tensor holds token ids of rank 2."""
+def verify_ids(tensor, name, vocabulary_size):
+    """Token ids of rank 2 as a tensor, or an error if they are none."""
+    if not isinstance(tensor, keras.KerasTensor):
+        tensor = tf.convert_to_tensor(tensor)
     if not tf.as_dtype(tensor.dtype).is_integer or len(tensor.shape) != 2:
         raise ValueError(
             f"`inputs` of MoETranslator must be integer token ids of shape (batch, "
             f"length). Received: {name} with dtype={tf.as_dtype(tensor.dtype).name}, "
             f"shape={tuple(tensor.shape)}. Encode text with the vocabulary first."
         )
+    if not isinstance(tensor, keras.KerasTensor):
+        checks.verify_ids(tensor, name, vocabulary_size)
+    return tensor
 
 
 def verify_decoding(num_beams=4, length_penalty=0.2, max_length=100):
-    """Raises unless the options of a search are in range."""
-    checks.verify_positive_int(num_beams, "num_beams")
-    checks.verify_weight(length_penalty, "length_penalty")
-    checks.verify_positive_int(max_length, "max_length")
+    """The options of a search, or an error if one is out of range."""
+    return (
+        checks.verify_int(num_beams, "num_beams"),
+        checks.verify_number(length_penalty, "length_penalty"),
+        checks.verify_int(max_length, "max_length"),
+    )
 
 
 def as_texts(texts, target_language, languages):
     """Lists of texts and of their target languages, of equal length."""
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = [texts] if isinstance(texts, str) else checks.verify_texts(texts, "texts")
     if target_language is None:
         if len(languages) != 1:
             raise ValueError(
@@ -110,7 +117,7 @@ def as_texts(texts, target_language, languages):
     if isinstance(target_language, str):
         wanted = [target_language] * len(listed)
     else:
-        wanted = list(target_language)
+        wanted = checks.verify_texts(target_language, "target_language")
     if len(wanted) != len(listed):
         raise ValueError(
             "`target_language` must be one, or one for each text. Received: "

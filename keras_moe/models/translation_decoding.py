@@ -53,8 +53,7 @@ class Decoding:
             ValueError: An argument is out of range.
         """
         verify_decoding(num_beams, length_penalty, max_length)
-        source = tf.convert_to_tensor(source)
-        verify_ids(source, "source")
+        source = verify_ids(source, "source", self.vocabulary_size)
         memory, memory_mask = self.encode(source, training=False)
         batch = tf.shape(source)[0]
         state = self.initial_state(batch)
@@ -98,8 +97,19 @@ class Decoding:
         Returns:
             `(batch,)` float32: the sum over the tokens, `<eos>` included.
         """
-        memory, mask = self.encode(tf.convert_to_tensor(source), training=False)
-        return self._log_prob(tf.convert_to_tensor(targets), memory, mask)[0]
+        source, targets = self._verified(source, targets)
+        memory, mask = self.encode(source, training=False)
+        return self._log_prob(targets, memory, mask)[0]
+
+    def _verified(self, source, targets):
+        """Both as tensors of ids, with as many rows."""
+        source, targets = (
+            verify_ids(ids, name, self.vocabulary_size)
+            for ids, name in ((source, "source"), (targets, "targets"))
+        )
+        rows = [source.shape[0], None]
+        checks.verify_shape(rows, "a row for each of `source`", targets=targets)
+        return source, targets
 
     def _log_prob(self, targets, memory, memory_mask):
         """`(batch,)` log probabilities and lengths, float32."""
@@ -160,13 +170,13 @@ class Decoding:
         """
         vocabulary = self._vocabulary()
         batch_size = checks.verify_positive_int(batch_size, "batch_size")
+        verify_decoding(**options)
         listed, languages = as_texts(texts, target_language, vocabulary.languages)
         if not listed:
             return []
         key = tuple(sorted(options.items()))
 
         def trace():
-            verify_decoding(**options)
             return tf.function(
                 lambda t, n: self.translate_tensors(t, n, **options)[0],
                 input_signature=[tf.TensorSpec([None], tf.string)] * 2,

@@ -5,12 +5,14 @@ from typing import Any
 
 import keras
 
+from keras_moe import checks
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
 from keras_moe.models.middle import middle_layers
+from keras_moe.models.presets import verify_levels
 
 KINDS = ("moe", "moe_1_wide", "none")
 GATINGS = ("noisy_top_k", "balanced")
@@ -60,21 +62,10 @@ def translation_middle(
     Reference:
         Shazeer et al. 2017, appendices E and F.
     """
-    if kind not in KINDS:
-        raise ValueError(
-            f"`kind` must be one of {KINDS}. Received: kind={kind!r}. Pass one of them."
-        )
-    if gating not in GATINGS:
-        raise ValueError(
-            f"`gating` must be one of {GATINGS}. Received: gating={gating!r}. Pass one "
-            "of them."
-        )
-    k = tuple(k)
-    if len(k) != (1 if num_groups is None else 2):
-        raise ValueError(
-            "`k` must have one number, or two with `num_groups`. Received: "
-            f"k={k}, num_groups={num_groups}. Give one for each level."
-        )
+    checks.verify_choice(kind, "kind", KINDS)
+    checks.verify_choice(gating, "gating", GATINGS)
+    k = checks.verify_units(k, "k")
+    verify_levels(k, num_groups)
     if kind == "none":
         return []
     if kind == "moe_1_wide":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine
@@ -63,9 +64,10 @@ class FactoredAdam(keras.optimizers.Adam):
         weight, so where the experts are sharded, their state is sharded alike.
 
     Raises:
-        ValueError: A decay is not within [0, 1), `epsilon` is below 1e-19,
-            `factored` is not a list of regular expressions, `amsgrad` is set; when
-            built: a pattern matches a weight of rank below 2, or matches none.
+        ValueError: A decay is not within [0, 1), `epsilon` is below 1e-19 or another
+            number is negative or not finite, `factored` is not a list of regular
+            expressions, `amsgrad` is set; when built: a pattern matches a weight of
+            rank below 2, or matches none.
 
     Example:
 
@@ -94,24 +96,26 @@ class FactoredAdam(keras.optimizers.Adam):
         name: str = "factored_adam",
         **kwargs: Any,
     ):
-        checks.verify_rate(beta_1, "beta_1")
-        checks.verify_rate(beta_2, "beta_2")
-        if checks.verify_weight(epsilon, "epsilon") < 1e-19:
+        beta_1 = checks.verify_rate(beta_1, "beta_1")
+        beta_2 = checks.verify_rate(beta_2, "beta_2")
+        epsilon = checks.verify_number(epsilon, "epsilon")
+        if epsilon < 1e-19:
             raise ValueError(
                 "`epsilon` must be at least 1e-19, the root of the least square that "
                 f"float32 holds. Received: epsilon={epsilon!r}. A weight without a "
                 "gradient would become NaN; leave it out for 1e-7."
             )
+        if isinstance(learning_rate, int | float | str | np.generic | np.ndarray):
+            learning_rate = checks.verify_number(learning_rate, "learning_rate")
+        for option in ("weight_decay", "clipnorm", "clipvalue", "global_clipnorm"):
+            if kwargs.get(option) is not None:
+                kwargs[option] = checks.verify_number(kwargs[option], option)
         if kwargs.pop("amsgrad", False):
             raise ValueError(
                 "`amsgrad` must be left out. Received: amsgrad=True. The largest "
                 "second moment cannot be kept in factors."
             )
-        if untouched_rows not in ("decay", "keep"):
-            raise ValueError(
-                "`untouched_rows` must be 'decay' or 'keep'. Received: "
-                f"untouched_rows={untouched_rows!r}."
-            )
+        checks.verify_choice(untouched_rows, "untouched_rows", ("decay", "keep"))
         super().__init__(
             learning_rate, beta_1, beta_2, epsilon=epsilon, name=name, **kwargs
         )

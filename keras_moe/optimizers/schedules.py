@@ -42,9 +42,7 @@ class WarmupInverseSquareRoot(
             peak_learning_rate, "peak_learning_rate"
         )
         self.warmup_steps = checks.verify_positive_int(warmup_steps, "warmup_steps")
-        self.constant_steps = int(
-            checks.verify_weight(constant_steps, "constant_steps")
-        )
+        self.constant_steps = checks.verify_int(constant_steps, "constant_steps", 0)
 
     def __call__(self, step):
         step = tf.cast(step, tf.float32) + 1.0

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from keras_moe import checks
 
@@ -68,19 +67,12 @@ class Cluster:
         if self.node_gb_per_second is None:
             object.__setattr__(self, "node_gb_per_second", self.network_gb_per_second)
         for name in _POSITIVE:
-            if not _is_number(getattr(self, name)) or not getattr(self, name) > 0:
-                raise ValueError(
-                    f"`{name}` of a cluster must be a number above 0. Received: "
-                    f"{name}={getattr(self, name)!r} in {self.name!r}."
-                )
+            where = f" in {self.name!r}. Correct it."
+            value = checks.verify_number(getattr(self, name), name, "(0, inf)", where)
+            object.__setattr__(self, name, value)
         for name in ("launch_microseconds", "message_microseconds"):
             checks.verify_weight(getattr(self, name), name)
-        if self.efficiency > 1:
-            raise ValueError(
-                "`efficiency` of a cluster must be at most 1. Received: "
-                f"efficiency={self.efficiency} in {self.name!r}. Give the share of "
-                "the peak rate that training reaches."
-            )
+        checks.verify_number(self.efficiency, "efficiency", "(0, 1]")
 
     @property
     def memory(self) -> float:
@@ -105,6 +97,7 @@ class Cluster:
         Reference:
             Shazeer et al. 2017, section 3.2.
         """
+        itemsize = checks.verify_int(itemsize, "itemsize")
         numbers = self.network_gb_per_second * 1e9 / itemsize
         return self.flops / 2 / numbers
 
@@ -119,7 +112,8 @@ class Cluster:
             Float. Those for its own node and those for other nodes go one after
             the other, and every other device costs one message.
         """
-        if num_devices < 2:
+        sent = checks.verify_number(sent, "sent")
+        if checks.verify_int(num_devices, "num_devices") < 2:
             return 0.0
         near = min(self.devices_per_node, num_devices) - 1
         share = near / (num_devices - 1)
@@ -127,10 +121,6 @@ class Cluster:
         seconds = sent * share / (self.node_gb_per_second * 1e9)
         seconds += sent * (1 - share) / (self.network_gb_per_second * 1e9)
         return seconds + (num_devices - 1) * self.message_microseconds * 1e-6
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def cluster_names() -> list[str]:
@@ -194,4 +184,5 @@ def _parse(file, name):
             f"{sorted(known - needed)}. Received: {name} without "
             f"{sorted(needed - given)} and with {sorted(given - known)} besides."
         )
-    return Cluster(**{**values, "sources": tuple(values.get("sources", ()))})
+    sources = checks.verify_texts(values.get("sources", ()), "sources")
+    return Cluster(**{**values, "sources": tuple(sources)})

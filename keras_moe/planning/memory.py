@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from keras_moe import checks
 from keras_moe.models.counting import Count, count
-from keras_moe.models.presets import Preset
+from keras_moe.models.presets import Preset, as_preset
 from keras_moe.planning.placing import Placement
 
 _ITEMSIZE = 4
@@ -83,6 +84,8 @@ def memory_of(
     Returns:
         The `Memory`.
     """
+    preset = as_preset(preset)
+    tokens = checks.verify_number(tokens, "tokens")
     counted = count(preset, biases=True)
     held = _held(preset, counted, placement)
     weights = {part: round(_ITEMSIZE * n) for part, n in held.items()}
@@ -164,6 +167,8 @@ def activation_numbers(preset: Preset, rows_over_mean: float = 1.0) -> dict[str,
         Dict of part to float. The attention of a translation model, whose weights
         grow with the square of the sentences' lengths, is not in it.
     """
+    preset = as_preset(preset)
+    rows_over_mean = checks.verify_number(rows_over_mean, "rows_over_mean")
     d = preset.units
     cells = preset.lstm_units or d
     numbers = {"embedding": 2.0 * d}

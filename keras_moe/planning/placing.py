@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from keras_moe import checks
 from keras_moe.distribution.topology import Shards, make_shards
-from keras_moe.models.presets import Preset
+from keras_moe.models.presets import Preset, as_preset
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class Placement:
         Returns:
             Range of their numbers.
         """
+        checks.verify_int(device, "device", 0, self.num_devices - 1)
         return range(0) if self.shards is None else self.shards.experts_of(device)
 
     def groups_of(self, device: int) -> range:
@@ -64,6 +66,7 @@ class Placement:
         Returns:
             Float, at least `imbalance`: some devices have more experts.
         """
+        imbalance = checks.verify_number(imbalance, "imbalance", "[1, inf)")
         if self.shards is None:
             return imbalance
         share = self.most_experts / self.shards.num_experts
@@ -71,6 +74,7 @@ class Placement:
 
     def vocabulary_share(self, vocabulary_size: int) -> float:
         """The share of the vocabulary on the device that has most, at most 1."""
+        checks.verify_int(vocabulary_size, "vocabulary_size")
         if not self.vocabulary_sharded:
             return 1.0
         return -(-vocabulary_size // self.num_devices) / vocabulary_size
@@ -90,6 +94,8 @@ def place(preset: Preset, num_devices: int, vocabulary_sharded: bool) -> Placeme
     Reference:
         Shazeer et al. 2017, section 3.1.
     """
+    preset = as_preset(preset)
+    num_devices = checks.verify_int(num_devices, "num_devices")
     shards = None
     group_size = preset.group_size if preset.num_groups else 1
     if preset.middle == "moe":

@@ -6,8 +6,7 @@ from typing import Any
 
 from keras_moe import checks
 from keras_moe.models.counting import count
-from keras_moe.models.presets import Preset
-from keras_moe.models.presets import preset as preset_of
+from keras_moe.models.presets import Preset, as_preset
 from keras_moe.planning.advice import advise
 from keras_moe.planning.cluster import Cluster, load_cluster
 from keras_moe.planning.memory import Memory, memory_of
@@ -171,8 +170,8 @@ def plan(
     Reference:
         Shazeer et al. 2017, sections 3.1 and 3.2, appendix D.
     """
-    if isinstance(preset, str):
-        preset = preset_of(preset)
+    imbalance = checks.verify_number(imbalance, "imbalance", "[1, inf)")
+    preset = as_preset(preset)
     cluster = load_cluster(cluster)
     changed: dict[str, Any] = {
         "batch_tokens": batch_tokens,
@@ -182,7 +181,6 @@ def plan(
     preset = dataclasses.replace(
         preset, **{k: v for k, v in changed.items() if v is not None}
     )
-    _verify(preset, imbalance)
     devices = cluster.num_devices or preset.num_devices
     devices = devices if num_devices is None else num_devices
     if devices is None:
@@ -221,20 +219,6 @@ def plan(
         ),
         _min_devices(preset, cluster, shard_vocabulary),
     )
-
-
-def _verify(preset, imbalance):
-    checks.verify_positive_int(preset.batch_tokens, "batch_tokens")
-    if preset.expert_optimizer not in ("adam", "factored_adam"):
-        raise ValueError(
-            "`expert_optimizer` must be 'adam' or 'factored_adam'. Received: "
-            f"expert_optimizer={preset.expert_optimizer!r}."
-        )
-    if not imbalance >= 1:
-        raise ValueError(
-            "`imbalance` must be at least 1, the load of the busiest device over "
-            f"the mean. Received: imbalance={imbalance}."
-        )
 
 
 def _min_devices(preset, cluster, shard_vocabulary):

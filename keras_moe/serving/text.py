@@ -4,6 +4,7 @@ import itertools
 
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.data import (
     BLANK_PATTERN,
     DETOKENIZATION_RULES,
@@ -47,11 +48,7 @@ class TextCodec:
     """
 
     def __init__(self, vocabulary: Vocabulary, tokenizer: str = "words"):
-        if tokenizer not in TOKENIZERS:
-            raise ValueError(
-                f"`tokenizer` must be one of {TOKENIZERS}. Received: "
-                f"tokenizer={tokenizer!r}. Pass the one that the corpus was read with."
-            )
+        checks.verify_choice(tokenizer, "tokenizer", TOKENIZERS)
         try:
             import tensorflow_text
         except ImportError as error:

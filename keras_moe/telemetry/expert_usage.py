@@ -114,12 +114,7 @@ class ExpertUsage(keras.callbacks.Callback):
         self.log_dir = log_dir
         self.interval = checks.verify_positive_int(interval, "interval")
         self.picture = picture
-        self.max_records = checks.verify_positive_int(max_records, "max_records")
-        if max_records < 2:
-            raise ValueError(
-                "`max_records` must be at least 2, so that neighbors can be added "
-                f"together. Received: max_records={max_records}. Raise it."
-            )
+        self.max_records = checks.verify_int(max_records, "max_records", 2)
         self.records: dict[str, dict[str, list[UsageRecord]]] = {}
         self._writers: dict[str, Any] = {}
         self._first_step = 0  # of the present epoch

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_moe import checks
+
 
 class LabelInformation(NamedTuple):
     """Experts and labels, counted together.
@@ -63,11 +65,15 @@ def label_information(
             "`unit_counts` must be (units, experts) and `labels` (units,). Received: "
             f"shapes {unit_counts.shape} and {labels.shape}. Give each unit a label."
         )
+    num_labels = checks.verify_int(num_labels, "num_labels")
+    labels = np.asarray(checks.verify_ids(labels, "labels"))
     if labels.size and not 0 <= labels.min() <= labels.max() < num_labels:
         raise ValueError(
             f"`labels` must be from 0 to num_labels - 1. Received: {labels.min()} to "
             f"{labels.max()}, num_labels={num_labels}. Number them from 0."
         )
+    _verify_counts(unit_counts, "unit_counts")
+    checks.verify_int(shuffles, "shuffles", 0)
     units, experts = np.nonzero(unit_counts)
     return assignment_information(
         experts,
@@ -123,6 +129,14 @@ def assignment_information(
     return LabelInformation(counts, mutual_information(counts), tuple(shuffled))
 
 
+def _verify_counts(counts, name):
+    if counts.ndim != 2 or not 0 < counts.sum() < np.inf or counts.min() < 0:
+        raise ValueError(
+            f"`{name}` must be a matrix of counts that are not all 0. Received: shape "
+            f"{counts.shape}, sum {counts.sum()}. Count at least one token."
+        )
+
+
 def mutual_information(counts: np.ndarray) -> float:
     """Mutual information of two things that were counted together, in nats.
 
@@ -143,11 +157,7 @@ def mutual_information(counts: np.ndarray) -> float:
     0.0
     """
     counts = np.asarray(counts, np.float64)
-    if counts.ndim != 2 or not counts.sum() > 0 or counts.min() < 0:
-        raise ValueError(
-            "`counts` must be a matrix of counts that are not all 0. Received: shape "
-            f"{counts.shape}, sum {counts.sum()}. Count at least one token."
-        )
+    _verify_counts(counts, "counts")
     joint = counts / counts.sum()
     independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     seen = joint > 0

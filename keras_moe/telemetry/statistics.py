@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from keras_moe import checks
+
 
 class UsageTotals(NamedTuple):
     """What was counted of one mixture over some batches.
@@ -66,6 +68,9 @@ def usage_statistics(
     Reference:
         Shazeer et al. 2017, section 4 and table 6.
     """
+    for name, value in zip(totals._fields, totals, strict=True):
+        for number in np.asarray(value).ravel().tolist():
+            checks.verify_number(number, name)
     counts = np.asarray(totals.counts, np.float64)
     figures: dict[str, float] = {
         "importance_cv": _variation(np.asarray(totals.importance, np.float64)),

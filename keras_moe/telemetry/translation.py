@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from keras_moe import checks
+
 # Written without blanks: words cannot be told apart, so BLEU counts characters.
 _WITHOUT_BLANKS = ("ja", "jpn", "zh", "zho", "cmn", "th", "tha")
 
@@ -42,6 +44,8 @@ def translation_scores(
         raise ImportError(
             "Scoring translations needs sacrebleu. Install keras-moe[translation]."
         ) from error
+    hypotheses = checks.verify_texts(hypotheses, "hypotheses")
+    references = checks.verify_texts(references, "references")
     if not hypotheses or len(hypotheses) != len(references):
         raise ValueError(
             "`hypotheses` must be as many as `references`, at least one. Received: "
@@ -51,6 +55,6 @@ def translation_scores(
     found: dict[str, float | str] = {}
     split = "char" if language in _WITHOUT_BLANKS else "13a"
     for name, metric in (("bleu", BLEU(tokenize=split)), ("chrf", CHRF())):
-        found[name] = metric.corpus_score(list(hypotheses), [list(references)]).score
+        found[name] = metric.corpus_score(hypotheses, [references]).score
         found[f"{name}_signature"] = str(metric.get_signature())
     return found

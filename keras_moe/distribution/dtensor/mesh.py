@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from keras_moe import checks
 from keras_moe.distribution import compatibility
 
 # The name of the one axis of a mesh: the batch is sharded over it, and the experts.
@@ -60,8 +61,11 @@ def create_mesh(
             "`num_devices` and `devices` exclude each other. Received: "
             f"num_devices={num_devices}, devices={list(devices)}. Leave one out."
         )
+    if num_devices is not None:
+        num_devices = checks.verify_int(num_devices, "num_devices")
     set_switch()
     if devices is not None:
+        devices = checks.verify_texts(devices, "devices")
         device_type = devices[0].split(":")[0]
     elif device_type is None:
         device_type = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
