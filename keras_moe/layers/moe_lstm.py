@@ -239,15 +239,18 @@ class MoELSTM(keras.layers.RNN):
     def _route(self, training):
         """The gate as a pure function of its inputs and weights."""
         gating = self.gating
-        fixed = [tf.convert_to_tensor(v) for v in gating.non_trainable_variables]
+        variables = gating.trainable_variables
+        fixed = [(v, tf.convert_to_tensor(v)) for v in gating.non_trainable_variables]
         takes_noise = "noise" in inspect.signature(gating.call).parameters
 
         def route(u, noise, mask, *weights):
             options = {"noise": noise} if takes_noise else {}
-            result, _ = gating.stateless_call(
-                list(weights), fixed, u, mask=mask, training=training, **options
-            )
-            return result
+            # Not `stateless_call`, which neither casts to the gate's type nor reads
+            # its weights in it.
+            with keras.StatelessScope(
+                state_mapping=[*zip(variables, weights, strict=True), *fixed]
+            ):
+                return gating(u, mask=mask, training=training, **options)
 
         return route
 
