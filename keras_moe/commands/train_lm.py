@@ -285,7 +285,7 @@ def _write_contexts(model, corpus, folder):
     names = np.array(["", *vocabulary.tokens[1:]], dtype=object)
     # The experts' choice is measured against the word itself, if it is frequent.
     frequent = np.minimum(np.arange(len(names)), _FREQUENT_WORDS)
-    shown = telemetry.ExpertSpecialisation(
+    shown = telemetry.ExpertSpecialization(
         stream.map(lambda tokens, *_: tokens),
         words=lambda tokens: names[tokens.numpy()],
         labels=lambda tokens: frequent[tokens.numpy()],
@@ -297,7 +297,7 @@ def _write_contexts(model, corpus, folder):
     return [
         (path, "what each expert takes, by its largest gates")
         for path in shown.write(found, folder)
-        if path.suffix == ".html"
+        if path.suffix == ".txt"
     ]
 
 

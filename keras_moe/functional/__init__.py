@@ -42,6 +42,7 @@ from keras_moe.functional.gating import (
     make_gating_result,
     noise_stddev,
     noisy_logits,
+    noisy_top_k_gating,
     prob_in_top_k,
     softmax_gating,
     top_k_gating,
@@ -125,6 +126,7 @@ __all__ = [
     "moe_lstm",
     "noise_stddev",
     "noisy_logits",
+    "noisy_top_k_gating",
     "normal_rows",
     "prob_in_top_k",
     "run_experts",
@@ -165,6 +167,7 @@ _SHAPES = {
     "mixed_product": "inputs:ND kernels:EDO gates:~",
     "moe_lstm": "inputs:TBD h:BU c:BU kernels:ERZ bias:Z mask:TB?",
     "noisy_logits": "clean_logits:~ stddev:~ noise:~",
+    "noisy_top_k_gating": "clean_logits:~ raw_noise:~ noise:~",
     "normal_rows": "seed:S#",
     "prob_in_top_k": "noisy_logits:~ clean_logits:~ stddev:~",
     "sampled_cross_entropy": "kernel:VD bias:V inputs:ND targets:N#V candidates:C#V "

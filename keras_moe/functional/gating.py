@@ -233,6 +233,53 @@ def prob_in_top_k(
     return _normal_cdf(clean_logits - thresholds, stddev)
 
 
+def noisy_top_k_gating(
+    clean_logits: tf.Tensor,
+    raw_noise: tf.Tensor,
+    noise: tf.Tensor,
+    k: int,
+    normalization: str = "selected",
+    noise_epsilon: float = 1e-2,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The paper's gate in training, with what its load is made of.
+
+    $H(x) = x W_g + \\mathrm{noise} \\cdot \\mathrm{Softplus}(x W_{noise})$,
+    $G(x) = \\mathrm{Softmax}(\\mathrm{KeepTopK}(H(x), k))$
+
+    `noise_stddev`, `noisy_logits`, `top_k_gating` and `prob_in_top_k` one after the
+    other, sorting once.
+
+    Args:
+        clean_logits: `(N, E)` float, $x W_g$.
+        raw_noise: `(N, E)` float, $x W_{noise}$.
+        noise: `(N, E)` float, standard normal.
+        k: Experts for each token, `1 <= k <= E`.
+        normalization: As for `top_k_gating`.
+        noise_epsilon: As for `noise_stddev`.
+
+    Returns:
+        gates: `(N, K)` float32 or float64, in descending order.
+        expert_indices: `(N, K)` int32.
+        prob_in_top_k: `(N, E)` float32 or float64, without gradient and 1 if
+            k = E: every expert is always chosen.
+
+    Raises:
+        ValueError: As the four functions.
+
+    Reference:
+        Shazeer et al. 2017, equations 3 to 5, 8 and 9.
+    """
+    stddev = noise_stddev(raw_noise, noise_epsilon)
+    noisy = noisy_logits(clean_logits, stddev, noise)
+    if k == noisy.shape[-1]:
+        gates, expert_indices = top_k_gating(noisy, k, normalization)
+        return gates, expert_indices, tf.ones_like(noisy)
+    largest = largest_logits(noisy, k)
+    gates, expert_indices = top_k_gating(noisy, k, normalization, largest)
+    probs = prob_in_top_k(clean_logits, noisy, stddev, k, largest)
+    return gates, expert_indices, probs
+
+
 def _verify_k_below(k, num_experts):
     if checks.verify_k(k, num_experts) == num_experts:
         raise ValueError(

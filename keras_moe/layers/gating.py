@@ -161,12 +161,13 @@ class TopKGating(_Gating):
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
-        return self._result(self._logits(inputs), mask)
+        return self._without_noise(self._logits(inputs), mask)
 
-    def _result(self, logits, mask, load=None, largest=None):
-        gates, expert_indices = functional.top_k_gating(
-            logits, self.k, self.normalization, largest
-        )
+    def _without_noise(self, logits, mask):
+        gates, experts = functional.top_k_gating(logits, self.k, self.normalization)
+        return self._result(gates, experts, mask)
+
+    def _result(self, gates, expert_indices, mask, load=None):
         return functional.make_gating_result(
             gates, expert_indices, self.num_experts, load=load, mask=mask
         )
@@ -314,22 +315,20 @@ class NoisyTopKGating(TopKGating):
         mask = self._verify_call(inputs, mask)
         clean_logits = self._logits(inputs)
         if not training:
-            return self._result(clean_logits, mask)
-        stddev = functional.noise_stddev(
-            tf.matmul(inputs, self.noise_kernel), self.noise_epsilon
-        )
+            return self._without_noise(clean_logits, mask)
         if noise is None:
             noise = self.draw_noise(tf.shape(clean_logits)[0], mask)
-        noisy = functional.noisy_logits(clean_logits, stddev, noise)
+        gates, expert_indices, probs = functional.noisy_top_k_gating(
+            clean_logits,
+            tf.matmul(inputs, self.noise_kernel),
+            noise,
+            self.k,
+            self.normalization,
+            self.noise_epsilon,
+        )
         # Paper: at k = n every expert is always chosen; the load is a count.
-        load = largest = None
-        if self.k < self.num_experts:
-            largest = functional.largest_logits(noisy, self.k)
-            probs = functional.prob_in_top_k(
-                clean_logits, noisy, stddev, self.k, largest
-            )
-            load = functional.load(probs, mask)
-        return self._result(noisy, mask, load, largest)
+        load = functional.load(probs, mask) if self.k < self.num_experts else None
+        return self._result(gates, expert_indices, mask, load)
 
     def get_config(self):
         seed = self.seed

@@ -271,7 +271,6 @@ class HierarchicalGating(_Gating):
             gates, indices = functional.top_k_gating(logits, k, normalization)
             return gates, indices, None
         clean, raw_noise = tf.split(logits, 2, axis=-1)
-        stddev = functional.noise_stddev(raw_noise, self.noise_epsilon)
         noise = draw_rows(
             tf.shape(clean)[0],
             clean.shape[-1],
@@ -280,14 +279,10 @@ class HierarchicalGating(_Gating):
             first_row,
             row_mask,
         )
-        noisy = functional.noisy_logits(clean, stddev, noise)
-        largest = None
-        if k < clean.shape[-1]:
-            largest = functional.largest_logits(noisy, k)
-            probs = functional.prob_in_top_k(clean, noisy, stddev, k, largest)
-        else:  # every expert of a chosen group takes the token
-            probs = tf.ones_like(clean)
-        gates, indices = functional.top_k_gating(noisy, k, normalization, largest)
+        # Every expert of a chosen group takes the token if k is their number.
+        gates, indices, probs = functional.noisy_top_k_gating(
+            clean, raw_noise, noise, k, normalization, self.noise_epsilon
+        )
         if row_mask is not None:
             groups = tf.where(row_mask, groups, -1)
         load = tf.math.unsorted_segment_sum(probs, groups, num_groups)

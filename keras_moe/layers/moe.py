@@ -308,6 +308,17 @@ class MoE(keras.layers.Layer):
         return cls(**{**config, "experts": experts, "gating": gating})
 
 
+def mixtures_of(layers: Any) -> list[MoE]:
+    """The mixtures among some layers, or anywhere inside a model or layer.
+
+    Args:
+        layers: Layers, or one model or layer.
+    """
+    if isinstance(layers, keras.layers.Layer):
+        layers = layers._flatten_layers()
+    return [layer for layer in layers if isinstance(layer, MoE)]
+
+
 def with_capacity_of_evaluation(config):
     """The config, in which a layer of before has the one capacity for both."""
     return {"evaluation_capacity_factor": config.get("capacity_factor"), **config}

@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.layers import configs
 from keras_moe.layers.dropout import Dropout
-from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.layers.tracking import track_entries
 from keras_moe.models.generation import Generation
@@ -175,7 +175,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
     @property
     def moe_layers(self) -> list[MoE]:
         """The mixtures among the middle layers."""
-        return [layer for layer in self.middle if isinstance(layer, MoE)]
+        return mixtures_of(self.middle)
 
     def build(self, input_shape):
         shape = (None, None, self.units)

@@ -12,7 +12,7 @@ from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.layers import configs
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.dropout import Dropout
-from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.routing_record import recorded_routing, routing_arrays
 from keras_moe.layers.tracking import track_entries
 from keras_moe.models.parts import (
@@ -201,8 +201,7 @@ class MoETranslator(SavedWhole, Decoding, keras.Model):
     @property
     def moe_layers(self) -> list[MoE]:
         """The mixtures, those of the encoder first."""
-        layers = [*self.encoder_middle, *self.decoder_middle]
-        return [layer for layer in layers if isinstance(layer, MoE)]
+        return mixtures_of([*self.encoder_middle, *self.decoder_middle])
 
     def build(self, input_shape):
         shape = (None, None, self.units)

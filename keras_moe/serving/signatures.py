@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import keras
 
-from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe import mixtures_of
 from keras_moe.layers.routing_record import recorded_routing
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.models.translation import MoETranslator
@@ -63,7 +63,7 @@ def signatures_of(
     if arguments is None:
         arguments = call_arguments(model)
     signatures = {"serving_default": _outputs(model, arguments)}
-    mixtures = [layer for layer in model._flatten_layers() if isinstance(layer, MoE)]
+    mixtures = mixtures_of(model)
     if mixtures:
         signatures["routing"] = _routing(model, arguments, mixtures)
     return signatures

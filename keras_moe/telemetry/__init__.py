@@ -1,6 +1,10 @@
 """What the experts do: callbacks, metrics and scores."""
 
-from keras_moe.telemetry.expert_specialization import ExpertSpecialisation
+import warnings
+from typing import Any
+
+from keras_moe.telemetry.expert_contexts import Context, ExpertContexts
+from keras_moe.telemetry.expert_specialization import ExpertSpecialization
 from keras_moe.telemetry.expert_usage import ExpertUsage, UsageRecord
 from keras_moe.telemetry.information import (
     LabelInformation,
@@ -8,17 +12,16 @@ from keras_moe.telemetry.information import (
     mutual_information,
 )
 from keras_moe.telemetry.metrics import Perplexity
-from keras_moe.telemetry.specialization import Context, Specialization
 from keras_moe.telemetry.statistics import UsageTotals, usage_statistics
 from keras_moe.telemetry.translation import translation_scores
 
 __all__ = [
     "Context",
-    "ExpertSpecialisation",
+    "ExpertContexts",
+    "ExpertSpecialization",
     "ExpertUsage",
     "LabelInformation",
     "Perplexity",
-    "Specialization",
     "UsageRecord",
     "UsageTotals",
     "label_information",
@@ -26,3 +29,20 @@ __all__ = [
     "translation_scores",
     "usage_statistics",
 ]
+
+_RENAMED = {
+    "ExpertSpecialisation": ExpertSpecialization,
+    "Specialization": ExpertContexts,
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(
+        f"telemetry.{name} is deprecated. Write telemetry.{new.__name__}.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return new

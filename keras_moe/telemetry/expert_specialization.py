@@ -10,13 +10,18 @@ import keras
 import numpy as np
 
 from keras_moe import checks, writing
-from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe import mixtures_of
 from keras_moe.layers.routing_record import recorded_routing, routing_tensors
-from keras_moe.telemetry.specialization import Routed, Specialization, specialization
-from keras_moe.telemetry.specialization_page import as_csv, as_html, as_text
+from keras_moe.telemetry.expert_contexts import (
+    ExpertContexts,
+    Routed,
+    as_csv,
+    as_text,
+    expert_contexts,
+)
 
 
-class ExpertSpecialisation(keras.callbacks.Callback):
+class ExpertSpecialization(keras.callbacks.Callback):
     """Shows, for each expert, the contexts in which its gate is largest.
 
     The paper's table 9: the tokens of some batches are sorted by the gate of each
@@ -26,7 +31,7 @@ class ExpertSpecialisation(keras.callbacks.Callback):
     would give.
 
     When training ends the callback runs the model on the batches, without noise,
-    and writes for each `MoE` `<layer>_experts.txt`, `.csv` and `.html` into a
+    and writes for each `MoE` `<layer>_experts.txt` and `.csv` into a
     folder. `analyze` does it at any other time.
 
     Args:
@@ -59,7 +64,7 @@ class ExpertSpecialisation(keras.callbacks.Callback):
     >>> moe = keras_moe.layers.MoE(keras_moe.layers.FeedForwardExperts(8, 16))
     >>> model = keras.Sequential([keras.layers.Embedding(3, 4), moe])
     >>> names = np.array(["", "big", "cat"])
-    >>> shown = keras_moe.telemetry.ExpertSpecialisation(
+    >>> shown = keras_moe.telemetry.ExpertSpecialization(
     ...     [np.array([[1, 2]])], words=lambda batch: names[batch]
     ... )
     >>> found = shown.analyze(model)[moe.name]
@@ -102,19 +107,19 @@ class ExpertSpecialisation(keras.callbacks.Callback):
         if self.folder is not None:
             self.write(self.analyze(self.model), self.folder)
 
-    def analyze(self, model: keras.Model) -> dict[str, Specialization]:
+    def analyze(self, model: keras.Model) -> dict[str, ExpertContexts]:
         """Runs a model on the batches and finds its experts' contexts.
 
         Args:
             model: A built Keras model.
 
         Returns:
-            Dict of layer name to `Specialization`.
+            Dict of layer name to `ExpertContexts`.
         """
         return self._analyze(model, self.batches)
 
     def _analyze(self, model, batches):
-        mixtures = [layer for layer in _mixtures(model) if layer.num_experts > 1]
+        mixtures = [layer for layer in mixtures_of(model) if layer.num_experts > 1]
         if not mixtures:
             raise ValueError(
                 "`model` must have a `MoE` of several experts. Received: "
@@ -157,7 +162,7 @@ class ExpertSpecialisation(keras.callbacks.Callback):
         row: np.ndarray = np.repeat(np.arange(len(rows)), lengths)
         column = np.concatenate([np.arange(length) for length in lengths])
         return {
-            layer.name: specialization(
+            layer.name: expert_contexts(
                 layer.name,
                 layer.num_experts,
                 Routed(rows, row, column, *_joined(routing[layer.name])),
@@ -184,9 +189,9 @@ class ExpertSpecialisation(keras.callbacks.Callback):
 
     @staticmethod
     def write(
-        found: dict[str, Specialization], folder: str | os.PathLike
+        found: dict[str, ExpertContexts], folder: str | os.PathLike
     ) -> list[Path]:
-        """Writes text, CSV and HTML for each mixture.
+        """Writes text and CSV for each mixture.
 
         Args:
             found: From `analyze`.
@@ -198,20 +203,11 @@ class ExpertSpecialisation(keras.callbacks.Callback):
         folder = writing.verify_folder(folder, "folder")
         written = []
         for name, of_layer in found.items():
-            for suffix, render in (
-                ("txt", as_text),
-                ("csv", as_csv),
-                ("html", as_html),
-            ):
+            for suffix, render in (("txt", as_text), ("csv", as_csv)):
                 path = folder / f"{name}_experts.{suffix}"
                 writing.write_text(path, render(of_layer))
                 written.append(path)
         return written
-
-
-def _mixtures(layer):
-    """The `MoE`s of a model, those inside other models and layers included."""
-    return [each for each in layer._flatten_layers() if isinstance(each, MoE)]
 
 
 def _joined(arrays):

@@ -363,3 +363,35 @@ def test_largest_logits_of_a_worked_example():
     assert indices.numpy().tolist() == [[1, 2, 3]]
     with pytest.raises(ValueError, match="k=4.*num_experts=4"):
         F.largest_logits(tf.zeros((1, 4)), 4)
+
+
+@pytest.mark.parametrize("normalization", ["selected", "all"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_noisy_top_k_gating_equals_the_oracle(rng, k, normalization):
+    num_experts = 5
+    clean, raw, noise = (rng.normal(size=(6, num_experts)) for _ in range(3))
+
+    def of(part):
+        def run(clean, raw):
+            gates, experts, probs = F.noisy_top_k_gating(
+                clean, raw, noise, k, normalization, 0.1
+            )
+            return gates if part == "gates" else probs
+
+        def expected(clean, raw):
+            stddev = oracle.softplus(raw) + 0.1
+            noisy = clean + noise * stddev
+            if part == "probs":
+                return oracle.prob_in_top_k(clean, noisy, stddev, k)
+            dense = oracle.top_k_gates(noisy, k, normalization)
+            chosen = [oracle.top_k(row, k) for row in noisy]
+            return np.take_along_axis(dense, np.array(chosen), axis=1)
+
+        return run, expected
+
+    if k > 1 or normalization == "all":  # otherwise gates are constant
+        assert_value_and_gradients(*of("gates"), [clean, raw], rtol=1e-5)
+    if k < num_experts:
+        assert_value_and_gradients(*of("probs"), [clean, raw], rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(of("probs")[0](clean, raw), np.ones((6, 5)))

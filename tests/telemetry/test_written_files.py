@@ -41,7 +41,7 @@ def fails_before_the_training(model, callback, message):
 
 def shown(folder, batches=None, words=WORDS.__getitem__, **options):
     batches = [np.array([[1, 2, 3]])] if batches is None else batches
-    return telemetry.ExpertSpecialisation(batches, words, folder=folder, **options)
+    return telemetry.ExpertSpecialization(batches, words, folder=folder, **options)
 
 
 def test_usage_that_cannot_be_written(model, tmp_path):

@@ -46,14 +46,15 @@ def hierarchical_gating(
         gates, indices = functional.top_k_gating(_rows(clean), k2, normalization)
     else:
         raw_noise = _logits(inputs, layer.noise_kernel, members)
-        stddev = functional.noise_stddev(_rows(raw_noise), layer.noise_epsilon)
         noise = _noise(layer, groups, members, size, mask)
-        noisy = functional.noisy_logits(_rows(clean), stddev, _rows(noise))
-        if k2 < size:
-            probs = functional.prob_in_top_k(_rows(clean), noisy, stddev, k2)
-        else:
-            probs = tf.ones_like(noisy)
-        gates, indices = functional.top_k_gating(noisy, k2, normalization)
+        gates, indices, probs = functional.noisy_top_k_gating(
+            _rows(clean),
+            _rows(raw_noise),
+            _rows(noise),
+            k2,
+            normalization,
+            layer.noise_epsilon,
+        )
         load = _load(tf.reshape(probs, tf.shape(clean)), members, mask)
         load = functional.hierarchical_load(
             primary.statistics.load, load, primary.statistics.counts

@@ -1,5 +1,7 @@
-"""What experts have specialized in: the contexts of their largest gates (table 9)."""
+"""The contexts of each expert's largest gates (table 9), and as text and CSV."""
 
+import csv
+import io
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ class Context(NamedTuple):
     after: str
 
 
-class Specialization(NamedTuple):
+class ExpertContexts(NamedTuple):
     """What the experts of one mixture take.
 
     Attributes:
@@ -65,7 +67,7 @@ class Routed(NamedTuple):
     gates: np.ndarray
 
 
-def specialization(
+def expert_contexts(
     name: str,
     num_experts: int,
     routed: Routed,
@@ -75,7 +77,7 @@ def specialization(
     label_name: str = "label",
     num_contexts: int = 10,
     window: int = 6,
-) -> Specialization:
+) -> ExpertContexts:
     """Finds for every expert the contexts of its largest gates.
 
     A context that reads like one already found, to the last word of the window, is
@@ -93,7 +95,7 @@ def specialization(
         window: Int. Words on either side. Defaults to `6`.
 
     Returns:
-        A `Specialization`.
+        An `ExpertContexts`.
 
     Reference:
         Shazeer et al. 2017, appendix E, table 9.
@@ -114,7 +116,7 @@ def specialization(
             routed.rows[routed.row[n]][routed.column[n]] for n in token[start:end]
         )
         words.append(tuple(taken.most_common(num_contexts)))
-    found = Specialization(name, np.diff(ends), tuple(contexts), tuple(words))
+    found = ExpertContexts(name, np.diff(ends), tuple(contexts), tuple(words))
     if labels is None:
         return found
     # Only labels of tokens that some expert took: padding has none.
@@ -141,3 +143,73 @@ def _contexts(routed, tokens, gates, number, window):
         if len(found) == number:
             break
     return tuple(found.values())
+
+
+def information_text(found: ExpertContexts) -> str:
+    """A sentence on experts and labels; "" without labels."""
+    if found.information is None:
+        return ""
+    information, shuffled = found.information.information, found.information.shuffled
+    largest = np.log(max(2, min(len(found.labels), len(found.counts))))
+    return (
+        f"Mutual information of expert and {found.label_name}, over {len(found.labels)} "
+        f"labels of equal weight: {information:.3f} nats, at most {largest:.3f}. With "
+        f"labels shuffled {len(shuffled)} times: mean {np.mean(shuffled):.3f}, largest "
+        f"{max(shuffled):.3f}."
+    )
+
+
+def as_text(found: ExpertContexts) -> str:
+    """The experts one after the other, the busiest first."""
+    lines = [f"Experts of {found.name}, by the contexts of their largest gates", ""]
+    if found.information is not None:
+        lines += [information_text(found), ""]
+    for expert in by_load(found):
+        lines.append(f"Expert {expert}: {_load(found, expert)}")
+        words = ", ".join(word for word, _ in found.words[expert])
+        if words:
+            lines.append(f"  most often: {words}")
+        lines += [
+            f"  {c.gate:.2f}  {c.before} [{c.word}] {c.after}"
+            for c in found.contexts[expert]
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_csv(found: ExpertContexts) -> str:
+    """One row for each context."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(
+        ("layer", "expert", "tokens", "rank", "gate", "before", "word", "after")
+    )
+    for expert, contexts in enumerate(found.contexts):
+        for rank, c in enumerate(contexts, 1):
+            writer.writerow(
+                (
+                    found.name,
+                    expert,
+                    found.counts[expert],
+                    rank,
+                    f"{c.gate:.6f}",
+                    c.before,
+                    c.word,
+                    c.after,
+                )
+            )
+    return file.getvalue()
+
+
+def by_load(found: ExpertContexts) -> list[int]:
+    """Experts, the busiest first."""
+    return np.argsort(-found.counts, kind="stable").tolist()
+
+
+def _load(found, expert):
+    mean = max(found.counts.mean(), 1e-30)
+    share = found.counts[expert] / max(found.counts.sum(), 1)
+    return (
+        f"{found.counts[expert]:,} tokens, {share:.1%} of the load, "
+        f"{found.counts[expert] / mean:.2f} times the mean"
+    )
