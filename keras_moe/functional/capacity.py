@@ -13,7 +13,7 @@ from keras_moe import checks
 from keras_moe.functional import losses
 from keras_moe.functional.dispatching import Dispatcher, Mixed, inverse_permutation
 from keras_moe.functional.plain import only_plain
-from keras_moe.types import DispatchPlan
+from keras_moe.types import DispatchPlan, GatingResult
 
 
 class _CapacityFields(NamedTuple):
@@ -67,13 +67,7 @@ class CapacityDispatcher(Dispatcher):
         return super().mix(experts, tokens, _without_padding(result, mask), mask)
 
     def make_plan(self, result, mask):
-        if result.is_ragged:
-            raise ValueError(
-                "`capacity_factor` needs a gate that gives every token the same "
-                f"number of experts. Received: capacity_factor={self.capacity_factor} "
-                "with a gate whose tokens have different numbers. Leave "
-                "`capacity_factor` out."
-            )
+        verify_fixed_k(result, f"capacity_factor={self.capacity_factor} with a gate")
         num_experts = result.statistics.counts.shape[0]
         capacity = self._slots(result, tf.shape(result.expert_indices)[0])
         limit = None
@@ -266,6 +260,21 @@ def mix_in_rounds(
         maximum_iterations=-(-num_tokens // capacity),
     )
     return total
+
+
+def verify_fixed_k(result: GatingResult, received: str) -> None:
+    """Raises unless every token has the same number of experts.
+
+    Args:
+        result: What a gate has decided.
+        received: The capacity and the gate, for the message.
+    """
+    if result.is_ragged:
+        raise ValueError(
+            "`capacity_factor` needs a gate that gives every token the same number of "
+            f"experts. Received: {received}, whose tokens have different numbers. "
+            "Leave `capacity_factor` out."
+        )
 
 
 def _without_padding(result, mask):

@@ -379,6 +379,7 @@ def verify_recurrent_gating(chosen: GatingResult) -> None:
         raise ValueError(
             "`gating` of a recurrent mixture must give every token the same number "
             "of experts and have no losses of its own. Received: a gate with "
-            f"gates of shape {chosen.gates.shape} and {len(chosen.auxiliary_losses)} "
-            "auxiliary losses. Use NoisyTopKGating, TopKGating or SoftmaxGating."
+            f"gates of rank {chosen.gates.shape.rank} and "
+            f"{len(chosen.auxiliary_losses)} auxiliary losses. Use NoisyTopKGating, "
+            "TopKGating or SoftmaxGating."
         )

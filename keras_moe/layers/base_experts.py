@@ -61,6 +61,10 @@ class Experts(checks.FromConfig, keras.layers.Layer):
     Output shape:
         The same with `output_units` in place of `features`.
 
+    Losses and state:
+        The weights that `build` adds, each `(num_experts, ...)`; losses of their
+        regularizers.
+
     Frozen experts: they answer as before, and gradients pass through them to their
     inputs and to the gate. The gradient of their weights is zero, and they are
     neither regularized nor constrained. A step in which the layer runs and a Keras

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
+from keras_moe.functional.capacity import verify_fixed_k
 from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.base_experts import Experts
@@ -235,6 +236,9 @@ class MoE(keras.layers.Layer):
         dispatcher = self._dispatcher(training)
         result = self.gating(tokens, mask=mask, training=training)
         verify_gating_result(result, self.gating)
+        if self._has_capacity:
+            gate = type(self.gating).__name__
+            verify_fixed_k(result, f"{self._capacities} with {gate}")
         outputs, overflow = dispatcher.mix(self.experts, tokens, result, mask)
         entropy = partial(
             functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask

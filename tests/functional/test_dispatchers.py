@@ -94,12 +94,14 @@ def test_tokens_with_different_numbers_of_experts(case):
 def test_a_capacity_leaves_masked_tokens_out_and_counts_what_it_drops(case):
     mask = np.arange(N) < 4
     result = F.make_gating_result(np.ones((N, 1)), np.zeros((N, 1), "int32"), E)
-    # ceil(4 * 1 * 9 / 6) = 6 slots for expert 0, 4 real tokens: nothing dropped.
-    plan = F.CapacityDispatcher(4.0).make_plan(result, mask)
-    assert plan.counts.numpy().tolist() == [4, 0, 0, 0, 0, 0]
-    assert int(plan.overflow) == 0
-    # Without the mask 9 tokens want its 6 slots.
-    assert int(F.CapacityDispatcher(4.0).make_plan(result, None).overflow) == 3
+    # Of 4 real tokens expert 0 may have ceil(3 * 1 * 4 / 6) = 2.
+    plan = F.CapacityDispatcher(3.0).make_plan(result, mask)
+    assert plan.counts.numpy().tolist() == [2, 0, 0, 0, 0, 0]
+    assert int(plan.overflow) == 2
+    # Of all 9 it may have ceil(3 * 1 * 9 / 6) = 5, and shapes are for those.
+    plan_of_all = F.CapacityDispatcher(3.0).make_plan(result, None)
+    assert int(plan_of_all.overflow) == 4
+    assert plan.token_indices.shape == plan_of_all.token_indices.shape == (E, 5)
 
 
 def test_a_capacity_refuses_different_numbers_of_experts(case):

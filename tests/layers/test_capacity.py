@@ -176,7 +176,9 @@ def test_a_layer_of_before_has_one_capacity_for_both(make):
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf"), "much"])
 def test_refuses_a_bad_capacity_of_evaluation(factor):
-    with pytest.raises(ValueError, match=r"`evaluation_capacity_factor`.*above 0"):
+    with pytest.raises(
+        ValueError, match=r"`evaluation_capacity_factor`.*within \(0, inf\)"
+    ):
         make(evaluation_capacity_factor=factor)
 
 

@@ -62,7 +62,9 @@ def test_losses_come_in_training_and_elsewhere_if_asked_for(make, x):
     for options in ({"training": False}, {"training": None}, {}):
         assert number_of_losses(layer, x, **options) == 0, options
     asked = make(losses_in_evaluation=True)
-    assert number_of_losses(asked, x, training=False) >= 2
+    # Thresholds are trained, and counts give no load loss by default.
+    least = 1 if isinstance(asked.gating, layers.BalancedGating) else 2
+    assert number_of_losses(asked, x, training=False) >= least
     assert asked.get_config()["losses_in_evaluation"] is True
     assert type(asked).from_config(asked.get_config()).losses_in_evaluation
     # A model that was saved before the argument was there.
