@@ -19,6 +19,7 @@ are put together, in the order of the tokens.
 
 What one expert computes is a function `network(rows, *weights)`: it maps rows
 `(e, R, D)` of e experts and their part of every weight, `(e, ...)`, to `(e, R, out)`.
+Within `plain_operations` it gets one expert at a time, without the axis of experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -240,6 +241,9 @@ def _run_each(network, parts, weights, recompute):
     """Each expert's network on its own rows, one part for each expert."""
     if recompute:
         return _run_each_recomputed(network, parts, weights)
+    if only_plain():  # other runtimes take no batched products of any number of rows
+        each = zip(*map(tf.unstack, weights), strict=True)
+        return [network(part, *own) for part, own in zip(parts, each, strict=True)]
     return [network(*own)[0] for own in _of_each(parts, weights)]
 
 

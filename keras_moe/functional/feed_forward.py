@@ -112,7 +112,7 @@ def feed_forward_network(num_kernels: int, activation: Activation) -> Network:
         for i in range(num_kernels):
             x = tf.matmul(x, weights[i])
             if len(weights) > num_kernels:
-                x = x + weights[num_kernels + i][:, tf.newaxis, :]
+                x = x + weights[num_kernels + i][..., tf.newaxis, :]
             if i < last:
                 x = activation(x)
         return x

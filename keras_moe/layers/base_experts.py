@@ -89,7 +89,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
     ...     def build(self, input_shape):
     ...         self.add_expert_weight("scale", (input_shape[-1],), "ones")
     ...     def network(self, rows, scale):  # (e, rows, features), (e, features)
-    ...         return rows * scale[:, None]
+    ...         return rows * scale[..., None, :]
     >>> moe = keras_moe.layers.MoE(Scales(8), keras_moe.layers.NoisyTopKGating(2))
     >>> moe(np.ones((3, 4), "float32")).shape.as_list()
     [3, 4]

@@ -38,9 +38,9 @@ class FactoredAdam(keras.optimizers.Adam):
             factored. Defaults to `0.9`.
         beta_2: Float. Decay of the second moment, factored or not. Defaults to
             `0.999`.
-        epsilon: Float of at least 1e-19. Added to the root of the second moment:
-            squares of gradients below that are 0 in float32, and the step would
-            be their quotient with `epsilon`, or 0 / 0. Defaults to `1e-7`.
+        epsilon: Float above 0. Added to the root of the second moment. Squares of
+            gradients below 1e-19 are 0 in float32, and the step is then their
+            quotient with `epsilon`. Defaults to `1e-7`.
         untouched_rows: `"decay"` or `"keep"`. What becomes of the rows of an
             embedding, or of the kernel of a `SampledSoftmax`, that a step has not
             read. `"decay"`: as in Adam, their momentum moves them on and decays,
@@ -64,7 +64,7 @@ class FactoredAdam(keras.optimizers.Adam):
         weight, so where the experts are sharded, their state is sharded alike.
 
     Raises:
-        ValueError: A decay is not within [0, 1), `epsilon` is below 1e-19 or another
+        ValueError: A decay is not within [0, 1), `epsilon` is 0 to float32 or another
             number is negative or not finite, `factored` is not a list of regular
             expressions, `amsgrad` is set; when built: a pattern matches a weight of
             rank below 2, or matches none.
@@ -99,11 +99,11 @@ class FactoredAdam(keras.optimizers.Adam):
         beta_1 = checks.verify_rate(beta_1, "beta_1")
         beta_2 = checks.verify_rate(beta_2, "beta_2")
         epsilon = checks.verify_number(epsilon, "epsilon")
-        if epsilon < 1e-19:
+        if epsilon < 1.2e-38:
             raise ValueError(
-                "`epsilon` must be at least 1e-19, the root of the least square that "
-                f"float32 holds. Received: epsilon={epsilon!r}. A weight without a "
-                "gradient would become NaN; leave it out for 1e-7."
+                "`epsilon` must be above 0, also in float32, whose least number is "
+                f"1.2e-38. Received: epsilon={epsilon!r}. A weight without a gradient "
+                "would become NaN; leave it out for 1e-7."
             )
         if isinstance(learning_rate, int | float | str | np.generic | np.ndarray):
             learning_rate = checks.verify_number(learning_rate, "learning_rate")

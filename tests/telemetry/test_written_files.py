@@ -66,7 +66,7 @@ def test_a_folder_that_is_missing_is_made(model, tmp_path):
     history = model.fit(x, y, verbose=0, callbacks=callbacks).history
     assert "loss" in history
     assert picture.read_text().lstrip().startswith("<?xml")
-    assert len(list((tmp_path / "experts").iterdir())) == 3
+    assert len(list((tmp_path / "experts").iterdir())) == 2
 
 
 def test_specialisation_that_cannot_be_written(model, tmp_path):
