@@ -4,6 +4,7 @@ import numpy as np
 
 from keras_moe import telemetry
 from keras_moe.data.translation import split_direction, target_inputs
+from keras_moe.data.vocabulary import PAD_ID
 
 
 def information_report(found: telemetry.LabelInformation) -> dict:
@@ -62,7 +63,9 @@ def _count(model, mixtures, sources, targets, language, rows):
         for layer in mixtures:
             experts, gates = routing[layer.name]
             ids = source if layer in model.encoder_middle else before
-            real = (ids.numpy() != 0)[..., np.newaxis] & (experts >= 0) & (gates > 0)
+            real = (
+                (ids.numpy() != PAD_ID)[..., np.newaxis] & (experts >= 0) & (gates > 0)
+            )
             for sentence, chosen in zip(experts, real, strict=True):
                 rows[layer.name].append(
                     np.bincount(sentence[chosen], minlength=layer.num_experts)

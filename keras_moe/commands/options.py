@@ -2,6 +2,12 @@
 
 import argparse
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from keras_moe.data.vocabulary import TOKENIZERS
+from keras_moe.models.middle import KINDS
+from keras_moe.models.presets import EXPERT_OPTIMIZERS, GATINGS
+from keras_moe.models.translation_layers import KINDS as TRANSLATION_KINDS
 
 DTYPES = ("float32", "float64", "mixed_bfloat16")
 
@@ -11,11 +17,63 @@ def _option(default, help_text, *, choices=None):
 
 
 @dataclass(frozen=True)
-class TrainLMOptions:
+class TrainOptions:
+    """Options that the trainings share; some have a default of their own."""
+
+    COMMAND: ClassVar[str]
+    # Options that may differ when an interrupted run goes on.
+    FREE: ClassVar[tuple[str, ...]] = (
+        "output_dir",
+        "overwrite",
+        "verbose",
+        "epochs",
+        "baseline",
+    )
+
+    output_dir: str = _option("runs/model", "folder for everything written")
+    num_experts: int = _option(64, "number of experts of a mixture")
+    units: int = _option(128, "width of the model")
+    hidden_units: int = _option(256, "hidden units of an expert")
+    lstm_units: int | None = _option(
+        None, "LSTM cells, projected to --units; default: --units, no projection"
+    )
+    dropout: float = _option(0.3, "fraction of each layer's output that is dropped")
+    loss_weight: float = _option(0.1, "weight of the importance and the load loss")
+    learning_rate: float = _option(0.004, "highest learning rate of Adam")
+    warmup_steps: int = _option(200, "steps over which the learning rate rises")
+    epochs: int = _option(3, "passes over the training data, at most")
+    patience: int = _option(2, "epochs without a better validation before stopping")
+    seed: int = _option(1, "random seed")
+    baseline: bool = _option(
+        False, "also train a dense model of equal operations and compare"
+    )
+    overwrite: bool = _option(
+        False, "delete what --output-dir holds first, if it is an earlier run"
+    )
+    verbose: int = _option(
+        1, "0 silent, 1 progress bar, 2 a line an epoch", choices=(0, 1, 2)
+    )
+
+    def settings(self) -> dict:
+        """The options that make a run what it is; kept with its checkpoints."""
+        return {k: v for k, v in asdict(self).items() if k not in self.FREE}
+
+
+def _default(name, default):
+    """A shared option with a default of its own."""
+    return field(
+        default=default, metadata=TrainOptions.__dataclass_fields__[name].metadata
+    )
+
+
+@dataclass(frozen=True)
+class TrainLMOptions(TrainOptions):
     """Options of `train-lm`."""
 
     COMMAND = "train-lm"
+    FREE = (*TrainOptions.FREE, "devices", "workers", "dtensor")
 
+    output_dir: str = _default("output_dir", "runs/language_model")
     data_dir: str | None = _option(
         None,
         "folder with train, valid and test files (.txt, .txt.gz or .txt.xz); "
@@ -26,12 +84,11 @@ class TrainLMOptions:
         "dataset of tensorflow-datasets, such as lm1b, prepared in --data-dir (or where "
         "that package keeps its data); default: none",
     )
-    output_dir: str = _option("runs/language_model", "folder for everything written")
     tokenizer: str | None = _option(
         None,
         "words (raw text) or whitespace (tokenized text); default: words for the "
         "embedded corpus, whitespace for --data-dir",
-        choices=("words", "whitespace"),
+        choices=TOKENIZERS,
     )
     min_count: int = _option(2, "words that occur less often become <unk>")
     vocabulary_size: int | None = _option(None, "most words to know; default: all")
@@ -45,29 +102,16 @@ class TrainLMOptions:
     middle: str = _option(
         "moe",
         "what stands between the LSTMs: the mixture or a dense baseline",
-        choices=("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none"),
+        choices=KINDS,
     )
-    num_experts: int = _option(64, "number of experts")
     k: int = _option(4, "experts for each token")
-    units: int = _option(128, "width of the model")
-    hidden_units: int = _option(256, "hidden units of an expert")
-    lstm_units: int | None = _option(
-        None, "LSTM cells, projected to --units; default: --units, no projection"
-    )
-    dropout: float = _option(0.3, "fraction of each layer's output that is dropped")
-    loss_weight: float = _option(0.1, "weight of the importance and the load loss")
     num_sampled: int | None = _option(
         None,
         "candidates of the softmax in training; rows of words that a step does not read "
         "are then left alone by Adam; default: the full softmax",
     )
-    learning_rate: float = _option(0.004, "highest learning rate of Adam")
-    warmup_steps: int = _option(200, "steps over which the learning rate rises")
     batch_size: int = _option(32, "rows of a batch, each a stream of text")
     sequence_length: int = _option(32, "time steps of a batch")
-    epochs: int = _option(3, "passes over the training text, at most")
-    patience: int = _option(2, "epochs without a better validation before stopping")
-    seed: int = _option(1, "random seed")
     dtype: str = _option(
         "float32",
         "numbers of the model: float32, mixed_bfloat16, or float64, in which runs on "
@@ -87,39 +131,22 @@ class TrainLMOptions:
     dtensor: int | None = _option(
         None, "as --devices, by layouts of DTensor on a mesh; default: one device"
     )
-    baseline: bool = _option(
-        False, "also train a dense model of equal operations and compare"
-    )
-    overwrite: bool = _option(
-        False, "delete what --output-dir holds first, if it is an earlier run"
-    )
-    verbose: int = _option(
-        1, "0 silent, 1 progress bar, 2 a line an epoch", choices=(0, 1, 2)
-    )
-
-    # Options that may differ when an interrupted run goes on.
-    _FREE = (
-        "output_dir",
-        "overwrite",
-        "verbose",
-        "epochs",
-        "baseline",
-        "devices",
-        "workers",
-        "dtensor",
-    )
-
-    def settings(self) -> dict:
-        """The options that make a run what it is; kept with its checkpoints."""
-        return {k: v for k, v in asdict(self).items() if k not in self._FREE}
 
 
 @dataclass(frozen=True)
-class TrainMTOptions:
+class TrainMTOptions(TrainOptions):
     """Options of `train-mt`."""
 
     COMMAND = "train-mt"
+    FREE = (*TrainOptions.FREE, "num_beams", "length_penalty", "test_sentences")
 
+    output_dir: str = _default("output_dir", "runs/translation")
+    num_experts: int = _default("num_experts", 32)
+    units: int = _default("units", 192)
+    hidden_units: int = _default("hidden_units", 384)
+    dropout: float = _default("dropout", 0.1)
+    loss_weight: float = _default("loss_weight", 0.01)
+    warmup_steps: int = _default("warmup_steps", 400)
     data_dir: str | None = _option(
         None,
         "folder with train.en-fr.tsv, valid.en-fr.tsv, test.en-fr.tsv and so on (also "
@@ -134,7 +161,6 @@ class TrainMTOptions:
     max_pairs: int | None = _option(
         None, "with --tfds, read so many rows of each split, at most; default: all"
     )
-    output_dir: str = _option("runs/translation", "folder for everything written")
     directions: str | None = _option(
         None,
         "directions with commas between, such as en-fr,fr-en; default: both of every "
@@ -144,68 +170,34 @@ class TrainMTOptions:
     middle: str = _option(
         "moe",
         "what stands between the LSTMs: the mixtures, a dense expert, or nothing",
-        choices=("moe", "moe_1_wide", "none"),
+        choices=TRANSLATION_KINDS,
     )
     gating: str = _option(
         "noisy_top_k",
         "gate of the mixtures: noisy top-k, or strictly balanced (appendix F)",
-        choices=("noisy_top_k", "balanced"),
+        choices=GATINGS,
     )
-    num_experts: int = _option(32, "number of experts of a mixture")
     num_groups: int | None = _option(
         None,
         "groups of a hierarchical mixture, --k of which a token meets; default: flat",
     )
     k: int = _option(2, "experts for each token (of each group, if hierarchical)")
-    units: int = _option(192, "width of the model")
-    hidden_units: int = _option(384, "hidden units of an expert")
-    lstm_units: int | None = _option(
-        None, "LSTM cells, projected to --units; default: --units, no projection"
-    )
-    dropout: float = _option(0.1, "fraction of each layer's output that is dropped")
-    loss_weight: float = _option(0.01, "weight of the importance and the load loss")
-    learning_rate: float = _option(0.004, "highest learning rate of Adam")
-    warmup_steps: int = _option(400, "steps over which the learning rate rises")
     constant_steps: int = _option(0, "steps at the highest rate before it falls")
     batch_tokens: int = _option(2048, "most positions of a batch, with padding")
     max_length: int = _option(40, "pairs with more subwords on a side are left out")
     temperature: float = _option(
         1.0, "evens out the directions' shares: pairs to the power of 1/temperature"
     )
-    epochs: int = _option(3, "passes over the training pairs, at most")
     steps_per_epoch: int | None = _option(
         None,
         "batches of an epoch, after which the model is validated and kept; epochs go "
         "through the training pairs one after another; default: all pairs",
     )
-    patience: int = _option(2, "epochs without a better validation before stopping")
     num_beams: int = _option(4, "hypotheses of the beam search")
     length_penalty: float = _option(0.6, "exponent of the length in a beam's score")
     test_sentences: int | None = _option(
         None, "translate so many test sentences of a direction, at most; default: all"
     )
-    seed: int = _option(1, "random seed")
-    baseline: bool = _option(
-        False, "also train a dense model of equal operations and compare"
-    )
-    overwrite: bool = _option(
-        False, "delete what --output-dir holds first, if it is an earlier run"
-    )
-    verbose: int = _option(
-        1, "0 silent, 1 progress bar, 2 a line an epoch", choices=(0, 1, 2)
-    )
-
-    # Options that may differ when an interrupted run goes on.
-    _FREE = (
-        *TrainLMOptions._FREE,
-        "num_beams",
-        "length_penalty",
-        "test_sentences",
-    )
-
-    def settings(self) -> dict:
-        """The options that make a run what it is; kept with its checkpoints."""
-        return {k: v for k, v in asdict(self).items() if k not in self._FREE}
 
 
 @dataclass(frozen=True)
@@ -252,7 +244,7 @@ class PlanOptions:
     expert_optimizer: str | None = _option(
         None,
         "optimizer of the experts; default: the paper's",
-        choices=("adam", "factored_adam"),
+        choices=EXPERT_OPTIMIZERS,
     )
     shard_vocabulary: bool = _option(
         False, "share embedding and softmax among the devices"
@@ -266,28 +258,17 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     """Adds the fields of a class of options to a parser."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     for item in fields(options):
-        name = "--" + item.name.replace("_", "-")
-        text = item.metadata["help"]
-        if item.type is bool or isinstance(item.default, bool):
-            parser.add_argument(
-                name, action="store_true", default=argparse.SUPPRESS, help=text
-            )
-            continue
-        if item.default is None:
+        keywords: dict[str, Any] = {"default": item.default}
+        if isinstance(item.default, bool):
+            keywords["action"] = "store_true"
+        elif item.default is None:
+            keywords["type"] = int if "int" in str(item.type) else str
+        else:
+            keywords["type"] = type(item.default)
+        if item.default is None or item.default is False:
             # The text says what happens; "(default: None)" would not.
-            kind = int if "int" in str(item.type) else str
-            parser.add_argument(
-                name,
-                type=kind,
-                choices=item.metadata["choices"],
-                default=argparse.SUPPRESS,
-                help=text,
-            )
-            continue
-        parser.add_argument(
-            name,
-            type=type(item.default),
-            choices=item.metadata["choices"],
-            default=item.default,
-            help=text,
-        )
+            keywords["default"] = argparse.SUPPRESS
+        if item.metadata["choices"]:
+            keywords["choices"] = item.metadata["choices"]
+        name = "--" + item.name.replace("_", "-")
+        parser.add_argument(name, help=item.metadata["help"], **keywords)

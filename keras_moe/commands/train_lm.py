@@ -11,6 +11,7 @@ from keras_moe import data, distribution, models, serving, telemetry
 from keras_moe.commands import devices, folders, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
+from keras_moe.data.vocabulary import PAD_ID, UNK_ID
 from keras_moe.optimizers import FactoredAdam, WarmupInverseSquareRoot
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
@@ -266,7 +267,7 @@ def _evaluate(model, corpus, options):
     report["unigram_test_perplexity"] = data.unigram_perplexity(
         corpus.vocabulary, corpus.test
     )
-    report["unknown_in_test"] = float(np.mean(corpus.test == 1))
+    report["unknown_in_test"] = float(np.mean(corpus.test == UNK_ID))
     for layer in model.moe_layers:
         if layer.num_experts > 1:
             report["max_over_mean_load"] = logs[f"{layer.name}_max_over_mean_load"]
@@ -329,7 +330,7 @@ def _show_reloaded(model, corpus, options):
             40,
             temperature=0.8,
             seed=options.seed + seed,
-            forbidden_tokens=(0, 1),
+            forbidden_tokens=(PAD_ID, UNK_ID),
         )[0, 1:]
         sentence = vocabulary.to_text(sample).split("\n")[0]
         print(f"  {sentence}")

@@ -245,12 +245,7 @@ def _evaluate(model, corpus, batches, options, folder):
             f"Translating {len(sources):,} test sentences, {direction} ...", flush=True
         )
         start = time.perf_counter()
-        found = model.translate(
-            sources,
-            language,
-            num_beams=options.num_beams,
-            length_penalty=options.length_penalty,
-        )
+        found = _translate(model, sources, language, options)
         seconds = time.perf_counter() - start
         lines = [" ".join(text.split()) + "\n" for text in found]
         writing.write_text(folder / f"test.{direction}.txt", "".join(lines))
@@ -265,6 +260,16 @@ def _evaluate(model, corpus, batches, options, folder):
     return report
 
 
+def _translate(model, texts, language, options):
+    """By the search of the options, which is traced once."""
+    return model.translate(
+        texts,
+        language,
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+    )
+
+
 def _draw(model, corpus, options, report, folder: Path):
     """Pictures of the history, of attention, and of the experts."""
     written = pictures.draw_history(
@@ -273,7 +278,7 @@ def _draw(model, corpus, options, report, folder: Path):
     direction, (sources, _) = next(iter(corpus.pairs["test"].items()))
     # The first sentence of middling length, so that there is something to see.
     source = next((s for s in sources if 30 <= len(s) <= 60), sources[0])
-    written += _draw_attention(model, source, _target(direction), folder)
+    written += _draw_attention(model, source, _target(direction), options, folder)
     languages = corpus.target_languages
     tables = experts_by_language(model, corpus, options)
     for name, table in tables.items():
@@ -284,9 +289,9 @@ def _draw(model, corpus, options, report, folder: Path):
     return written
 
 
-def _draw_attention(model, source, language, folder):
+def _draw_attention(model, source, language, options, folder):
     vocabulary = model.vocabulary
-    text = model.translate(source, language)
+    text = _translate(model, source, language, options)
     ids = vocabulary.encode_source([source], [language]).to_tensor()
     targets = vocabulary.encode_target([text]).to_tensor()
     weights = model.attention(ids, target_inputs(targets))[0]

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.data.vocabulary import EOS, PAD, RESERVED, UNK
+from keras_moe.data.vocabulary import EOS, EOS_ID, PAD, PAD_ID, RESERVED, UNK, UNK_ID
 
 
 def language_token(language: str) -> str:
@@ -52,8 +52,8 @@ class SubwordVocabulary:
         multilingual neural machine translation system".
     """
 
-    pad_id = RESERVED.index(PAD)
-    eos_id = RESERVED.index(EOS)
+    pad_id = PAD_ID
+    eos_id = EOS_ID
 
     def __init__(self, model: bytes | str, languages: Sequence[str]):
         try:
@@ -154,9 +154,9 @@ class SubwordVocabulary:
                 model_type="unigram",
                 character_coverage=0.9999 if byte_fallback else 1.0,
                 byte_fallback=byte_fallback,
-                pad_id=RESERVED.index(PAD),
-                unk_id=RESERVED.index(UNK),
-                eos_id=RESERVED.index(EOS),
+                pad_id=PAD_ID,
+                unk_id=UNK_ID,
+                eos_id=EOS_ID,
                 bos_id=-1,
                 pad_piece=PAD,
                 unk_piece=UNK,

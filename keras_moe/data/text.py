@@ -15,6 +15,7 @@ from keras_moe import checks
 from keras_moe.data.files import read_lines, suffixes
 from keras_moe.data.vocabulary import (
     EOS,
+    EOS_ID,
     RESERVED,
     Vocabulary,
     tokenize,
@@ -164,7 +165,7 @@ def _cut_into_rows(
     end = 0
     for row, length in zip(rows, lengths, strict=True):
         start, end = end, end + length
-        row[0] = ids[start - 1] if start else RESERVED.index(EOS)
+        row[0] = ids[start - 1] if start else EOS_ID
         row[1 : 1 + length] = ids[start:end]
     return tf.constant(rows), tf.constant(lengths[:, np.newaxis])
 

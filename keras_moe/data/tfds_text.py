@@ -11,9 +11,8 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.data.text import TextCorpus
-from keras_moe.data.vocabulary import EOS, RESERVED, Vocabulary
+from keras_moe.data.vocabulary import EOS, EOS_ID, Vocabulary
 
-_EOS_ID = RESERVED.index(EOS)
 # Sentences that are split and looked up at a time.
 _CHUNK = 512
 
@@ -125,8 +124,8 @@ def _deal(chunks: Iterator, batch_size: int, sequence_length: int) -> Iterator:
     """Deals sentences to rows and cuts the rows into batches."""
     rows: list[list[np.ndarray]] = [[] for _ in range(batch_size)]
     lengths: np.ndarray = np.zeros(batch_size, np.int64)
-    last: np.ndarray = np.full(batch_size, _EOS_ID, np.int32)
-    end: np.ndarray = np.array([_EOS_ID], np.int32)
+    last: np.ndarray = np.full(batch_size, EOS_ID, np.int32)
+    end: np.ndarray = np.array([EOS_ID], np.int32)
 
     def cut():
         nonlocal last

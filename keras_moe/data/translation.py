@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.data.files import read_lines, suffixes
 from keras_moe.data.subwords import SubwordVocabulary
+from keras_moe.data.vocabulary import EOS_ID, PAD_ID
 
 SPLITS = ("train", "valid", "test")
 # Lengths that a batch holds together, the last without end.
@@ -207,10 +208,8 @@ def target_inputs(targets: tf.Tensor) -> tf.Tensor:
     Returns:
         The same shape. Where a shorter sentence has ended nothing goes in: 0.
     """
-    moved = tf.pad(
-        targets[:, :-1], [[0, 0], [1, 0]], constant_values=SubwordVocabulary.eos_id
-    )
-    return tf.where(tf.equal(targets, SubwordVocabulary.pad_id), 0, moved)
+    moved = tf.pad(targets[:, :-1], [[0, 0], [1, 0]], constant_values=EOS_ID)
+    return tf.where(tf.equal(targets, PAD_ID), PAD_ID, moved)
 
 
 def split_direction(direction: str) -> tuple[str, str]:

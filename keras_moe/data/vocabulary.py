@@ -16,6 +16,7 @@ UNK = "<unk>"
 #: Token at the end of every line.
 EOS = "<eos>"
 RESERVED = (PAD, UNK, EOS)
+PAD_ID, UNK_ID, EOS_ID = range(len(RESERVED))
 
 # Words with inner apostrophes, decimal numbers with inner points or commas, and
 # any other visible character by itself. `WORD_PATTERN` is for RE2, that is for
@@ -33,7 +34,6 @@ _WORD_PATTERN_PYTHON = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:[.,]\d+)
 #: Names of the tokenizers, see `tokenize`.
 TOKENIZERS = ("words", "whitespace")
 
-_UNK_ID = RESERVED.index(UNK)
 _LINE = re.compile(r"(.*)\t([0-9]+)\n", re.DOTALL)
 #: Pairs of pattern and replacement that turn joined tokens into text, applied to each
 #: line in this order, in Python and in a TensorFlow graph alike.
@@ -139,7 +139,7 @@ class Vocabulary:
                 "A token must not hold a line feed, for `save` writes one token a "
                 f"line. Received: {broken}. Split the text into lines first."
             )
-        self._ids[PAD] = _UNK_ID
+        self._ids[PAD] = UNK_ID
 
     @classmethod
     def from_tokens(
@@ -218,7 +218,7 @@ class Vocabulary:
         """
         get = self._ids.get
         listed = checks.verify_texts(tokens, "tokens")
-        return np.fromiter((get(token, _UNK_ID) for token in listed), np.int32)
+        return np.fromiter((get(token, UNK_ID) for token in listed), np.int32)
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Tokens of ids.

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.data.vocabulary import PAD_ID
 from keras_moe.layers import configs
 from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE, mixtures_of
@@ -251,7 +252,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
         checks.verify_shape(tokens.shape, "that of `tokens`", state_mask=state_mask)
         if 0 in tokens.shape[:2]:
             return self._hidden_of_nothing(tokens, state, training)
-        mask = tf.not_equal(tokens, 0)
+        mask = tf.not_equal(tokens, PAD_ID)
         hidden = self.embedding(tokens)
         hidden = self.dropouts[0](hidden, training=training)
         state = iter(state)
@@ -293,7 +294,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
         return logits, next_state
 
     def compute_mask(self, inputs, previous_mask=None):
-        return keras.ops.not_equal(inputs, 0)
+        return keras.ops.not_equal(inputs, PAD_ID)
 
     def reset_state(self) -> None:
         """Sets the carried states to zero."""

@@ -6,13 +6,16 @@ from typing import Any
 
 from keras_moe import checks
 from keras_moe.layers.hierarchical_gating import verify_groups
+from keras_moe.models.middle import KINDS
 
+GATINGS = ("noisy_top_k", "balanced")
+EXPERT_OPTIMIZERS = ("adam", "factored_adam")
 _MAY_BE_0 = "lstm_layers num_experts constant_steps encoder_lstms decoder_lstms"
 _CHOICES = {
     "kind": ("language_model", "translation"),
-    "middle": ("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none"),
-    "gating": ("noisy_top_k", "balanced"),
-    "expert_optimizer": ("adam", "factored_adam"),
+    "middle": KINDS,
+    "gating": GATINGS,
+    "expert_optimizer": EXPERT_OPTIMIZERS,
 }
 
 
@@ -34,7 +37,7 @@ class Preset:
         lstm_units: Int or None. LSTM cells, projected to `units`; None means
             `units` and no projection.
         lstm_layers: Int. LSTMs of a language model outside `middle`: 1 or 2.
-        middle: `"moe"`, `"moe_1_wide"`, `"moe_1_deep"`, `"4xlstm"` or `"none"`.
+        middle: Str. A `kind` of `middle_layers`.
         num_experts: Int. Experts of one mixture; 0 without.
         num_groups: Int or None. First-level branching a of a hierarchical
             mixture; None is flat.

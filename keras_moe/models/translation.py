@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.data.subwords import SubwordVocabulary
+from keras_moe.data.vocabulary import PAD_ID
 from keras_moe.layers import configs
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.dropout import Dropout
@@ -30,7 +31,7 @@ from keras_moe.models.translation_checks import (
     verify_stack,
     verify_vocabulary,
 )
-from keras_moe.models.translation_decoding import PAD_ID, Decoding
+from keras_moe.models.translation_decoding import Decoding
 from keras_moe.types import at_least_float32
 
 # So improbable that its probability and its gradient are exactly 0.

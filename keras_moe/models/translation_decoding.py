@@ -8,11 +8,10 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.data.translation import target_inputs
+from keras_moe.data.vocabulary import EOS_ID, PAD_ID
 from keras_moe.models.beams import beam_search
 from keras_moe.models.parts import TracedFunctions
 from keras_moe.models.translation_checks import as_texts, verify_decoding, verify_ids
-
-PAD_ID, EOS_ID = 0, 2
 
 
 class Decoding:

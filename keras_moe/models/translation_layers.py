@@ -12,10 +12,9 @@ from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
 from keras_moe.models.middle import middle_layers
-from keras_moe.models.presets import verify_levels
+from keras_moe.models.presets import GATINGS, verify_levels
 
 KINDS = ("moe", "moe_1_wide", "none")
-GATINGS = ("noisy_top_k", "balanced")
 
 
 def translation_middle(

@@ -4,14 +4,13 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from keras_moe.data.vocabulary import EOS_ID, PAD_ID
 from keras_moe.layers.routing_record import recorded_routing
 from keras_moe.models.continuation import continue_tokens
 from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.serving.signature import routing_outputs, signature
 from keras_moe.serving.text import TextCodec
 
-# Id of `<eos>` in every vocabulary of `keras_moe.data`.
-_EOS = 2
 # Rows of logits that are held at once: a long text needs little memory.
 _ROWS_OF_LOGITS = 1024
 MOST_NEW_TOKENS = 1024
@@ -60,12 +59,12 @@ def _score(model, text):
 
     def call(given):
         ids = encode(given)
-        before = tf.pad(ids[:, :-1], [[0, 0], [1, 0]], constant_values=_EOS)
+        before = tf.pad(ids[:, :-1], [[0, 0], [1, 0]], constant_values=EOS_ID)
         # Padding comes last; what follows it is never scored.
         state = model.initial_state(tf.shape(ids)[0])
         hidden, _ = model.hidden_with_state(before, state)
         log_probs = _log_probs(model, hidden, ids)
-        real = tf.cast(tf.not_equal(ids, 0), log_probs.dtype)
+        real = tf.cast(tf.not_equal(ids, PAD_ID), log_probs.dtype)
         log_probs *= real
         total = tf.reduce_sum(log_probs, axis=1)
         count = tf.reduce_sum(real, axis=1)
@@ -108,14 +107,14 @@ def _generate(model, text):
 
     def call(prompt, temperature, top_k, max_new_tokens, seed):
         ids = encode(prompt)
-        lengths = tf.reduce_sum(tf.cast(tf.not_equal(ids, 0), tf.int32), axis=1)
+        lengths = tf.reduce_sum(tf.cast(tf.not_equal(ids, PAD_ID), tf.int32), axis=1)
         checks = _checks(model, lengths, temperature, top_k, max_new_tokens, seed)
         if text is not None:
             # The last line goes on, and a text begins after the end of a line:
             # the end that `encode` puts last belongs in front.
             rows, time = tf.unstack(tf.shape(ids))
             ids = tf.where(tf.sequence_mask(lengths - 1, time), ids, tf.zeros_like(ids))
-            ids = tf.concat([tf.fill([rows, 1], _EOS), ids[:, :-1]], axis=1)
+            ids = tf.concat([tf.fill([rows, 1], EOS_ID), ids[:, :-1]], axis=1)
         with tf.control_dependencies(checks):
             new = continue_tokens(
                 model,

@@ -14,6 +14,7 @@ from keras_moe.data import (
     WORD_PATTERN,
     Vocabulary,
 )
+from keras_moe.data.vocabulary import PAD_ID
 
 # Characters that no text should have, and private ones.
 _STAND_INS = (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))
@@ -118,7 +119,7 @@ class TextCodec:
         Returns:
             `(batch,)` string; `<eos>` ends a line.
         """
-        ids = tf.ragged.boolean_mask(ids, tf.not_equal(ids, 0))
+        ids = tf.ragged.boolean_mask(ids, tf.not_equal(ids, PAD_ID))
         words = tf.where(
             tf.equal(ids.flat_values, self.end), b"\n", self.tokens(ids.flat_values)
         )
