@@ -1,10 +1,31 @@
+import collections
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
 import pytest
+
+_FOLDER = Path(__file__).parent
+_seconds: collections.Counter = collections.Counter()
+
+
+def pytest_runtest_logreport(report):
+    """Sums what tests take by folder; of several processes the first hears of all."""
+    parts = report.nodeid.split("::")[0].split("/")
+    if _FOLDER.name in parts:
+        name = parts[parts.index(_FOLDER.name) + 1]
+        _seconds[f"{_FOLDER.name}/{name}"] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _seconds:
+        terminalreporter.section("time of each folder of tests")
+        for name, seconds in _seconds.most_common():
+            terminalreporter.line(f"{seconds:8.1f} s  {name}")
+        terminalreporter.line(f"{_seconds.total():8.1f} s  all, over all processes")
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,19 @@
 
 Two engines: `mirrored`, for `tf.distribute` strategies of several replicas, and
 `dtensor`, for DTensor layouts. Each is imported when such a strategy is first seen:
-they reach inside TensorFlow and Keras, which one device does not need.
+they reach inside TensorFlow and Keras, which one device does not need, and so take
+fewer versions than the rest of the package (`requirements`).
 """
 
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+import tensorflow as tf
+
 from keras_moe import engine
 from keras_moe.distribution.launcher import launch
+from keras_moe.distribution.requirements import verify_versions
 
 if TYPE_CHECKING:
     from keras_moe.distribution.description import Description, Share, describe
@@ -38,6 +42,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    verify_versions(name)
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
@@ -49,6 +54,11 @@ def _engine_of(strategy: Any) -> engine.Engine:
     dtensor = sys.modules.get(f"{__name__}.dtensor.strategy")
     if dtensor is not None and isinstance(strategy, dtensor.DTensorStrategy):
         return strategy.engine
+    kinds = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if isinstance(strategy, (*kinds, tf.distribute.OneDeviceStrategy)):
+        if strategy.num_replicas_in_sync == 1:
+            return engine.ONE_DEVICE  # with any version
+        verify_versions(type(strategy).__name__)
     from keras_moe.distribution.mirrored.engine import engine_of
 
     return engine_of(strategy)

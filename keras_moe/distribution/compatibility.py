@@ -1,7 +1,7 @@
 """Everything taken from inside TensorFlow and Keras, in one place.
 
-Checked with TensorFlow 2.20.0 and Keras 3.15.1. `tests/distribution` fails where
-one of these no longer works.
+Checked with TensorFlow 2.20.0 and Keras 3.15.1; `requirements` lets no other minor
+version come here. `tests/distribution` fails where one of these no longer works.
 """
 
 import contextlib
