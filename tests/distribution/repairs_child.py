@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe.distribution import compatibility, repairs
+from keras_moe.distribution import compatibility
+from keras_moe.distribution.mirrored import repairs
 from tests.distribution import child
 
 

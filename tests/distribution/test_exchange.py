@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe.distribution import exchange, topology
+from keras_moe.distribution import topology
+from keras_moe.distribution.mirrored import exchange
 
 
 def _run(counts, shards, rows):

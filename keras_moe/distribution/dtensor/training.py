@@ -8,6 +8,7 @@ Each of these acts within the steps of a `DTensorStrategy` only:
   device would draw others;
 * slices of the gradient of an embedding are summed by a product: in the stock way
   DTensor gathers them on every device;
+* `silu` is the product that it is, with the gradient that follows;
 * optimizers keep the state of sharded weights sharded.
 """
 
@@ -36,6 +37,7 @@ def install() -> None:
         _install_functions()
         _install_recurrence()
         _install_random()
+        _install_silu()
         _install_slices()
         slots.install()
         _install_adafactor()
@@ -141,6 +143,19 @@ def _install_recurrence():
 
     for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
         unrolled(kind)
+
+
+def _install_silu():
+    """In the stock form it has a gradient of its own, which fails in a condition."""
+    stock = tf.nn.silu
+
+    def silu(features, beta=1.0):
+        if not in_step():
+            return stock(features, beta)
+        features = tf.convert_to_tensor(features)
+        return features * tf.sigmoid(tf.cast(beta, features.dtype) * features)
+
+    tf.nn.silu = tf.nn.swish = silu
 
 
 def _install_random():
