@@ -1,6 +1,7 @@
 """Where the code runs: what one device, replicas and a mesh do differently.
 
-An `Engine` answers four questions, each in an object or function of its own:
+An `Engine` answers four questions, each in an object or function of its own (and may
+do a whole hierarchical mixture its own way):
 
 * `weights`: where do weights of experts live, and the state that belongs to them?
 * `replicas`: what do the replicas that run the same code tell each other?
@@ -313,5 +314,6 @@ def verify_one_device(layer: Any) -> None:
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
             f"{here.replicas.number} replicas. Use `MoE` or `HierarchicalMoE` with "
-            f"`FeedForwardExperts` there, or build {kind} outside of the scope."
+            f"`FeedForwardExperts` (or other `Experts`) there, or build {kind} outside "
+            "of the scope."
         )

@@ -61,7 +61,7 @@ class BalancedGating(_Gating):
 
     Output shape:
         A `GatingResult`: gates `(assignments,)` float32 in the order of the
-        tokens, the dispatch plan, the statistics, the losses. The number of
+        tokens, the chosen experts, the statistics, the losses. The number of
         assignments is `m * num_experts` in training and depends on the data at
         inference.
 

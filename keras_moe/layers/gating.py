@@ -46,8 +46,8 @@ class SoftmaxGating(_Gating):
         `(tokens, features)`.
 
     Output shape:
-        A `GatingResult`: gates `(tokens, num_experts)` float32, the dispatch
-        plan, the statistics.
+        A `GatingResult`: gates `(tokens, num_experts)` float32, the chosen
+        experts, the statistics.
 
     Losses and state:
         Weight `gate_kernel` of shape `(features, num_experts)`, and with
@@ -111,7 +111,7 @@ class TopKGating(_Gating):
         `(tokens, features)`.
 
     Output shape:
-        A `GatingResult`: gates `(tokens, k)` float32, the dispatch plan, the
+        A `GatingResult`: gates `(tokens, k)` float32, the chosen experts, the
         statistics.
 
     Losses and state:
@@ -226,7 +226,7 @@ class NoisyTopKGating(TopKGating):
         `(tokens, features)`.
 
     Output shape:
-        A `GatingResult`: gates `(tokens, k)` float32, the dispatch plan, the
+        A `GatingResult`: gates `(tokens, k)` float32, the chosen experts, the
         statistics.
 
     Losses and state:

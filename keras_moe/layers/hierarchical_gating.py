@@ -62,7 +62,7 @@ class HierarchicalGating(_Gating):
         `(tokens, features)`.
 
     Output shape:
-        A `GatingResult`: gates `(tokens, k1 * k2)` float32, the dispatch plan,
+        A `GatingResult`: gates `(tokens, k1 * k2)` float32, the chosen experts,
         the statistics over all experts.
 
     Losses and state:

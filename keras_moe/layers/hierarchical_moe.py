@@ -170,10 +170,10 @@ class HierarchicalMoE(MoE):
             )
         self.experts.group_size = group_size
 
-    def _mix(self, tokens, mask, training):
+    def _mix(self, dispatcher, tokens, mask, training):
         here = engine.current()
         if here.hierarchical_mixture is None:
-            return super()._mix(tokens, mask, training)
+            return super()._mix(dispatcher, tokens, mask, training)
         if self.on_routing is not None:
             raise ValueError(
                 f"{self.name}: the routing of a hierarchical mixture is not known on "

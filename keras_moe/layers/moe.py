@@ -100,8 +100,8 @@ class MoE(keras.layers.Layer):
             experts disagree on `num_experts`; `k` exceeds it.
 
     XLA: Without `capacity_factor` shapes depend on the data, so the layer tells
-    Keras not to compile it with XLA. With it, `jit_compile=True` works. Experts of
-    another class than `FeedForwardExperts` then get a slot for every token in
+    Keras not to compile it with XLA. With it, `jit_compile=True` works. Experts
+    that are not `Experts`, an `ExpertList` say, then get a slot for every token in
     evaluation, unless `evaluation_capacity_factor` is a number.
 
     Mixed precision: gate maths runs in float32, experts in the compute type.
@@ -191,21 +191,22 @@ class MoE(keras.layers.Layer):
         checks.verify_dense(inputs, type(self).__name__)
         checks.verify_floating(inputs.dtype, type(self).__name__)
         checks.warn_of_time_steps(self, keras.layers.TimeDistributed)
-        has_static_shapes = self._dispatcher(training).static_shapes
-        if not has_static_shapes:
+        dispatcher = self._dispatcher(training)
+        if not dispatcher.static_shapes:
             engine.verify_not_compiled(
                 type(self).__name__, ", or set `capacity_factor`"
             )
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None
-        if mask is None or has_static_shapes:
-            outputs, result = self._mix(tokens, mask, training)
+        if mask is None or dispatcher.static_shapes:
+            outputs, result = self._mix(dispatcher, tokens, mask, training)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
             # its place. Indices are unique: the scatter is deterministic.
             real = tf.where(mask)
-            outputs, result = self._mix(tf.gather_nd(tokens, real), None, training)
+            tokens_left = tf.gather_nd(tokens, real)
+            outputs, result = self._mix(dispatcher, tokens_left, None, training)
             shape = tf.stack([tf.shape(tokens, tf.int64)[0], outputs.shape[-1]])
             outputs = tf.scatter_nd(real, outputs, shape)
         leading = tf.shape(inputs)[:-1]
@@ -218,9 +219,9 @@ class MoE(keras.layers.Layer):
 
     def _dispatcher(self, training) -> functional.Dispatcher:
         """What moves tokens to experts where this call runs."""
-        elsewhere = engine.current().dispatcher
-        if elsewhere is not None:
-            return elsewhere(k_of(self.gating))
+        make_dispatcher = engine.current().dispatcher
+        if make_dispatcher is not None:
+            return make_dispatcher(k_of(self.gating))
         factor = self.capacity_factor if training else self.evaluation_capacity_factor
         if factor is not None:
             return functional.CapacityDispatcher(factor)
@@ -231,9 +232,8 @@ class MoE(keras.layers.Layer):
             return functional.RoundsDispatcher(self.capacity_factor)
         return functional.CapacityDispatcher(self.num_experts)  # a slot for every token
 
-    def _mix(self, tokens, mask, training):
+    def _mix(self, dispatcher, tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
-        dispatcher = self._dispatcher(training)
         result = self.gating(tokens, mask=mask, training=training)
         verify_gating_result(result, self.gating)
         if self._has_capacity:

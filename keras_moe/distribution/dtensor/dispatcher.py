@@ -26,6 +26,12 @@ class MeshDispatcher(functional.Dispatcher):
         self._mesh, self._k = mesh, k
 
     def mix(self, experts, tokens, result, mask=None):
+        if result.is_ragged:
+            raise ValueError(
+                "A gate on a mesh must give gates (tokens, k), where -1 stands for no "
+                f"expert. Received: gates of shape {result.gates.shape} with "
+                "`token_indices`. Use `tf.distribute.MirroredStrategy` or one device."
+            )
         weights = self._weights_of(experts)
         gates, chosen = result.gates, result.expert_indices
         num_tokens, k = chosen.shape

@@ -18,7 +18,6 @@ from keras_moe.distribution.dtensor.variables import (
     replicated,
     sharded_layout,
     step,
-    whole,
 )
 
 
@@ -247,4 +246,4 @@ def lay_out_batch(tensor: tf.Tensor, mesh: dtensor.Mesh) -> tf.Tensor:
     return lay_out(tensor, dtensor.Layout.replicated(mesh, rank))
 
 
-__all__ = ["Batches", "DTensorStrategy", "lay_out_batch", "whole"]
+__all__ = ["Batches", "DTensorStrategy", "lay_out_batch"]

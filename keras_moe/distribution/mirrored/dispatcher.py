@@ -25,7 +25,7 @@ class MirroredDispatcher(functional.Dispatcher):
 
     def mix(self, experts, tokens, result, mask=None):
         plan = self.make_plan(result, mask)
-        rows = self.at_home(
+        rows = self.at_experts(
             experts,
             plan.dispatch(tokens),
             plan.counts,
@@ -34,7 +34,7 @@ class MirroredDispatcher(functional.Dispatcher):
         outputs = plan.combine(rows, result.gates, tf.shape(tokens)[0])
         return functional.Mixed(outputs, plan.overflow)
 
-    def at_home(
+    def at_experts(
         self,
         owner: Any,
         rows: tf.Tensor,

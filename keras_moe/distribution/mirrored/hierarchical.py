@@ -53,7 +53,7 @@ def mix_at_groups(
         return outputs
 
     dispatcher = MirroredDispatcher(engine)
-    answers = dispatcher.at_home(gating, rows, plan.counts, secondary)
+    answers = dispatcher.at_experts(gating, rows, plan.counts, secondary)
     outputs = plan.combine(answers, tf.ones_like(primary.gates), tf.shape(tokens)[0])
     statistics = _spread(layer, engine.replicas, primary.statistics, **seen)
     return outputs, statistics, primary.auxiliary_losses
