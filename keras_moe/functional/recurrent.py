@@ -28,7 +28,7 @@ from keras_moe.types import (
 )
 
 Activation = Callable[[tf.Tensor], tf.Tensor]
-Route = Callable[..., GatingResult]
+Gate = Callable[..., GatingResult]
 
 
 class MoELSTMResult(NamedTuple):
@@ -110,7 +110,7 @@ def moe_lstm(
     c: tf.Tensor,
     kernels: tf.Tensor,
     bias: tf.Tensor,
-    route: Route,
+    route: Gate,
     *,
     weights: Sequence[tf.Tensor] = (),
     noise: tf.Tensor | None = None,
