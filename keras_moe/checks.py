@@ -256,7 +256,7 @@ def warn_of_time_steps(layer: Any, kind: Any) -> None:
         layer: The mixture, with `name`.
         kind: The wrapper, `keras.layers.TimeDistributed`.
     """
-    for wrapper in _callers("call", 12):
+    for wrapper in _callers():
         if isinstance(wrapper, kind) and wrapper.layer is layer:
             warnings.warn(
                 f"{layer.name} in {wrapper.name!r} balances every time step by itself "
@@ -268,13 +268,15 @@ def warn_of_time_steps(layer: Any, kind: Any) -> None:
             return
 
 
-def _callers(name, most=sys.maxsize):
-    """`self` of the methods of this name that the caller of the caller runs in."""
+def _callers():
+    """`self` of every `call` among the 12 frames around that of the layer."""
     frame: Any = sys._getframe(2)
-    while frame is not None and most:
-        if frame.f_code.co_name == name:
+    for _ in range(12):
+        if frame is None:
+            return
+        if frame.f_code.co_name == "call":
             yield frame.f_locals.get("self")
-        frame, most = frame.f_back, most - 1
+        frame = frame.f_back
 
 
 def verify_floating(dtype: Any, layer_name: str) -> None:

@@ -13,7 +13,7 @@ one device both give `ONE_DEVICE`. Under a `tf.distribute.Strategy` they give th
 engine that `keras_moe.distribution` makes for it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -262,16 +262,27 @@ def current() -> Engine:
     return for_weights()
 
 
+def current_graph() -> Any:
+    """The graph that is being traced here, None outside of graphs."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def current_graphs() -> Iterator[Any]:
+    """The graph that is being traced here, and those around it."""
+    graph = current_graph()
+    while graph is not None:
+        yield graph
+        graph = getattr(graph, "outer_graph", None)
+
+
 def is_compiled_by_xla() -> bool:
     """Whether XLA compiles what is traced here, which then needs static shapes."""
-    graph: Any = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-    while graph is not None:
+    for graph in current_graphs():
         context = graph._get_control_flow_context()
         while context is not None:
             if context.IsXLAContext():
                 return True
             context = context.outer_context
-        graph = getattr(graph, "outer_graph", None)
     return False
 
 

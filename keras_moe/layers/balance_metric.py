@@ -173,7 +173,7 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
         if pending is None:
             return None
         graph, values = pending
-        if graph is _current_graph():
+        if graph is engine.current_graph():
             return values
         if is_asked and tf.executing_eagerly() and not tf.reduce_any(self._counts > 0):
             warnings.warn(
@@ -190,13 +190,7 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
         if tf.executing_eagerly():  # now, or a long loop would hold all its calls
             made = values()
             values = lambda: made  # noqa: E731
-        self._pending[engine.current_replica()] = (_current_graph(), values)
-
-
-def _current_graph():
-    if tf.executing_eagerly():
-        return None
-    return tf.compat.v1.get_default_graph()
+        self._pending[engine.current_replica()] = (engine.current_graph(), values)
 
 
 def add_balance(

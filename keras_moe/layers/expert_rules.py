@@ -147,16 +147,10 @@ class StepValues:
 
     def note(self, key: Any, value: tf.Tensor) -> None:
         """Takes note of a value; `key` is that of the weight."""
-        self._values[engine.current_replica(), key] = (_graph(), value)
+        self._values[engine.current_replica(), key] = (engine.current_graph(), value)
 
     def of(self, key: Any) -> tf.Tensor | None:
         """The value noted in this graph, or in one around it."""
         noted, value = self._values.pop((engine.current_replica(), key), (None, None))
-        graph = _graph()
-        while graph is not noted and graph is not None:
-            graph = getattr(graph, "outer_graph", None)
-        return value if graph is noted else None
-
-
-def _graph():
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        around = [*engine.current_graphs(), None]  # no graph is around all
+        return value if any(graph is noted for graph in around) else None
