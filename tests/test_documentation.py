@@ -183,7 +183,11 @@ def public_symbols():
 
 
 def is_own_class(part, value):
-    return inspect.isclass(value) and value.__module__ == part.__name__
+    return (
+        inspect.isclass(value)
+        and value.__module__ == part.__name__
+        and not value.__name__.startswith("_")
+    )
 
 
 def test_every_equation_has_its_symbols():

@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.types import at_least_float32
 
 # Initializers whose values do not depend on the shape: one draw of the whole
 # stack is the same as one draw for each expert.
@@ -36,12 +37,15 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype=None):
         init = self.initializer
-        if isinstance(init, _SHAPE_FREE) or len(shape) < 3:
+        if isinstance(init, _SHAPE_FREE):
             return init(shape, dtype=dtype)
+        if len(shape) < 3:
+            return in_single_precision(init, shape, dtype)
         if isinstance(init, keras.initializers.VarianceScaling):
             return self._variance_scaling(init, tuple(shape), dtype)
         slices = [
-            _reseeded(init, i)(tuple(shape[1:]), dtype=dtype) for i in range(shape[0])
+            in_single_precision(_reseeded(init, i), tuple(shape[1:]), dtype)
+            for i in range(shape[0])
         ]
         return tf.stack([tf.convert_to_tensor(part) for part in slices])
 
@@ -69,6 +73,12 @@ class PerExpertInitializer(keras.initializers.Initializer):
     def from_config(cls, config):
         checks.verify_config(cls, config)
         return cls(keras.initializers.deserialize(config["initializer"]))
+
+
+def in_single_precision(init, shape, dtype):
+    """Values of `init` drawn in float32 at least: QR, for one, has no bfloat16."""
+    dtype = tf.as_dtype(dtype or keras.config.floatx())
+    return tf.cast(init(shape, dtype=at_least_float32(dtype).name), dtype)
 
 
 def _reseeded(init, index):

@@ -1,11 +1,13 @@
 """Recurrent layers that Keras does not have."""
 
+from functools import partial
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_moe import checks, functional
+from keras_moe.layers.initializers import in_single_precision
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -86,7 +88,7 @@ class ProjectedLSTMCell(checks.FromConfig, keras.layers.Layer):
         self.recurrent_kernel = self.add_weight(
             name="recurrent_kernel",
             shape=(self.projection_units, 4 * self.units),
-            initializer=self.recurrent_initializer,
+            initializer=partial(in_single_precision, self.recurrent_initializer),
         )
         self.bias = self.add_weight(
             name="bias", shape=(4 * self.units,), initializer=self._initial_bias

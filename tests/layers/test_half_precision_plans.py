@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_moe import layers
+from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 
 D = 4
 POLICIES = [
@@ -79,3 +80,17 @@ def test_every_plan_trains_and_evaluates_in_every_precision(plan, policy):
         layer(x, mask=mask).numpy().astype("float64"),
         atol=0.1 if "16" in policy else 1e-5,
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_recurrent_kernel_of_half_precision_starts_orthogonal(dtype):
+    # TensorFlow's QR has no bfloat16: drawn in float32.
+    cells = [
+        layers.MoELSTMCell(4, 2, dtype=dtype),
+        ProjectedLSTMCell(4, 4, dtype=dtype),
+    ]
+    for cell in cells:
+        cell.build((None, 3))
+    for kernel in (*cells[0].kernel[:, 3:], cells[1].recurrent_kernel.value):
+        rows = tf.cast(kernel, tf.float32).numpy()
+        np.testing.assert_allclose(rows @ rows.T, np.eye(4), atol=0.03)
