@@ -16,7 +16,10 @@ engine that `keras_moe.distribution` makes for it.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+
+from keras_moe import runtime
 
 
 class Weights:
@@ -142,6 +145,15 @@ class Operations:
             tf.reshape(values, [-1]), tf.reshape(indices, [-1]), num_experts
         )
 
+    def count_by_expert(self, indices: tf.Tensor, num_experts: int) -> tf.Tensor:
+        """How often each expert occurs, `(E,)` int32; index -1 is left out."""
+        ones = tf.ones_like(indices, tf.int32)
+        return self.sum_by_expert(ones, indices, num_experts)
+
+    def sum_of_rows(self, values: tf.Tensor) -> tf.Tensor:
+        """`(N, E)` -> `(E,)`."""
+        return tf.reduce_sum(values, axis=0)
+
     def largest_of_columns(self, values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
         """`(N, E)` bool: the m largest of each column; of equals the upper ones."""
         columns_EN = tf.transpose(values)
@@ -186,6 +198,113 @@ class Operations:
         return tf.gather(noise, tf.cumsum(tf.cast(mask, tf.int32), exclusive=True))
 
 
+class StaticOperations(Operations):
+    """Operations whose shapes do not depend on the data, with kernels for GPUs.
+
+    TensorFlow computes with int32 in the memory of the host even on a GPU; these count
+    in floats and in int64. Sums are taken in a fixed order, where the stock scatter
+    adds in any.
+    """
+
+    # Up to so many choices a token each is a pass over all experts, and up to so many
+    # experts there is a column for each.
+    most_passes = 16
+    most_columns = 1024
+
+    def top_k(self, values, k):
+        width = values.shape[-1]
+        if width is None or k > self.most_passes:
+            return super().top_k(values, k)
+
+        @tf.custom_gradient
+        def run(values):
+            # A search of the largest for each place: sorting whole rows takes a GPU
+            # many times as long. NaN counts as largest, as in the stock operation.
+            lowest = tf.constant(values.dtype.min, values.dtype)
+            keys = tf.maximum(values, lowest)
+            keys = tf.where(tf.math.is_nan(values), values.dtype.max, keys)
+            used = tf.constant(-np.inf, values.dtype)
+            best, indices = [], []
+            for _ in range(k):
+                indices.append(tf.argmax(keys, axis=-1, output_type=tf.int64))
+                is_it = tf.one_hot(indices[-1], width, on_value=True, off_value=False)
+                zeros = tf.zeros([], values.dtype)
+                best.append(tf.reduce_sum(tf.where(is_it, values, zeros), axis=-1))
+                keys = tf.where(is_it, used, keys)
+            indices = tf.stack(indices, axis=-1)
+
+            def grad(d_best, _):
+                return spread(d_best, indices, width)
+
+            return (tf.stack(best, axis=-1), indices), grad
+
+        best, indices = run(values)
+        return best, tf.stop_gradient(indices)
+
+    def pick(self, values, indices):
+        width, k = values.shape[-1], indices.shape[-1]
+        if k is None or k > self.most_passes:
+            return super().pick(values, indices)
+
+        @tf.custom_gradient
+        def run(values):
+            def grad(dy):
+                return spread(dy, indices, width)
+
+            return tf.gather(values, indices, batch_dims=1), grad
+
+        return run(values)
+
+    def sum_by_expert(self, values, indices, num_experts):
+        if values.shape.rank == 1:
+            values, indices = values[:, tf.newaxis], indices[:, tf.newaxis]
+        indices, k = tf.cast(indices, tf.int64), values.shape[-1]
+        if k is None or k > self.most_passes or num_experts > self.most_columns:
+            flat = tf.reshape(values, [-1]), tf.reshape(indices, [-1])
+            return tf.math.unsorted_segment_sum(*flat, num_experts)
+        total = tf.zeros((num_experts,), values.dtype)
+        for i in range(k):
+            own = tf.one_hot(indices[..., i], num_experts, dtype=values.dtype)
+            total += self.sum_of_rows(own * values[..., i, tf.newaxis])
+        return total
+
+    def count_by_expert(self, indices, num_experts):
+        indices = tf.cast(indices, tf.int64)
+        ones = tf.ones_like(indices, tf.float32)  # few enough to be exact
+        return tf.cast(self.sum_by_expert(ones, indices, num_experts), tf.int32)
+
+    def sum_of_rows(self, values):
+        # Otherwise the gradient's shape would be made on the GPU, and waited for.
+        return tf.squeeze(tf.reduce_sum(values, axis=0, keepdims=True), axis=0)
+
+    def largest_of_columns(self, values, m):
+        columns_EN = tf.transpose(values)
+        order = tf.argsort(columns_EN, axis=-1, direction="DESCENDING", stable=True)
+        # The inverse permutation, in types that a GPU sorts and compares.
+        ranks = tf.argsort(tf.cast(order, tf.float32), axis=-1)
+        return tf.transpose(tf.cast(ranks, tf.int64) < tf.cast(m, tf.int64))
+
+    def noise_of(self, noise, mask):
+        if mask is None:
+            return noise
+        before = tf.cumsum(tf.cast(mask, tf.int64), exclusive=True)
+        return tf.gather(noise, before)
+
+
+def spread(values: tf.Tensor, indices: tf.Tensor, width: int) -> tf.Tensor:
+    """`(N, K)` values at `(N, K)` indices -> `(N, width)`, zeros elsewhere.
+
+    Values at one place are summed; index -1 is left out.
+    """
+    indices = tf.cast(indices, tf.int64)
+    parts = [
+        values[..., k, tf.newaxis]
+        * tf.one_hot(indices[..., k], width, dtype=values.dtype)
+        for k in range(values.shape[-1])
+    ]
+    return tf.add_n(parts)
+
+
 class Engine:
     """One device. The base of every other engine.
 
@@ -195,11 +314,11 @@ class Engine:
         operations: An `Operations`.
         static_shapes: Whether shapes must not depend on the data. Padding then
             stays among the tokens, and an assignment may be -1.
+        values_are_here: Whether a value can be looked at: on a mesh it lies on many
+            devices.
         dispatcher: None, or `dispatcher(k)`, which makes what moves tokens to
             experts here (a `functional.Dispatcher`); k is how many experts a token
             has on average, if the gate says.
-        hierarchical_gating: None, or what takes the place of
-            `HierarchicalGating.call` here.
         hierarchical_mixture: None, or what takes the place of gate, experts and
             combination of a `HierarchicalMoE` here.
     """
@@ -208,8 +327,8 @@ class Engine:
     replicas = Replicas()
     operations = Operations()
     static_shapes = False
+    values_are_here = True
     dispatcher: Callable[[int | None], Any] | None = None
-    hierarchical_gating: Callable[..., Any] | None = None
     hierarchical_mixture: Callable[..., Any] | None = None
 
     @property
@@ -218,7 +337,19 @@ class Engine:
         return self.replicas.number > 1
 
 
+class StaticEngine(Engine):
+    """One device where shapes must not depend on the data: XLA, and GPUs.
+
+    XLA compiles nothing else, and on a GPU a size that depends on the data has to come
+    to the host, which waits for it.
+    """
+
+    static_shapes = True
+    operations = StaticOperations()
+
+
 ONE_DEVICE = Engine()
+_STATIC = StaticEngine()
 
 # Gives the engine of a strategy; set by `keras_moe.distribution`.
 _engine_of: Callable[[Any], Engine] | None = None
@@ -257,9 +388,12 @@ def current() -> Engine:
     Raises:
         ValueError: The strategy is of a kind that is not supported.
     """
-    if tf.distribute.in_cross_replica_context():
-        return ONE_DEVICE
-    return for_weights()
+    in_replica = not tf.distribute.in_cross_replica_context()
+    here = for_weights() if in_replica else ONE_DEVICE
+    if here is not ONE_DEVICE or runtime.only_plain():
+        return here
+    needs_static = is_compiled_by_xla() or runtime.device_type() == "GPU"
+    return _STATIC if needs_static else here
 
 
 def current_graph() -> Any:

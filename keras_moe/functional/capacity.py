@@ -1,18 +1,20 @@
 """A capacity: the same number of slots for every expert.
 
-All shapes are static, as XLA wants; what does not fit is dropped and counted, or has its
-turn in a further round.
+All shapes are static, as XLA wants; what does not fit is dropped and counted.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.functional import losses
-from keras_moe.functional.dispatching import Dispatcher, Mixed, inverse_permutation
-from keras_moe.functional.plain import only_plain
+from keras_moe.functional.dispatching import (
+    Dispatcher,
+    inverse_permutation,
+    without_padding,
+)
+from keras_moe.runtime import only_plain
 from keras_moe.types import DispatchPlan, GatingResult
 
 
@@ -64,10 +66,12 @@ class CapacityDispatcher(Dispatcher):
         self.capacity_factor = capacity_factor
 
     def mix(self, experts, tokens, result, mask=None):
-        return super().mix(experts, tokens, _without_padding(result, mask), mask)
+        return super().mix(experts, tokens, without_padding(result, mask), mask)
 
     def make_plan(self, result, mask):
-        verify_fixed_k(result, f"capacity_factor={self.capacity_factor} with a gate")
+        verify_fixed_k(
+            result, None, f"capacity_factor={self.capacity_factor} with a gate"
+        )
         num_experts = result.statistics.counts.shape[0]
         capacity = self._slots(result, tf.shape(result.expert_indices)[0])
         limit = None
@@ -80,31 +84,6 @@ class CapacityDispatcher(Dispatcher):
     def _slots(self, result, num_tokens):
         num_experts, k = result.statistics.counts.shape[0], result.gates.shape[-1]
         return expert_capacity(num_tokens, num_experts, k, self.capacity_factor)
-
-
-class RoundsDispatcher(CapacityDispatcher):
-    """Static shapes, and nothing dropped: slots are filled again until all had theirs.
-
-    One round at good balance. XLA compiles it. Experts must be a pure function of their
-    rows, as `layers.Experts` are.
-
-    Args:
-        capacity_factor: Float, see `expert_capacity`: slots of a round.
-    """
-
-    def mix(self, experts, tokens, result, mask=None):
-        result = _without_padding(result, mask)
-        outputs = mix_in_rounds(
-            lambda rows, counts: experts(rows, counts=counts),
-            tf.cast(tokens, experts.compute_dtype),
-            result.gates,
-            result.expert_indices,
-            result.statistics.counts.shape[0],
-            self._slots(result, tf.shape(tokens)[0]),
-            experts.compute_output_shape(tokens.shape)[-1],
-            mask,
-        )
-        return Mixed(outputs, tf.constant(0))
 
 
 def expert_capacity(
@@ -209,80 +188,20 @@ def make_capacity_plan(
     )
 
 
-def mix_in_rounds(
-    run: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    inputs: tf.Tensor,
-    gates: tf.Tensor,
-    expert_indices: tf.Tensor,
-    num_experts: int,
-    capacity: tf.Tensor | int,
-    width: int,
-    mask: tf.Tensor | None = None,
-) -> tf.Tensor:
-    """A mixture that drops nothing, of static shapes, which XLA compiles.
-
-    Every expert has the same number of slots, and they are filled and run again
-    until every token had its turn: one round at good balance, and in memory never
-    more than that.
-
-    Args:
-        run: Runs the experts: `(E, C, D)` and counts `(E,)` to `(E, C, width)`. A
-            pure function, of one float type with the inputs.
-        inputs: `(N, D)`, the tokens.
-        gates: `(N, K)` float.
-        expert_indices: `(N, K)` int32 within [0, E).
-        num_experts: E.
-        capacity: C, slots of each expert in a round.
-        width: Of the answers.
-        mask: `(N,)` bool or None. Tokens marked False have no expert.
-
-    Returns:
-        `(N, width)`. Zero for a token without expert.
-    """
-    num_tokens = tf.maximum(tf.shape(expert_indices)[0], 1)
-    everywhere = make_capacity_plan(expert_indices, num_experts, num_tokens, mask)
-    positions = everywhere.positions
-    rounds = tf.where(positions < 0, -1, positions % num_tokens // capacity)
-
-    def body(number, total):
-        chosen = tf.where(rounds == number, expert_indices, -1)
-        plan = make_capacity_plan(chosen, num_experts, capacity)
-        rows = run(plan.dispatch(inputs), plan.counts)
-        return number + 1, total + plan.combine(rows, gates)
-
-    last = tf.reduce_max(rounds)
-    nothing = tf.zeros([tf.shape(inputs)[0], width], inputs.dtype)
-    _, total = tf.while_loop(
-        lambda number, _: number <= last,
-        body,
-        (0, nothing),
-        # A bound by shapes alone: without one XLA cannot compile a gradient.
-        maximum_iterations=-(-num_tokens // capacity),
-    )
-    return total
-
-
-def verify_fixed_k(result: GatingResult, received: str) -> None:
+def verify_fixed_k(result: GatingResult, k: int | None, received: str) -> None:
     """Raises unless every token has the same number of experts.
 
     Args:
         result: What a gate has decided.
+        k: How many a token has, on average, if the gate says.
         received: The capacity and the gate, for the message.
     """
-    if result.is_ragged:
+    if result.is_ragged or k not in (None, result.gates.shape[1]):
         raise ValueError(
             "`capacity_factor` needs a gate that gives every token the same number of "
             f"experts. Received: {received}, whose tokens have different numbers. "
             "Leave `capacity_factor` out."
         )
-
-
-def _without_padding(result, mask):
-    """The result with gates of 0 for padding: what it holds, NaN too, is not summed."""
-    if mask is None or result.is_ragged:
-        return result
-    gates = tf.where(mask[:, tf.newaxis], result.gates, tf.zeros_like(result.gates))
-    return result._replace(gates=gates)
 
 
 def _gather_or_zero(rows, indices):

@@ -173,6 +173,20 @@ class Dispatcher:
         return make_plan(result)
 
 
+def without_padding(result, mask):
+    """The result in which padding has no expert.
+
+    Its gates are 0: what it holds, NaN too, is not summed.
+    """
+    if mask is None or result.is_ragged:
+        return result
+    is_real, indices = mask[:, tf.newaxis], result.expert_indices
+    return result._replace(
+        gates=tf.where(is_real, result.gates, tf.zeros_like(result.gates)),
+        expert_indices=tf.where(is_real, indices, tf.constant(-1, indices.dtype)),
+    )
+
+
 def mix_by_plan(
     experts: Any, tokens: tf.Tensor, gates: tf.Tensor, plan: DispatchPlan
 ) -> tf.Tensor:

@@ -22,17 +22,17 @@ What one expert computes is a function `network(rows, *weights)`: it maps rows
 Within `plain_operations` it gets one expert at a time, without the axis of experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, runtime
 from keras_moe.functional.blocks import mix_in_blocks, run_in_blocks
 from keras_moe.functional.dispatching import SortedPlan
-from keras_moe.functional.plain import only_plain
+from keras_moe.functional.recomputation import Network, recomputed
+from keras_moe.functional.slot_runs import run_in_slots
+from keras_moe.functional.static_slots import SlotPlan
 from keras_moe.types import DispatchPlan
-
-Network = Callable[..., tf.Tensor]
 
 COMPUTATIONS = ("unrolled", "blocks")
 
@@ -55,7 +55,7 @@ def default_computation(num_experts: int, device_type: str | None = None) -> str
         `"unrolled"` or `"blocks"`.
     """
     if device_type is None:
-        device_type = "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
+        device_type = runtime.device_type()
     most = _MOST_UNROLLED.get(device_type, 0)
     return "unrolled" if num_experts <= most else "blocks"
 
@@ -121,7 +121,10 @@ def run_experts(
     if num_experts == 0:  # no experts live on this device: no rows either
         nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
         return nothing[0]
-    if only_plain() or (computation or default_computation(num_experts)) == "unrolled":
+    if (
+        runtime.only_plain()
+        or (computation or default_computation(num_experts)) == "unrolled"
+    ):
         parts = split_by_expert(expert_inputs, counts, num_experts)
         return _concat(_run_each(network, parts, weights, recompute))
     run = recomputed(network) if recompute else network
@@ -165,7 +168,11 @@ def mix_experts(
         Shazeer et al. 2017, equation 1.
     """
     verify_computation(computation)
-    if not isinstance(plan, SortedPlan) or only_plain():
+    if isinstance(plan, SlotPlan):
+        return run_in_slots(
+            network, inputs, plan, weights, gates=gates, recompute=recompute
+        )
+    if not isinstance(plan, SortedPlan) or runtime.only_plain():
         rows = run_experts(
             network,
             plan.dispatch(inputs),
@@ -188,32 +195,6 @@ def mix_experts(
 def _no_expert(weight):
     """`(0, ...)` -> `(1, ...)` of zeros, whose gradient goes nowhere."""
     return tf.reduce_sum(weight, axis=0, keepdims=True)
-
-
-def recomputed(function: Network) -> Network:
-    """`function`, of which only the arguments are kept for the backward pass.
-
-    `tf.recompute_grad` would add a zero to every argument, so it would copy all
-    the weights; here only the inputs depend on the incoming gradient.
-    """
-
-    @tf.custom_gradient
-    def run(x, *weights):
-        def grad(dy):
-            # The dependency keeps the graph optimizer from taking the values of
-            # the forward pass, which would have to be kept for it.
-            with tf.control_dependencies([dy]):
-                inputs = tf.identity(x)
-            with tf.GradientTape() as tape:
-                tape.watch([inputs, *weights])
-                outputs = function(inputs, *weights)
-            return tape.gradient(
-                outputs, [inputs, *weights], dy, unconnected_gradients="zero"
-            )
-
-        return function(x, *weights), grad
-
-    return run
 
 
 def split_by_expert(x, counts, num_experts):
@@ -241,7 +222,9 @@ def _run_each(network, parts, weights, recompute):
     """Each expert's network on its own rows, one part for each expert."""
     if recompute:
         return _run_each_recomputed(network, parts, weights)
-    if only_plain():  # other runtimes take no batched products of any number of rows
+    if (
+        runtime.only_plain()
+    ):  # other runtimes take no batched products of any number of rows
         each = zip(*map(tf.unstack, weights), strict=True)
         return [network(part, *own) for part, own in zip(parts, each, strict=True)]
     return [network(*own)[0] for own in _of_each(parts, weights)]

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from keras_moe.functional.experts import Network, mix_experts, run_experts
+from keras_moe.functional.experts import mix_experts, run_experts
+from keras_moe.functional.recomputation import Network
 from keras_moe.types import DispatchPlan
 
 Activation = Callable[[tf.Tensor], tf.Tensor]

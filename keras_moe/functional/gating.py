@@ -131,7 +131,8 @@ def largest_logits(logits: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
     """
     logits = as_gate_logits(logits)
     _verify_k_below(k, logits.shape[-1])
-    return ops.top_k(logits, k + 1)
+    values, indices = ops.top_k(logits, k + 1)
+    return values, tf.cast(indices, tf.int32)
 
 
 def top_k_gating(
@@ -174,9 +175,10 @@ def top_k_gating(
         kept, expert_indices = (each[..., :k] for each in largest)
     checks.verify_choice(normalization, "normalization", NORMALIZATIONS)
     if normalization == "selected":
-        return tf.nn.softmax(kept, axis=-1), expert_indices
+        return tf.nn.softmax(kept, axis=-1), tf.cast(expert_indices, tf.int32)
     probabilities = tf.nn.softmax(logits, axis=-1)
-    return ops.pick(probabilities, expert_indices), expert_indices
+    gates = ops.pick(probabilities, expert_indices)
+    return gates, tf.cast(expert_indices, tf.int32)
 
 
 def prob_in_top_k(
@@ -274,7 +276,8 @@ def noisy_top_k_gating(
     if k == noisy.shape[-1]:
         gates, expert_indices = top_k_gating(noisy, k, normalization)
         return gates, expert_indices, tf.ones_like(noisy)
-    largest = largest_logits(noisy, k)
+    # Not `largest_logits`: indices in the type they are computed in.
+    largest = ops.top_k(noisy, k + 1)
     gates, expert_indices = top_k_gating(noisy, k, normalization, largest)
     probs = prob_in_top_k(clean_logits, noisy, stddev, k, largest)
     return gates, expert_indices, probs

@@ -32,7 +32,9 @@ def hierarchical_gates(
         Shazeer et al. 2017, equations 12 and 13.
     """
     gates = primary_gates[:, tf.newaxis] * secondary_gates
-    return gates, group_indices[:, tf.newaxis] * group_size + secondary_indices
+    # In int64, which a GPU computes with.
+    first = tf.cast(group_indices, tf.int64)[:, tf.newaxis] * group_size
+    return gates, tf.cast(first + tf.cast(secondary_indices, tf.int64), tf.int32)
 
 
 def hierarchical_load(

@@ -55,7 +55,7 @@ def load(prob_in_top_k: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
         prob_in_top_k = tf.where(
             mask[:, tf.newaxis], prob_in_top_k, tf.zeros_like(prob_in_top_k)
         )
-    return tf.reduce_sum(prob_in_top_k, axis=0)
+    return ops.sum_of_rows(prob_in_top_k)
 
 
 def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
@@ -68,8 +68,7 @@ def expert_counts(expert_indices: tf.Tensor, num_experts: int) -> tf.Tensor:
     Returns:
         `(E,)` int32. No gradient.
     """
-    ones = tf.ones_like(expert_indices, tf.int32)
-    return ops.sum_by_expert(ones, expert_indices, num_experts)
+    return ops.count_by_expert(expert_indices, num_experts)
 
 
 def cv_squared(values: tf.Tensor, epsilon: float = _EPSILON) -> tf.Tensor:
@@ -187,4 +186,5 @@ def gate_entropy(
         return tf.reduce_sum(terms), tf.cast(num_tokens, tf.int32)
     if gates.shape.rank == 2:
         terms = tf.where(mask[:, tf.newaxis], terms, tf.zeros_like(terms))
-    return tf.reduce_sum(terms), tf.reduce_sum(tf.cast(mask, tf.int32))
+    num_real = tf.reduce_sum(tf.cast(mask, tf.int64))
+    return tf.reduce_sum(terms), tf.cast(num_real, tf.int32)

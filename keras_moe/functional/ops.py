@@ -25,6 +25,16 @@ def sum_by_expert(values: tf.Tensor, indices: tf.Tensor, num_experts: int) -> tf
     return engine.current().operations.sum_by_expert(values, indices, num_experts)
 
 
+def count_by_expert(indices: tf.Tensor, num_experts: int) -> tf.Tensor:
+    """How often each expert occurs, `(E,)` int32; index -1 is left out."""
+    return engine.current().operations.count_by_expert(indices, num_experts)
+
+
+def sum_of_rows(values: tf.Tensor) -> tf.Tensor:
+    """`(N, E)` -> `(E,)`."""
+    return engine.current().operations.sum_of_rows(values)
+
+
 def largest_of_columns(values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
     """`(N, E)` bool: the m largest of each column; of equals the upper ones."""
     return engine.current().operations.largest_of_columns(values, m)
@@ -32,7 +42,13 @@ def largest_of_columns(values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
 
 def values_are_here() -> bool:
     """Whether a value can be looked at: on a mesh it lies on many devices."""
-    return not engine.current().static_shapes
+    return engine.current().values_are_here
+
+
+def shapes_are_static() -> bool:
+    """Whether the code is for one device where shapes must not depend on the data."""
+    here = engine.current()
+    return here.static_shapes and here.values_are_here
 
 
 def cast_up(x: tf.Tensor) -> tf.Tensor:

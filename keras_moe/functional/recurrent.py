@@ -18,8 +18,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.functional.dispatching import make_dispatch_plan, make_plan
 from keras_moe.functional.feed_forward import feed_forward_experts
+from keras_moe.functional.slot_runs import run_in_slots
+from keras_moe.functional.static_slots import SlotPlan, make_plan_here
 from keras_moe.types import (
     DispatchPlan,
     GateStatistics,
@@ -100,6 +101,8 @@ def mixed_product(
     Reference:
         Shazeer et al. 2017, equation 1, with linear experts.
     """
+    if isinstance(plan, SlotPlan):
+        return run_in_slots(tf.matmul, inputs, plan, [kernels], gates=gates)
     rows = feed_forward_experts(plan.dispatch(inputs), [kernels], counts=plan.counts)
     return plan.combine(rows, gates, tf.shape(inputs)[0])
 
@@ -207,6 +210,7 @@ def moe_lstm(
             _zero_sums(kernels),
             tf.TensorArray(h.dtype, num_segments),
         ),
+        maximum_iterations=num_segments,
     )
     hidden = _merge_steps(hidden.stack())[:num_steps]
     hidden.set_shape([inputs.shape[0], *h.shape])
@@ -214,7 +218,9 @@ def moe_lstm(
 
 
 def _result(hidden, h, c, importance, load, counts):
-    return MoELSTMResult(hidden, h, c, GateStatistics(importance, load, counts))
+    return MoELSTMResult(
+        hidden, h, c, GateStatistics(importance, load, tf.cast(counts, tf.int32))
+    )
 
 
 def _zero_sums(kernels):
@@ -222,7 +228,7 @@ def _zero_sums(kernels):
     num_experts = kernels.shape[0]
     dtype = at_least_float32(kernels.dtype)
     zeros = tf.zeros([num_experts], dtype)
-    return [zeros, zeros, tf.zeros([num_experts], tf.int32)]
+    return [zeros, zeros, tf.zeros([num_experts], tf.int64)]
 
 
 def _run_of(route, functions, recompute):
@@ -299,7 +305,7 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
         u = tf.concat([inputs.read(t), h], axis=-1)
         chosen = route(u, noise_t, mask_t)
         verify_recurrent_gating(chosen)
-        plan = make_plan(chosen)
+        plan = make_plan_here(chosen.expert_indices, kernels.shape[0])
         z = mixed_product(u, tf.stop_gradient(kernels), chosen.gates, plan)
         h_new, c_new = lstm_step(z + added.read(t), c, *functions)
         if mask_t is not None:
@@ -316,7 +322,7 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
             sums,
             hidden.write(t, h_new),
             gates.write(t, tf.stop_gradient(chosen.gates)),
-            experts.write(t, chosen.expert_indices),
+            experts.write(t, tf.cast(chosen.expert_indices, tf.int64)),
         )
 
     sums = _zero_sums(kernels)
@@ -330,8 +336,9 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
             sums,
             tf.TensorArray(h.dtype, num_steps, element_shape=h.shape),
             tf.TensorArray(sums[0].dtype, num_steps),
-            tf.TensorArray(tf.int32, num_steps),
+            tf.TensorArray(tf.int64, num_steps),
         ),
+        maximum_iterations=num_steps,  # without, XLA cannot compile a gradient
     )
     hidden = hidden.stack()
     hidden.set_shape([x.shape[0], *h.shape])
@@ -341,7 +348,7 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
 def _kernel_gradient(u, kernels, choices, d_z):
     """Of all steps at once: every expert's rows times their gradients."""
     gates, experts = (_merge_steps(array.stack()) for array in choices)
-    plan = make_dispatch_plan(experts, kernels.shape[0])
+    plan = make_plan_here(experts, kernels.shape[0])
     kernels = tf.identity(kernels)  # of this graph: a tape misses captured tensors
     with tf.GradientTape() as tape:
         tape.watch(kernels)

@@ -4,6 +4,8 @@ import math
 
 import tensorflow as tf
 
+from keras_moe.functional import ops
+
 
 def unbiased_candidates(
     drawn: tf.Tensor, expected_counts: tf.Tensor, vocabulary_size: int
@@ -31,7 +33,7 @@ def unbiased_candidates(
     dtype = expected_counts.dtype
     rank = tf.cast(drawn, dtype) + 1
     # log(1 - p) of p = log((rank + 1) / rank) / log(V + 1)
-    p = tf.math.log1p(1 / rank) / tf.constant(math.log(vocabulary_size + 1), dtype)
+    p = _log_uniform(rank, vocabulary_size)
     log_rest = tf.math.log1p(-p)
     # The number of tries is not reported; the rarest word tells it best.
     rarest = tf.argmax(rank)
@@ -40,6 +42,45 @@ def unbiased_candidates(
     )
     others = tries - tries * p / expected_counts
     return drawn[:-1], -tf.math.expm1(others * log_rest)[:-1]
+
+
+def log_uniform_candidates(
+    uniform: tf.Tensor, num_sampled: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draws different words from the log-uniform distribution, in static shapes.
+
+    As TensorFlow's sampler, which XLA cannot compile, with `unbiased_candidates`. Word i
+    arrives at time $-\\log(u_i) / p_i$: the order of arrivals is that of draws without
+    replacement. The first C words are the candidates, and a word is among them if it
+    arrives before the C-th of the others, which for each of them is the time T of word
+    C + 1: $q_i = 1 - e^{-p_i T}$. Sums weighted by 1 / q have no bias.
+
+    Args:
+        uniform: `(V,)` floating point within [0, 1), a random number for each word.
+        num_sampled: Int, C, below V.
+
+    Returns:
+        candidates: `(C,)` int64, all different, in the order of their arrival.
+        expected_counts: `(C,)`, of the type of `uniform`, within (0, 1].
+
+    Reference:
+        Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir"; Cohen
+        and Kaplan 2007, "Summarizing data using bottom-k sketches".
+    """
+    vocabulary_size = uniform.shape[0]
+    rank = tf.range(1, vocabulary_size + 1, dtype=uniform.dtype)
+    p = _log_uniform(rank, vocabulary_size)
+    arrivals = -tf.math.log1p(-uniform) / p
+    first, words = tf.math.top_k(-arrivals, num_sampled + 1)
+    candidates = tf.cast(words[:-1], tf.int64)
+    counts = -tf.math.expm1(tf.gather(p, candidates) * first[-1])
+    return candidates, counts
+
+
+def _log_uniform(rank, vocabulary_size):
+    """Chance of the word of a rank, from 1 on, in one draw."""
+    total = tf.constant(math.log(vocabulary_size + 1), rank.dtype)
+    return tf.math.log1p(1 / rank) / total
 
 
 def sampled_cross_entropy(
@@ -85,15 +126,28 @@ def sampled_cross_entropy(
     target_scores = tf.gather(bias, targets) + tf.reduce_sum(
         inputs * tf.gather(kernel, targets), axis=-1
     )
+    kernel = tf.gather(kernel, candidates)
+    bias = tf.gather(bias, candidates) - tf.math.log(expected_counts)
+    if ops.shapes_are_static():
+        is_hit = targets[:, tf.newaxis] == candidates
+        return _normalized_static(inputs, kernel, bias, target_scores, is_hit)
     return _normalized(
         inputs,
-        tf.gather(kernel, candidates),
-        tf.gather(bias, candidates) - tf.math.log(expected_counts),
+        kernel,
+        bias,
         target_scores,
         tf.nn.compute_accidental_hits(targets[:, tf.newaxis], candidates, num_true=1)[
             :2
         ],
     )
+
+
+def _normalized_static(inputs, kernel, bias, target_scores, is_hit):
+    """As `_normalized`, for hits `(N, C)` bool, in operations that XLA fuses."""
+    scores = tf.matmul(inputs, kernel, transpose_b=True) + bias
+    scores = tf.where(is_hit, tf.constant(-math.inf, scores.dtype), scores)
+    scores = tf.concat([target_scores[:, tf.newaxis], scores], axis=1)
+    return tf.reduce_logsumexp(scores, axis=1) - target_scores
 
 
 def _normalized(inputs, kernel, bias, target_scores, hits):

@@ -117,8 +117,6 @@ class BalancedGating(_Gating):
         )
         self.k = k
         self.threshold_loss_weight = threshold_loss_weight
-        # The number of assignments depends on the data, which XLA cannot compile.
-        self.supports_jit = False
 
     def _verify_against_num_experts(self):
         checks.verify_k(self.k, self.num_experts)
@@ -136,7 +134,6 @@ class BalancedGating(_Gating):
         real = None
         if engine.current().static_shapes:
             return self._dense(inputs, mask, training)
-        engine.verify_not_compiled(type(self).__name__, ", or use NoisyTopKGating")
         if mask is not None:
             # Padding must not compete with real tokens for a place.
             real = tf.cast(tf.where(mask)[:, 0], tf.int32)

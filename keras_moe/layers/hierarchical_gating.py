@@ -13,6 +13,7 @@ from keras_moe.layers import configs
 from keras_moe.layers.base_gating import Choice, _Gating
 from keras_moe.layers.gate_contract import verify_gating, verify_gating_result
 from keras_moe.layers.gating import NoisyTopKGating
+from keras_moe.layers.hierarchical_static import hierarchical_gating
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.noise import draw_rows
 from keras_moe.types import GatingResult
@@ -125,8 +126,6 @@ class HierarchicalGating(_Gating):
         self.noise_initializer = keras.initializers.get(noise_initializer)
         self.seed = seed = checks.verify_seed(seed)
         self.seed_generator = keras.random.SeedGenerator(seed)
-        # The secondary gates see as many rows as the primary gate sends them.
-        self.supports_jit = False
         _share_num_groups(primary_gating, num_groups)
         configs.hold(self, primary_gating)
 
@@ -186,10 +185,8 @@ class HierarchicalGating(_Gating):
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
-        otherwise = engine.current().hierarchical_gating
-        if otherwise is not None:
-            return otherwise(self, inputs, mask, training)
-        engine.verify_not_compiled(type(self).__name__, ", or use `MoE`")
+        if engine.current().static_shapes:
+            return hierarchical_gating(self, inputs, mask, training)
         primary = self.primary_gating(inputs, mask=mask, training=training)
         verify_gating_result(primary, self.primary_gating, "primary_gating")
         plan = functional.make_plan(primary)

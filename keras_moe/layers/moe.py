@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional
+from keras_moe import checks, engine, functional, runtime
 from keras_moe.functional.capacity import verify_fixed_k
+from keras_moe.functional.dispatching import without_padding
 from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
-from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.gate_contract import (
     default_gating,
     loss_weights_config,
@@ -64,9 +64,8 @@ class MoE(keras.layers.Layer):
             assignments is reported as `overflow`. Padding counts as no token. None
             drops nothing. Defaults to `None`.
         evaluation_capacity_factor: Float or None. That of evaluation and serving,
-            where a gate without noise is less balanced. None drops nothing there;
-            in what XLA compiles the experts then run in rounds of the slots of
-            `capacity_factor` until all tokens had theirs. Defaults to `None`.
+            where a gate without noise is less balanced. None drops nothing there.
+            Defaults to `None`.
         losses_in_evaluation: Bool. Whether the losses are added in evaluation too,
             there from true counts. Defaults to `False`.
 
@@ -99,10 +98,11 @@ class MoE(keras.layers.Layer):
             known feature dimension; a weight is negative; the gate and the
             experts disagree on `num_experts`; `k` exceeds it.
 
-    XLA: Without `capacity_factor` shapes depend on the data, so the layer tells
-    Keras not to compile it with XLA. With it, `jit_compile=True` works. Experts
-    that are not `Experts`, an `ExpertList` say, then get a slot for every token in
-    evaluation, unless `evaluation_capacity_factor` is a number.
+    XLA and GPUs: shapes do not depend on the data there, and nothing is dropped
+    either: experts run in static slots (`functional.SlotPlan`), and an uneven batch
+    takes longer. `jit_compile=True` works everywhere; by `"auto"` Keras compiles where
+    there is a GPU, and with `capacity_factor`. Experts that are not `Experts`, an
+    `ExpertList` say, then get a slot for every token.
 
     Mixed precision: gate maths runs in float32, experts in the compute type.
 
@@ -155,8 +155,7 @@ class MoE(keras.layers.Layer):
         # Set by `recorded_routing`: takes the `RoutingRecord` of every call.
         self.on_routing: Callable[[RoutingRecord], None] | None = None
         self.supports_masking = True
-        # Dropless shapes depend on the data, which XLA cannot compile.
-        self.supports_jit = capacity_factor is not None
+        self.supports_jit = capacity_factor is not None or runtime.prefers_xla()
         share_num_experts(gating, experts.num_experts)
         configs.hold(self, experts, gating)
         set_loss_weights(self, importance_loss_weight, load_loss_weight)
@@ -192,15 +191,16 @@ class MoE(keras.layers.Layer):
         checks.verify_floating(inputs.dtype, type(self).__name__)
         checks.warn_of_time_steps(self, keras.layers.TimeDistributed)
         dispatcher = self._dispatcher(training)
-        if not dispatcher.static_shapes:
-            engine.verify_not_compiled(
-                type(self).__name__, ", or set `capacity_factor`"
-            )
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None
-        if mask is None or dispatcher.static_shapes:
+        if mask is None:
+            outputs, result = self._mix(dispatcher, tokens, None, training)
+        elif dispatcher.static_shapes:
+            # What padding holds, NaN too, is in no sum, nor in a gradient.
+            tokens = tf.where(mask[:, tf.newaxis], tokens, tf.zeros_like(tokens))
             outputs, result = self._mix(dispatcher, tokens, mask, training)
+            result = without_padding(result, mask)
         else:
             # Padding leaves before the gate sees it, and zeros come back in
             # its place. Indices are unique: the scatter is deterministic.
@@ -219,18 +219,15 @@ class MoE(keras.layers.Layer):
 
     def _dispatcher(self, training) -> functional.Dispatcher:
         """What moves tokens to experts where this call runs."""
-        make_dispatcher = engine.current().dispatcher
-        if make_dispatcher is not None:
-            return make_dispatcher(k_of(self.gating))
+        here = engine.current()
+        if here.dispatcher is not None:
+            return here.dispatcher(k_of(self.gating))
         factor = self.capacity_factor if training else self.evaluation_capacity_factor
         if factor is not None:
             return functional.CapacityDispatcher(factor)
-        if self.capacity_factor is None or not engine.is_compiled_by_xla():
-            return functional.Dispatcher()
-        # Evaluation, nothing dropped, in static shapes.
-        if isinstance(self.experts, Experts):
-            return functional.RoundsDispatcher(self.capacity_factor)
-        return functional.CapacityDispatcher(self.num_experts)  # a slot for every token
+        if here.static_shapes:
+            return functional.StaticDispatcher()
+        return functional.Dispatcher()
 
     def _mix(self, dispatcher, tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
@@ -238,7 +235,7 @@ class MoE(keras.layers.Layer):
         verify_gating_result(result, self.gating)
         if self._has_capacity:
             gate = type(self.gating).__name__
-            verify_fixed_k(result, f"{self._capacities} with {gate}")
+            verify_fixed_k(result, k_of(self.gating), f"{self._capacities} with {gate}")
         outputs, overflow = dispatcher.mix(self.experts, tokens, result, mask)
         entropy = partial(
             functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional
+from keras_moe import checks, engine, functional, runtime
 from keras_moe.layers import configs
 from keras_moe.layers.balance_metric import BalanceMetric, add_balance
 from keras_moe.layers.gate_contract import (
@@ -161,7 +161,7 @@ class MoELSTM(keras.layers.RNN):
         self.losses_in_evaluation = bool(losses_in_evaluation)
         self.segment_length = segment_length
         self.input_spec = keras.layers.InputSpec(ndim=3)
-        self.supports_jit = False
+        self.supports_jit = runtime.prefers_xla()
 
     @property
     def units(self) -> int:
@@ -191,7 +191,6 @@ class MoELSTM(keras.layers.RNN):
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         checks.verify_floating(sequences.dtype, type(self).__name__)
-        engine.verify_not_compiled(type(self).__name__, ", or use `keras.layers.LSTM`")
         checks.verify_shape(sequences.shape[:2], "one value a step", mask=mask)
         inputs = tf.transpose(sequences, [1, 0, 2])  # (time, batch, features)
         if mask is not None:

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional
+from keras_moe import checks, engine, functional, runtime
 from keras_moe.layers import configs
 from keras_moe.layers.gate_contract import default_gating, warn_of_constant_gates
 from keras_moe.layers.initializers import PerExpertInitializer
@@ -108,7 +108,7 @@ class MoELSTMCell(keras.layers.Layer):
         configs.hold(self, gating)
         self.state_size = [units, units]
         self.output_size = units
-        self.supports_jit = False  # experts have as many rows as chose them
+        self.supports_jit = runtime.prefers_xla()
 
     def build(self, input_shape):
         engine.verify_one_device(self)
@@ -144,13 +144,12 @@ class MoELSTMCell(keras.layers.Layer):
         return bias + tf.cast(is_forget & self.unit_forget_bias, bias.dtype)
 
     def call(self, inputs, states, training=None):
-        engine.verify_not_compiled(type(self).__name__, ", or use another cell")
         h, c = states
         u = tf.concat([inputs, tf.cast(h, inputs.dtype)], axis=-1)
         chosen = self.gating(u, training=training)
         functional.verify_recurrent_gating(chosen)
         kernel = tf.convert_to_tensor(self.kernel)
-        plan = functional.make_plan(chosen)
+        plan = functional.make_plan_here(chosen.expert_indices, self.num_experts)
         z = functional.mixed_product(u, kernel, chosen.gates, plan)
         h, c = functional.lstm_step(
             z + self.bias, c, self.activation, self.recurrent_activation

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, engine, functional, runtime
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -101,7 +101,7 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed = checks.verify_seed(seed)
-        self.supports_jit = False
+        self.supports_jit = runtime.prefers_xla()
 
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
@@ -149,6 +149,9 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
             expected_counts: `(num_sampled,)` float32, the chance of each to be
                 drawn; see `functional.unbiased_candidates`.
         """
+        if engine.is_compiled_by_xla():  # which has no such sampler
+            uniform = tf.random.uniform((self.vocabulary_size,), seed=self.seed)
+            return functional.log_uniform_candidates(uniform, self.num_sampled)
         sampled = tf.random.log_uniform_candidate_sampler(
             tf.zeros((1, 1), tf.int64),  # its targets, of which no use is made
             num_true=1,

@@ -31,7 +31,7 @@ class StreamState:
         """The states to go on with, or `initial_state` at the start of a stream."""
         zeros = tf.nest.flatten(initial_state)
         replica, here = engine.current_replica(), engine.current()
-        if here.static_shapes:
+        if not here.values_are_here:
             return tf.nest.pack_sequence_as(initial_state, self._read_static(zeros))
         if replica not in self._started:
             self._started[replica] = here.weights.local_variable(lambda: False, ())
@@ -82,7 +82,7 @@ class StreamState:
     def write(self, state):
         """Stores the states to go on with. No gradient goes further back."""
         replica = engine.current_replica()
-        if engine.current().static_shapes:
+        if not engine.current().values_are_here:
             replica = tf.nest.flatten(state)[0].shape[0]
         self._started[replica].assign(True)
         for variable, value in zip(

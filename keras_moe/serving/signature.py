@@ -5,8 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe.functional.plain import only_plain
 from keras_moe.layers.routing_record import RoutingRecord, routing_tensors
+from keras_moe.runtime import only_plain
 
 
 def signature(

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import writing
-from keras_moe.functional.plain import plain_operations
+from keras_moe.runtime import plain_operations
 from keras_moe.serving.saved_model import export
 
 

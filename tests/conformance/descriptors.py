@@ -36,7 +36,7 @@ class Descriptor:
     shape: tuple
     of: type
     dynamic_axes: tuple = (0,)
-    supports_xla: bool = False
+    supports_xla: bool = True
     float32_only: bool = False
     integer_inputs: bool = False
     takes_nothing: bool = True

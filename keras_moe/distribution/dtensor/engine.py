@@ -6,7 +6,6 @@ from tensorflow.experimental import dtensor
 from keras_moe import engine
 from keras_moe.distribution import compatibility
 from keras_moe.distribution.dtensor.dispatcher import MeshDispatcher
-from keras_moe.distribution.dtensor.hierarchical import hierarchical_gating
 from keras_moe.distribution.dtensor.variables import (
     LaidOutExperts,
     LaidOutVariable,
@@ -25,8 +24,8 @@ class MeshEngine(engine.Engine):
     """
 
     static_shapes = True
+    values_are_here = False
     several_devices = True
-    hierarchical_gating = staticmethod(hierarchical_gating)
 
     def __init__(self, mesh: dtensor.Mesh):
         self.mesh = mesh
@@ -69,8 +68,11 @@ class _Weights(engine.Weights):
             return LaidOutVariable(initial, layout=layout, trainable=False)
 
 
-class _Operations(engine.Operations):
+class _Operations(engine.StaticOperations):
     """The operations of a step whose stock form DTensor cannot expand."""
+
+    # However many: it cannot expand a scatter.
+    most_passes = most_columns = 2**31
 
     def __init__(self, mesh):
         self._mesh = mesh
@@ -84,7 +86,7 @@ class _Operations(engine.Operations):
             best, indices = tf.math.top_k(values, k)
 
             def grad(d_best, _):
-                return _spread(d_best, indices, width)
+                return engine.spread(d_best, indices, width)
 
             return (best, indices), grad
 
@@ -99,35 +101,8 @@ class _Operations(engine.Operations):
             return replicated(value, self._mesh)
         return dtensor.relayout(value, sharded_layout(self._mesh, value.shape.rank))
 
-    def pick(self, values, indices):
-        width = values.shape[-1]
-
-        @tf.custom_gradient
-        def run(values):
-            def grad(dy):
-                return _spread(dy, indices, width)
-
-            return tf.gather(values, indices, batch_dims=1), grad
-
-        return run(values)
-
-    def sum_by_expert(self, values, indices, num_experts):
-        total = tf.zeros((num_experts,), values.dtype)
-        if values.shape.rank == 1:
-            values, indices = values[:, tf.newaxis], indices[:, tf.newaxis]
-        for k in range(values.shape[-1]):
-            own = tf.one_hot(indices[..., k], num_experts, dtype=values.dtype)
-            total += tf.reduce_sum(own * values[..., k, tf.newaxis], axis=0)
-        return total
-
     def replicated(self, value):
         return replicated(value, self._mesh)
-
-    def largest_of_columns(self, values, m):
-        columns_EN = tf.transpose(values)
-        order = tf.argsort(columns_EN, axis=-1, direction="DESCENDING", stable=True)
-        ranks = tf.argsort(order, axis=-1)  # the inverse permutation
-        return tf.transpose(ranks < m)
 
     def over_columns(self, values, function, filling):
         # To the devices of the columns and back, where the stock way would sort
@@ -155,13 +130,3 @@ class _Operations(engine.Operations):
             tf.cast(replicated(mask, self._mesh), tf.int32), exclusive=True
         )
         return tf.gather(noise, before)
-
-
-def _spread(values, indices, width):
-    """`(N, K)` values at `(N, K)` indices -> `(N, width)`, zeros elsewhere."""
-    parts = [
-        values[..., k, tf.newaxis]
-        * tf.one_hot(indices[..., k], width, dtype=values.dtype)
-        for k in range(values.shape[-1])
-    ]
-    return tf.add_n(parts)

@@ -1,0 +1,333 @@
+"""Experts in slots of a static number, and nothing dropped: for XLA and GPUs.
+
+Every expert has the same `capacity` slots, a number that follows from shapes alone, and
+all of them are computed in one batched product. What an expert gets beyond that spills:
+a loop runs blocks of `spill` rows of one expert each. How often it turns is data, zero
+where routing is balanced. So no shape depends on the data, XLA compiles a mixture, no
+size has to leave the GPU, and the worst batch costs time instead of tokens. The graph
+does not grow with the number of experts.
+
+Whole numbers are int64 within: TensorFlow computes with int32 in the memory of the host
+even where the rest is on a GPU, since shapes are int32.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_moe import checks, engine
+from keras_moe.functional import ops
+from keras_moe.functional.capacity import CapacityDispatcher
+from keras_moe.functional.dispatching import (
+    Dispatcher,
+    SortedPlan,
+    make_dispatch_plan,
+    without_padding,
+)
+from keras_moe.types import DispatchPlan
+
+# Slots of all experts over assignments of all tokens.
+CAPACITY_FACTOR = 1.25
+# From so many experts on assignments are sorted: counting takes time and memory
+# proportional to experts times assignments.
+_MOST_COUNTED = 512
+# Tokens that are counted at once, by a product with a triangular matrix.
+_COUNTED_TOGETHER = 128
+# Up to so many experts a token its answers lie side by side before they are summed.
+MOST_GATHERED = 16
+
+
+class _SlotFields(NamedTuple):
+    token_indices: tf.Tensor
+    counts: tf.Tensor
+    positions: tf.Tensor
+    expert_indices: tf.Tensor
+    assignments: tf.Tensor
+    order: tf.Tensor
+    starts: tf.Tensor
+    spill_rows: tf.Tensor
+
+
+class SlotPlan(_SlotFields, DispatchPlan):
+    """Static slots for every expert, and a loop for what exceeds them.
+
+    `mix_experts` follows it, as `layers.Experts` do; there is no tensor that holds the
+    rows of all assignments, so it has neither `dispatch` nor `combine`.
+
+    Attributes:
+        token_indices: `(E, C)` int64. The token in every slot, 0 in empty ones.
+        counts: `(E,)` int64. Rows of each expert, beyond its slots too.
+        positions: `(N, K)` int64. The slot of each assignment, counted over all
+            experts; -1 for one that has spilled, or has no expert.
+        expert_indices: `(N, K)` int32. The expert of each assignment, -1 for none.
+        assignments: `(E, C)` int64. The assignment in every slot, as an index into
+            `expert_indices`, flattened; -1 in empty ones.
+        order: `(N * K,)` int64. Assignments sorted by expert, those without one last.
+        starts: `(E,)` int64. Where those of each expert start in `order`.
+        spill_rows: `(S,)` int64, 0 to S - 1: the rows of a block of what exceeds the
+            slots.
+    """
+
+    __slots__ = ()
+
+    @property
+    def overflow(self) -> tf.Tensor:
+        """`()` int32, always 0."""
+        return tf.constant(0, tf.int32)
+
+    def sorted_at(
+        self, experts: tf.Tensor, ranks: tf.Tensor, valid: tf.Tensor
+    ) -> tf.Tensor:
+        """The assignments at some ranks among those of an expert, 0 if not valid."""
+        rows = tf.gather(self.starts, experts) + ranks
+        return _take(self.order, rows, valid)
+
+    def dispatch(self, inputs):
+        raise ValueError(
+            "A plan of static slots has no `dispatch`: rows beyond the slots are run in "
+            "a loop. Received: a SlotPlan. Hand it to `mix_experts`, or make a plan "
+            "with `make_dispatch_plan`."
+        )
+
+    def combine(self, expert_outputs, gates, num_tokens=None):
+        raise ValueError(
+            "A plan of static slots has no `combine`: rows beyond the slots are run in "
+            "a loop. Received: a SlotPlan. Hand it to `mix_experts`, or make a plan "
+            "with `make_dispatch_plan`."
+        )
+
+
+class StaticDispatcher(Dispatcher):
+    """Static shapes, and nothing dropped: a `SlotPlan` for every call.
+
+    Experts that are not stacked, an `ExpertList` say, cannot be a loop over weights:
+    XLA gets a slot for every token from each of them, otherwise their rows depend on
+    the data. So do those of a gate that gives tokens different numbers of experts in a
+    form of its own, which XLA cannot compile.
+    """
+
+    static_shapes = True
+
+    def mix(self, experts, tokens, result, mask=None):
+        is_compiled = engine.is_compiled_by_xla()
+        if result.is_ragged and is_compiled:
+            raise ValueError(
+                "`jit_compile` of a mixture must be False if its gate gives tokens "
+                "different numbers of experts: shapes then depend on the data. Received: "
+                f"gates of shape {result.gates.shape} with `token_indices`, "
+                "jit_compile=True. Leave it out, or return (tokens, k) gates and "
+                "experts, where expert -1 stands for none."
+            )
+        result = without_padding(result, mask)
+        if hasattr(experts, "stacked_weights") and not result.is_ragged:
+            return super().mix(experts, tokens, result, mask)
+        if is_compiled:
+            of_each = CapacityDispatcher(result.statistics.counts.shape[0])
+            return of_each.mix(experts, tokens, result, mask)
+        return _only_real(Dispatcher(), experts, tokens, result, mask)
+
+    def make_plan(self, result, mask):
+        return make_slot_plan(
+            result.expert_indices, result.statistics.counts.shape[0], mask
+        )
+
+
+def _only_real(dispatcher, experts, tokens, result, mask):
+    """Dispatch in shapes that depend on the data, where padding is among the tokens."""
+    if mask is not None:
+        if result.is_ragged:
+            kept = tf.gather(mask, result.token_indices)
+            token_indices = tf.boolean_mask(result.token_indices, kept)
+        else:
+            kept = tf.broadcast_to(mask[:, tf.newaxis], tf.shape(result.expert_indices))
+            token_indices = tf.cast(tf.where(kept)[:, 0], tf.int32)
+        result = result._replace(
+            gates=tf.boolean_mask(result.gates, kept),
+            expert_indices=tf.boolean_mask(result.expert_indices, kept),
+            token_indices=token_indices,
+        )
+    return dispatcher.mix(experts, tokens, result)
+
+
+def slot_sizes(
+    num_assignments: tf.Tensor | int, num_experts: int
+) -> tuple[tf.Tensor | int, tf.Tensor | int]:
+    """Slots of each expert and rows of a spill block, by shapes alone.
+
+    1.25 times the mean number of rows of an expert, rounded up to a multiple of 8, and of
+    16, 32, 64 or 128 from 512, 1,024, 2,048 or 4,096 slots on: what tensor cores and
+    the tiles of matrix products take, and less than 4 % more work there. Where there
+    are fewer than a quarter as many rows as experts no expert has slots: reading the
+    weights of all would cost more than the loop. A block is half as large as the slots
+    of an expert, within 8 and 256 rows.
+
+    Args:
+        num_assignments: M, assignments of tokens to experts. Ints where shapes are
+            known, else a scalar int32 tensor.
+        num_experts: E.
+
+    Returns:
+        Two numbers of the kind of `num_assignments`.
+    """
+    known = tf.get_static_value(num_assignments)
+    if known is not None:
+        num_assignments = int(known)
+        if 4 * num_assignments < num_experts:
+            return 0, 8
+
+    def rounded(x, unit):
+        return -(-x // unit) * unit
+
+    # Mean times the factor, rounded up, in whole numbers.
+    quarters = int(4 * CAPACITY_FACTOR)
+    slots = -(-quarters * num_assignments // (4 * num_experts))
+    unit = 8
+    largest, smallest = (max, min) if known is not None else (tf.maximum, tf.minimum)
+    for bound in (512, 1024, 2048, 4096):
+        unit = unit + unit * smallest(slots // bound, 1)
+    slots = largest(rounded(slots, unit), 8)
+    return slots, smallest(largest(rounded(slots // 2, 8), 8), 256)
+
+
+def make_slot_plan(
+    expert_indices: tf.Tensor,
+    num_experts: int,
+    mask: tf.Tensor | None = None,
+    capacity: int | None = None,
+    spill: int | None = None,
+) -> SlotPlan:
+    """Gives assignments to the slots of their experts, in the order of the tokens.
+
+    Args:
+        expert_indices: `(N, K)` int32 within [0, E), or -1 for no expert.
+        num_experts: E.
+        mask: `(N,)` bool or None. Tokens marked False take no slot and are not
+            counted.
+        capacity: C, slots of each expert, at least 0. None takes `slot_sizes`.
+        spill: Rows of a block of what exceeds them, at least 1. None takes
+            `slot_sizes`.
+
+    Returns:
+        A `SlotPlan`. Nothing is dropped, whatever the sizes.
+
+    Raises:
+        ValueError: `expert_indices` is not of rank 2; a size is too small.
+    """
+    if expert_indices.shape.rank != 2:
+        raise ValueError(
+            "`expert_indices` of a plan of static slots must be (N, K). "
+            f"Received: expert_indices.shape={expert_indices.shape}. A gate that gives "
+            "tokens different numbers of experts marks the others with -1."
+        )
+    expert_indices = tf.cast(expert_indices, tf.int32)
+    wide = tf.cast(expert_indices, tf.int64)
+    if mask is not None:
+        wide = tf.where(mask[:, tf.newaxis], wide, tf.constant(-1, tf.int64))
+    shape, k = tf.shape(wide), expert_indices.shape[1]
+    num_assignments = tf.reduce_prod(shape)
+    if expert_indices.shape.is_fully_defined():
+        num_assignments = expert_indices.shape.num_elements()
+    slots, block = slot_sizes(num_assignments, num_experts)
+    if capacity is not None:
+        slots = checks.verify_count(capacity, "capacity", 0)
+    if spill is not None:
+        block = checks.verify_count(spill, "spill", 1)
+    if num_experts <= _MOST_COUNTED and k is not None and k <= MOST_GATHERED:
+        order, ranks, counts = _count(wide, num_experts)
+    else:
+        order, ranks, counts = _sort(wide, num_experts)
+    starts = tf.cumsum(counts, exclusive=True)
+    at = _range(slots)[tf.newaxis, :]
+    filled = at < counts[:, tf.newaxis]
+    assignments = _take(order, starts[:, tf.newaxis] + at, filled)
+    wide_slots, nothing = tf.cast(slots, tf.int64), tf.constant(-1, tf.int64)
+    positions = tf.where(
+        (wide >= 0) & (ranks < wide_slots), wide * wide_slots + ranks, nothing
+    )
+    return SlotPlan(
+        token_indices=assignments // tf.cast(shape[1], tf.int64),
+        counts=counts,
+        positions=positions,
+        expert_indices=expert_indices,
+        assignments=tf.where(filled, assignments, nothing),
+        order=order,
+        starts=starts,
+        spill_rows=_range(block),
+    )
+
+
+def make_plan_here(
+    expert_indices: tf.Tensor, num_experts: int
+) -> SlotPlan | SortedPlan:
+    """The dropless plan for where the code runs, of assignments `(N, K)`."""
+    if ops.shapes_are_static():
+        return make_slot_plan(expert_indices, num_experts)
+    return make_dispatch_plan(expert_indices, num_experts)
+
+
+def _range(size):
+    # A range of int32 is made on the host, from sizes that are there, and sent.
+    return tf.cast(tf.range(tf.cast(size, tf.int32)), tf.int64)
+
+
+def _take(order, rows, valid):
+    """Entries of `order`, 0 where not valid. `order` may be empty."""
+    nothing = tf.zeros([], tf.int64)
+    if not order.shape[0]:  # unknown, or none
+        order = tf.concat([order, [nothing]], axis=0)
+    return tf.where(valid, tf.gather(order, tf.where(valid, rows, nothing)), nothing)
+
+
+def _count(expert_indices, num_experts):
+    """A counting sort: order of assignments `(N * K,)`, ranks `(N, K)`, counts `(E,)`.
+
+    Running sums over tokens are products with a triangular matrix of ones, which
+    tensor cores compute, and exact: sums of ones in float32.
+    """
+    num_tokens, k = tf.shape(expert_indices)[0], expert_indices.shape[1]
+    chosen = tf.one_hot(expert_indices, num_experts, dtype=tf.float32)  # (N, K, E)
+    chosen = tf.reduce_sum(chosen, axis=1)
+    together = _COUNTED_TOGETHER
+    padding = [[0, -num_tokens % together], [0, 0]]
+    blocks = tf.reshape(tf.pad(chosen, padding), [-1, together, num_experts])
+    of_blocks = tf.reduce_sum(blocks, axis=1)  # (blocks, E)
+    before = tf.matmul(_earlier(together)[tf.newaxis], blocks)
+    before += tf.cumsum(of_blocks, exclusive=True)[:, tf.newaxis]
+    before = tf.reshape(before, [-1, num_experts])[:num_tokens]
+    ranks = tf.cast(ops.pick(before, tf.maximum(expert_indices, 0)), tf.int64)
+    if k != 1:  # an own gate may choose an expert twice
+        same = expert_indices[:, :, tf.newaxis] == expert_indices[:, tf.newaxis, :]
+        same = tf.cast(same, tf.float32) * _earlier(k)
+        ranks += tf.cast(tf.reduce_sum(same, axis=2), tf.int64)
+    counts = tf.cast(tf.reduce_sum(of_blocks, axis=0), tf.int64)
+    has_expert = expert_indices >= 0
+    rows = tf.gather(tf.cumsum(counts, exclusive=True), tf.maximum(expert_indices, 0))
+    rows = tf.reshape(rows + ranks, [-1])
+    # Rows are unique, but for one behind all: that of assignments without expert.
+    num_rows = tf.size(rows)
+    rows = tf.where(tf.reshape(has_expert, [-1]), rows, tf.cast(num_rows, tf.int64))
+    one_more = tf.concat([rows, [tf.zeros([], tf.int64)]], axis=0)
+    order = tf.scatter_nd(
+        rows[:, tf.newaxis], _range(num_rows), tf.shape(one_more, tf.int64)
+    )
+    return order[:-1], ranks, counts
+
+
+def _earlier(size):
+    """Matrix with ones at those columns that come before the row."""
+    return tf.constant(np.tri(size, k=-1, dtype="float32"))
+
+
+def _sort(expert_indices, num_experts):
+    """The same by a sort, for any number of experts."""
+    flat = tf.reshape(expert_indices, [-1])
+    flat = tf.where(flat < 0, tf.constant(num_experts, tf.int64), flat)
+    order = tf.cast(tf.argsort(flat, stable=True), tf.int64)
+    rows = tf.scatter_nd(
+        order[:, tf.newaxis], _range(tf.size(order)), tf.shape(order, tf.int64)
+    )
+    counts = tf.cast(ops.count_by_expert(expert_indices, num_experts), tf.int64)
+    ends = tf.concat([tf.cumsum(counts, exclusive=True), [0]], axis=0)
+    ranks = rows - tf.gather(ends, flat)
+    return order, tf.reshape(ranks, tf.shape(expert_indices)), counts

@@ -1,0 +1,84 @@
+"""What a graph is traced for: this machine, a GPU, or a runtime with few operations."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import tensorflow as tf
+
+# "plain", "GPU", or None for this machine.
+_chosen: ContextVar[str | None] = ContextVar("runtime", default=None)
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Traces mixtures inside the `with` block by operations that convert.
+
+    The same results by the operations that TensorFlow Lite has built in. Outside of it
+    mixtures use faster ones of TensorFlow's own. What was traced before stays as it is.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(4, hidden_units=8)
+    >>> layer = keras_moe.layers.MoE(experts, keras_moe.layers.TopKGating(k=2))
+    >>> x = np.ones((3, 8), "float32")
+    >>> with keras_moe.serving.plain_operations():
+    ...     outputs = layer(x)
+    >>> bool(np.allclose(outputs, layer(x), atol=1e-6))
+    True
+    """
+    with _traced_for("plain"):
+        yield
+
+
+@contextlib.contextmanager
+def gpu_operations() -> Iterator[None]:
+    """Traces mixtures inside the `with` block for a GPU, whatever this machine has.
+
+    The same results by operations whose shapes do not depend on the data and which have
+    kernels for GPUs: for a model that is exported on one machine and served on another.
+    Where TensorFlow sees a GPU, and where XLA compiles, mixtures are traced like this
+    anyway. What was traced before stays as it is.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(4, hidden_units=8)
+    >>> layer = keras_moe.layers.MoE(experts, keras_moe.layers.TopKGating(k=2))
+    >>> x = np.ones((3, 8), "float32")
+    >>> with keras_moe.serving.gpu_operations():
+    ...     outputs = layer(x)
+    >>> bool(np.allclose(outputs, layer(x), atol=1e-6))
+    True
+    """
+    with _traced_for("GPU"):
+        yield
+
+
+@contextlib.contextmanager
+def _traced_for(kind):
+    token = _chosen.set(kind)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def only_plain() -> bool:
+    """Whether the code runs within `plain_operations`."""
+    return _chosen.get() == "plain"
+
+
+def device_type() -> str:
+    """The kind of device that what is traced here will run on, `"CPU"` or `"GPU"`."""
+    # Does not start TensorFlow's devices, which may still have to be set up.
+    is_gpu = _chosen.get() == "GPU" or tf.config.get_visible_devices("GPU")
+    return "GPU" if is_gpu else "CPU"
+
+
+def prefers_xla() -> bool:
+    """Whether Keras' `jit_compile="auto"` should compile mixtures.
+
+    XLA can compile them anywhere, and does with `jit_compile=True`. For a processor its
+    code is slower than TensorFlow's, and takes long to make.
+    """
+    return device_type() == "GPU"
