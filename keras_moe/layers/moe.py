@@ -10,7 +10,8 @@ import tensorflow as tf
 from keras_moe import checks, engine, functional
 from keras_moe.functional.capacity import verify_fixed_k
 from keras_moe.layers import configs
-from keras_moe.layers.balance_metric import BalanceMetric, add_balance
+from keras_moe.layers.balance_losses import add_balance
+from keras_moe.layers.balance_metric import BalanceMetric
 from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.gate_contract import (
     default_gating,
