@@ -14,6 +14,7 @@ from keras_moe.distribution.dtensor.variables import (
     on_host,
     replicated,
     sharded_layout,
+    spread,
 )
 
 
@@ -75,37 +76,13 @@ class _Operations(engine.Operations):
     def __init__(self, mesh):
         self._mesh = mesh
 
-    def top_k(self, values, k):
-        # The stock gradient scatters, which DTensor does on every device as a whole.
-        width = values.shape[-1]
-
-        @tf.custom_gradient
-        def run(values):
-            best, indices = tf.math.top_k(values, k)
-
-            def grad(d_best, _):
-                return _spread(d_best, indices, width)
-
-            return (best, indices), grad
-
-        # DTensor expands `TopKV2` wrongly if operand and result have different
-        # layouts, which those of what comes before and after may ask for.
-        best, indices = run(self._by_rows(values))
-        return self._by_rows(best), self._by_rows(tf.stop_gradient(indices))
-
-    def _by_rows(self, value):
-        """With the rows sharded if the mesh divides their number, else replicated."""
-        if value.shape[0] % self._mesh.size:
-            return replicated(value, self._mesh)
-        return dtensor.relayout(value, sharded_layout(self._mesh, value.shape.rank))
-
     def pick(self, values, indices):
         width = values.shape[-1]
 
         @tf.custom_gradient
         def run(values):
             def grad(dy):
-                return _spread(dy, indices, width)
+                return spread(dy, indices, width)
 
             return tf.gather(values, indices, batch_dims=1), grad
 
@@ -155,13 +132,3 @@ class _Operations(engine.Operations):
             tf.cast(replicated(mask, self._mesh), tf.int32), exclusive=True
         )
         return tf.gather(noise, before)
-
-
-def _spread(values, indices, width):
-    """`(N, K)` values at `(N, K)` indices -> `(N, width)`, zeros elsewhere."""
-    parts = [
-        values[..., k, tf.newaxis]
-        * tf.one_hot(indices[..., k], width, dtype=values.dtype)
-        for k in range(values.shape[-1])
-    ]
-    return tf.add_n(parts)

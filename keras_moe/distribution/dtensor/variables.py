@@ -60,6 +60,24 @@ def replicated(value: tf.Tensor, mesh: dtensor.Mesh | None = None) -> tf.Tensor:
     return dtensor.relayout(value, dtensor.Layout.replicated(mesh, value.shape.rank))
 
 
+def by_rows(value: tf.Tensor, mesh: dtensor.Mesh) -> tf.Tensor:
+    """The same DTensor with its rows sharded if the mesh divides them, else whole."""
+    rank = value.shape.rank
+    if rank < 2 or value.shape[0] % mesh.size:
+        return replicated(value, mesh)
+    return dtensor.relayout(value, sharded_layout(mesh, rank))
+
+
+def spread(values: tf.Tensor, indices: tf.Tensor, width: int) -> tf.Tensor:
+    """`(..., K)` values at `(..., K)` indices -> `(..., width)`, zeros elsewhere."""
+    parts = [
+        values[..., k, tf.newaxis]
+        * tf.one_hot(indices[..., k], width, dtype=values.dtype)
+        for k in range(values.shape[-1])
+    ]
+    return tf.add_n(parts)
+
+
 def whole(value: Any) -> tf.Tensor:
     """A DTensor as one plain tensor. With several clients all of them have to ask.
 
@@ -311,12 +329,14 @@ class LaidOutExperts(keras.Variable):
 __all__ = [
     "LaidOutExperts",
     "LaidOutVariable",
+    "by_rows",
     "compatibility",
     "current_mesh",
     "in_step",
     "lay_out",
     "replicated",
     "sharded_layout",
+    "spread",
     "step",
     "whole",
 ]
