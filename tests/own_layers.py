@@ -1,9 +1,9 @@
-"""Experts as a user writes them: subclasses of each layer of experts."""
+"""Experts and gates as a user writes them, with no word about devices."""
 
 import keras
 import tensorflow as tf
 
-from keras_moe import layers
+from keras_moe import functional, layers
 
 register = keras.saving.register_keras_serializable(package="own")
 
@@ -46,3 +46,46 @@ class HalvedExpertList(layers.ExpertList):
 
     def call(self, inputs, counts=None, training=None):
         return 0.5 * super().call(inputs, counts=counts, training=training)
+
+
+@register
+class HashGating(keras.layers.Layer):
+    """One expert, by the first feature in tenths. Nothing to learn."""
+
+    num_experts = None
+
+    def call(self, inputs, mask=None, training=None):
+        bucket = tf.cast(tf.round(inputs[:, :1] * 10.0), tf.int32)
+        experts = tf.math.floormod(bucket, self.num_experts)
+        gates = tf.ones_like(inputs[:, :1])
+        return functional.make_gating_result(
+            gates, experts, self.num_experts, mask=mask
+        )
+
+
+@register
+class StockGating(keras.layers.Layer):
+    """The two best of a softmax, by TensorFlow's own operations, with a z-loss."""
+
+    num_experts = None
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=keras.initializers.GlorotUniform(seed=3),
+        )
+
+    def call(self, inputs, mask=None, training=None):
+        logits = tf.matmul(inputs, self.kernel)
+        probabilities = tf.nn.softmax(logits)
+        gates, experts = tf.math.top_k(probabilities, k=2)
+        result = functional.make_gating_result(
+            gates / tf.reduce_sum(gates, axis=-1, keepdims=True),
+            experts,
+            self.num_experts,
+            load=tf.reduce_sum(probabilities, axis=0),
+            mask=mask,
+        )
+        z = tf.reduce_mean(tf.square(tf.reduce_logsumexp(logits, axis=-1)))
+        return result._replace(auxiliary_losses=(0.01 * z,))

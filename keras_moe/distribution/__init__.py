@@ -50,15 +50,27 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_SUPPORTED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+    tf.distribute.OneDeviceStrategy,
+)
+
+
 def _engine_of(strategy: Any) -> engine.Engine:
     dtensor = sys.modules.get(f"{__name__}.dtensor.strategy")
     if dtensor is not None and isinstance(strategy, dtensor.DTensorStrategy):
         return strategy.engine
-    kinds = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
-    if isinstance(strategy, (*kinds, tf.distribute.OneDeviceStrategy)):
-        if strategy.num_replicas_in_sync == 1:
-            return engine.ONE_DEVICE  # with any version
-        verify_versions(type(strategy).__name__)
+    kind = type(strategy).__name__
+    if not isinstance(strategy, _SUPPORTED):
+        raise ValueError(
+            "`strategy` must be a MirroredStrategy or a MultiWorkerMirroredStrategy "
+            f"for layers with experts. Received: {kind}. Build the model in the scope "
+            "of one of these, or outside of any."
+        )
+    if strategy.num_replicas_in_sync == 1:
+        return engine.ONE_DEVICE  # with any version
+    verify_versions(kind)
     from keras_moe.distribution.mirrored.engine import engine_of
 
     return engine_of(strategy)

@@ -24,7 +24,9 @@ from tensorflow.python.distribute import distribute_lib, values_util
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
 from tensorflow.python.distribute.distribute_lib import ReplicaContext, UpdateContext
 from tensorflow.python.distribute.values import SyncOnReadVariable
-from tensorflow.python.ops import collective_ops
+from tensorflow.python.ops import array_ops, collective_ops
+from tensorflow.python.ops import gen_array_ops as raw_array
+from tensorflow.python.ops import gen_nn_ops as raw_nn
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
@@ -48,6 +50,9 @@ __all__ = [
     "layer_name_scope",
     "local_replica",
     "loss_module",
+    "operation_modules",
+    "raw_array",
+    "raw_nn",
     "replica_here",
     "replica_or_none",
     "separate_collectives",
@@ -55,6 +60,9 @@ __all__ = [
     "track_weight",
     "trainer_module",
 ]
+
+# Where the functions of single operations are named, besides `tf` itself.
+operation_modules = (raw_array, raw_nn, array_ops)
 
 
 def collective_ops_of(strategy: Any) -> Any:

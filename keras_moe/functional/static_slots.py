@@ -21,7 +21,6 @@ from keras_moe.functional import ops
 from keras_moe.functional.capacity import CapacityDispatcher
 from keras_moe.functional.dispatching import (
     Dispatcher,
-    SortedPlan,
     make_dispatch_plan,
     without_padding,
 )
@@ -257,9 +256,7 @@ def make_slot_plan(
     )
 
 
-def make_plan_here(
-    expert_indices: tf.Tensor, num_experts: int
-) -> SlotPlan | SortedPlan:
+def make_plan_here(expert_indices: tf.Tensor, num_experts: int) -> DispatchPlan:
     """The dropless plan for where the code runs, of assignments `(N, K)`."""
     if ops.shapes_are_static():
         return make_slot_plan(expert_indices, num_experts)

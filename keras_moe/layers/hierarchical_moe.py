@@ -7,7 +7,7 @@ import keras
 
 from keras_moe import checks, engine
 from keras_moe.layers import configs
-from keras_moe.layers.balance_metric import add_balance
+from keras_moe.layers.balance_losses import add_balance
 from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.hierarchical_gating import (
     HierarchicalGating,

@@ -11,7 +11,8 @@ from keras_moe import checks, engine, functional, runtime
 from keras_moe.functional.capacity import verify_fixed_k
 from keras_moe.functional.dispatching import without_padding
 from keras_moe.layers import configs
-from keras_moe.layers.balance_metric import BalanceMetric, add_balance
+from keras_moe.layers.balance_losses import add_balance
+from keras_moe.layers.balance_metric import BalanceMetric
 from keras_moe.layers.gate_contract import (
     default_gating,
     loss_weights_config,

@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from keras_moe import checks, engine, functional, runtime
 from keras_moe.layers import configs
-from keras_moe.layers.balance_metric import BalanceMetric, add_balance
+from keras_moe.layers.balance_losses import add_balance
+from keras_moe.layers.balance_metric import BalanceMetric
 from keras_moe.layers.gate_contract import (
     loss_weights_config,
     set_loss_weights,

@@ -21,6 +21,7 @@ import tensorflow as tf
 import keras_moe
 from tests import own_layers
 
+OWN_GATES = {"hash": own_layers.HashGating, "stock": own_layers.StockGating}
 VOCABULARY, TIME, WIDTH, BATCH = 20, 6, 16, 24
 
 
@@ -85,6 +86,13 @@ def mixture(case: Case, name: str = "moe"):
     if case.layer in ("flat", "gated"):
         gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
         return layers.MoE(experts, gating, **options)
+    if case.layer in OWN_GATES:
+        return layers.MoE(experts, OWN_GATES[case.layer](), **options)
+    if case.layer == "groups by hash":
+        primary = own_layers.HashGating()
+        return layers.HierarchicalMoE(
+            experts, 4, k=(1, 2), primary_gating=primary, **options
+        )
     if case.layer == "hierarchical":
         primary = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=6)
         return layers.HierarchicalMoE(

@@ -1,6 +1,7 @@
 """What travels between the devices of a mesh in a training step, and planted faults."""
 
 import collections
+import functools
 import json
 import os
 import sys
@@ -138,7 +139,72 @@ def random_numbers_are_those_of_one_device(settings):
     return {"apart": float(np.max(np.abs(values[0] - values[1])))}
 
 
+def _best(x):
+    return tf.math.top_k(x, 2)
+
+
+def _own(x):
+    """Where the largest value of each row is, as indices of all."""
+    return tf.stack([tf.range(x.shape[0]), tf.argmax(x, -1, tf.int32)], axis=1)
+
+
+# What own gates are made of, on rows that lie on many devices.
+OPERATIONS = {
+    "top_k": lambda x: _best(x).values,
+    "keras top_k": lambda x: keras.ops.top_k(x, 2)[0],
+    "top_k of more axes": lambda x: _best(tf.reshape(x, [-1, 2, 2])).values,
+    "top_k of columns": lambda x: _best(tf.transpose(x)).values,
+    "top_k of a vector": lambda x: _best(x[:, 0]).values,
+    "indices alone": lambda x: x[:, :2] * tf.cast(_best(x).indices, x.dtype),
+    "sort": lambda x: tf.sort(x, direction="DESCENDING"),
+    "argsort": lambda x: x * tf.cast(tf.argsort(x), x.dtype),
+    "rank in the batch": lambda x: x[:, 0] * tf.cast(tf.argsort(x[:, 0]), x.dtype),
+    "new axis": lambda x: x[:, tf.newaxis] * 2.0,
+    "new axis and ellipsis": lambda x: x[:, tf.newaxis, ...] * 2.0,
+    "new first axis": lambda x: x[tf.newaxis] * 2.0,
+    "new axes around one": lambda x: x[tf.newaxis, :, 0, tf.newaxis] * 2.0,
+    "new axis of a part": lambda x: x[1:3, tf.newaxis, ..., tf.newaxis] * 2.0,
+    "last axis": lambda x: x[..., tf.newaxis] * 2.0,
+    "gather_nd": lambda x: tf.gather_nd(x, _own(x)),
+    "gather": lambda x: tf.gather(x, _own(x)[:, 1:], batch_dims=1),
+    "scatter_nd": lambda x: tf.scatter_nd(_own(x), tf.reduce_sum(x, -1), x.shape),
+    "scatter update": lambda x: tf.tensor_scatter_nd_update(
+        x, _own(x), tf.zeros_like(x[:, 0])
+    ),
+    "scatter add": lambda x: tf.tensor_scatter_nd_add(x, _own(x), x[:, 1]),
+}
+
+
+def operations_of_gates(settings):
+    """Values and gradients, how far they are from those of one device."""
+    strategy = distribution.DTensorStrategy(
+        distribution.create_mesh(settings["devices"])
+    )
+    x = np.random.default_rng(0).normal(size=(settings["rows"], 4)).astype("float32")
+
+    def both(function, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            values = function(x)
+            total = tf.reduce_sum(tf.square(values))
+        return values, tf.convert_to_tensor(tape.gradient(total, x))
+
+    found = {}
+    for name, function in OPERATIONS.items():
+        if "columns" in name and len(x) % settings["devices"]:
+            continue  # raises: a transpose that needs communication
+        own = functools.partial(both, function)
+        expected = tf.function(own)(tf.constant(x))
+        step = tf.function(lambda x, own=own: strategy.run(own, args=(x,)))
+        found[name] = [
+            float(np.max(np.abs(a - b.numpy())))
+            for a, b in zip(expected, step(strategy.lay_out(x)), strict=True)
+        ]
+    return found
+
+
 JOBS = (
+    operations_of_gates,
     lowered_functions,
     a_failing_operation_raises,
     settings_too_late,

@@ -62,6 +62,27 @@ def test_other_layers_train_as_on_one_device():
     )
 
 
+def test_gates_of_a_user_work_as_on_one_device():
+    assert_equal_on_devices(
+        2,
+        [
+            {**SHORT, **SGD, **SEVEN, "layer": "hash", "mask": True},
+            # By operations that DTensor expands wrongly in their stock form.
+            {**SHORT, **SGD, "layer": "stock"},
+            {**SHORT, **SGD, "layer": "groups by hash"},
+        ],
+    )
+
+
+@pytest.mark.parametrize("rows", [8, 7])
+def test_operations_of_gates_are_those_of_one_device(rows):
+    found = audit("operations_of_gates", rows=rows)
+    assert found
+    for name, (value, gradient) in found.items():
+        assert value <= 1e-6, name
+        assert gradient <= 1e-6, name
+
+
 def optimizer_case(optimizer, options, exhaustive=True, **settings):
     marks = pytest.mark.exhaustive if exhaustive else ()
     case = {"optimizer": optimizer, "options": options, **settings}

@@ -67,6 +67,18 @@ def test_experts_of_a_user_are_sharded_too():
     assert_equal_on_devices(2, [{**ADAM, **SEVEN, "layer": "gated", "steps": 6}])
 
 
+def test_gates_of_a_user_work_as_on_one_device():
+    short = {**SGD, "steps": 6}
+    assert_equal_on_devices(
+        2,
+        [
+            {**short, **SEVEN, "layer": "hash", "mask": True},
+            {**short, "layer": "stock"},
+            {**short, "layer": "groups by hash"},
+        ],
+    )
+
+
 def test_balanced_gates_see_the_global_batch():
     assert_equal_on_devices(
         3, [{**ADAM, **BALANCED}, {**ADAM, **BALANCED, **SEVEN, "mask": True}]

@@ -1,5 +1,7 @@
 """The engines say which versions they need; one device takes those of the core."""
 
+import sys
+
 import keras
 import pytest
 import tensorflow as tf
@@ -42,3 +44,12 @@ def test_one_replica_takes_every_version(version):
     ):
         with strategy.scope():
             assert engine.for_weights() is engine.ONE_DEVICE
+
+
+def test_another_strategy_is_refused_with_every_version(version, monkeypatch):
+    # Without a look at the engine, which may not be importable.
+    monkeypatch.setitem(sys.modules, "keras_moe.distribution.mirrored.engine", None)
+    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0"])
+    message = "`strategy` must be a MirroredStrategy.*CentralStorageStrategy"
+    with strategy.scope(), pytest.raises(ValueError, match=message):
+        engine.for_weights()

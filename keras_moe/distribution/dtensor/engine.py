@@ -78,28 +78,7 @@ class _Operations(engine.StaticOperations):
         self._mesh = mesh
 
     def top_k(self, values, k):
-        # The stock gradient scatters, which DTensor does on every device as a whole.
-        width = values.shape[-1]
-
-        @tf.custom_gradient
-        def run(values):
-            best, indices = tf.math.top_k(values, k)
-
-            def grad(d_best, _):
-                return engine.spread(d_best, indices, width)
-
-            return (best, indices), grad
-
-        # DTensor expands `TopKV2` wrongly if operand and result have different
-        # layouts, which those of what comes before and after may ask for.
-        best, indices = run(self._by_rows(values))
-        return self._by_rows(best), self._by_rows(tf.stop_gradient(indices))
-
-    def _by_rows(self, value):
-        """With the rows sharded if the mesh divides their number, else replicated."""
-        if value.shape[0] % self._mesh.size:
-            return replicated(value, self._mesh)
-        return dtensor.relayout(value, sharded_layout(self._mesh, value.shape.rank))
+        return tf.math.top_k(values, k=k)
 
     def replicated(self, value):
         return replicated(value, self._mesh)

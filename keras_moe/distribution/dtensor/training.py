@@ -19,6 +19,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe.distribution import compatibility, slots
+from keras_moe.distribution.dtensor import operations
 from keras_moe.distribution.dtensor.variables import (
     LaidOutExperts,
     current_mesh,
@@ -37,6 +38,7 @@ def install() -> None:
         _install_functions()
         _install_recurrence()
         _install_random()
+        operations.install()
         _install_silu()
         _install_slices()
         slots.install()

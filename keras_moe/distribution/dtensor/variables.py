@@ -60,6 +60,14 @@ def replicated(value: tf.Tensor, mesh: dtensor.Mesh | None = None) -> tf.Tensor:
     return dtensor.relayout(value, dtensor.Layout.replicated(mesh, value.shape.rank))
 
 
+def by_rows(value: tf.Tensor, mesh: dtensor.Mesh) -> tf.Tensor:
+    """The same DTensor with its rows sharded if the mesh divides them, else whole."""
+    rank = value.shape.rank
+    if rank < 2 or value.shape[0] % mesh.size:
+        return replicated(value, mesh)
+    return dtensor.relayout(value, sharded_layout(mesh, rank))
+
+
 def whole(value: Any) -> tf.Tensor:
     """A DTensor as one plain tensor. With several clients all of them have to ask.
 
@@ -311,6 +319,7 @@ class LaidOutExperts(keras.Variable):
 __all__ = [
     "LaidOutExperts",
     "LaidOutVariable",
+    "by_rows",
     "compatibility",
     "current_mesh",
     "in_step",

@@ -19,11 +19,6 @@ from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
 from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
 from keras_moe.distribution.topology import make_shards
 
-_SUPPORTED = (
-    tf.distribute.MirroredStrategy,
-    tf.distribute.MultiWorkerMirroredStrategy,
-)
-
 
 class MirroredEngine(engine.Engine):
     """One shard of every mixture's experts on each replica of a strategy.
@@ -149,38 +144,23 @@ def _verify_graph():
 _engines: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def engine_of(strategy: Any) -> engine.Engine:
-    """The engine for a strategy.
+def engine_of(strategy: Any) -> MirroredEngine:
+    """The engine for a mirrored strategy with several replicas.
 
     Args:
-        strategy: A `tf.distribute.Strategy`.
+        strategy: A `MirroredStrategy` or `MultiWorkerMirroredStrategy`.
 
     Returns:
-        `engine.ONE_DEVICE` for a single replica, else a `MirroredEngine`, always
-        the same for the same strategy.
+        Always the same for the same strategy.
 
     Raises:
-        ValueError: The strategy is neither `MirroredStrategy` nor
-            `MultiWorkerMirroredStrategy`, or it mixes kinds of devices.
+        ValueError: The strategy mixes kinds of devices.
     """
     found = _engines.get(strategy)
     if found is not None:
         return found
-    kind = type(strategy).__name__
-    if isinstance(strategy, _SUPPORTED):
-        several = strategy.num_replicas_in_sync > 1
-    elif isinstance(strategy, tf.distribute.OneDeviceStrategy):
-        several = False
-    else:
-        raise ValueError(
-            "`strategy` must be a MirroredStrategy or a MultiWorkerMirroredStrategy "
-            f"for layers with experts. Received: {kind}. Build the model in the scope "
-            "of one of these, or outside of any."
-        )
-    if not several:
-        return engine.ONE_DEVICE
     if compatibility.collective_ops_of(strategy) is None:
-        devices = strategy.extended.worker_devices
+        kind, devices = type(strategy).__name__, strategy.extended.worker_devices
         raise ValueError(
             "`strategy` must have devices of one kind, so that they can exchange "
             f"rows by collectives. Received: {kind} on {list(devices)}."
