@@ -73,12 +73,3 @@ def device_type() -> str:
     # Does not start TensorFlow's devices, which may still have to be set up.
     is_gpu = _chosen.get() == "GPU" or tf.config.get_visible_devices("GPU")
     return "GPU" if is_gpu else "CPU"
-
-
-def prefers_xla() -> bool:
-    """Whether Keras' `jit_compile="auto"` should compile mixtures.
-
-    XLA can compile them anywhere, and does with `jit_compile=True`. For a processor its
-    code is slower than TensorFlow's, and takes long to make.
-    """
-    return device_type() == "GPU"

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional, runtime
+from keras_moe import checks, engine, functional
 from keras_moe.functional.capacity import verify_fixed_k
 from keras_moe.functional.dispatching import without_padding
 from keras_moe.layers import configs
@@ -101,9 +101,9 @@ class MoE(keras.layers.Layer):
 
     XLA and GPUs: shapes do not depend on the data there, and nothing is dropped
     either: experts run in static slots (`functional.SlotPlan`), and an uneven batch
-    takes longer. `jit_compile=True` works everywhere; by `"auto"` Keras compiles where
-    there is a GPU, and with `capacity_factor`. Experts that are not `Experts`, an
-    `ExpertList` say, then get a slot for every token.
+    takes longer. `jit_compile=True` works on any one device; by `"auto"` Keras compiles
+    where there is a GPU. Experts that are not `Experts`, an `ExpertList` say, then get a
+    slot for every token.
 
     Mixed precision: gate maths runs in float32, experts in the compute type.
 
@@ -156,7 +156,8 @@ class MoE(keras.layers.Layer):
         # Set by `recorded_routing`: takes the `RoutingRecord` of every call.
         self.on_routing: Callable[[RoutingRecord], None] | None = None
         self.supports_masking = True
-        self.supports_jit = capacity_factor is not None or runtime.prefers_xla()
+        # Replicas exchange tokens by collectives of sizes that depend on the data.
+        self.supports_jit = not engine.for_weights().several_devices
         share_num_experts(gating, experts.num_experts)
         configs.hold(self, experts, gating)
         set_loss_weights(self, importance_loss_weight, load_loss_weight)
@@ -192,6 +193,8 @@ class MoE(keras.layers.Layer):
         checks.verify_floating(inputs.dtype, type(self).__name__)
         checks.warn_of_time_steps(self, keras.layers.TimeDistributed)
         dispatcher = self._dispatcher(training)
+        if not dispatcher.static_shapes:
+            engine.verify_not_compiled(type(self).__name__, " on several devices")
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
         real = None

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional, runtime
+from keras_moe import checks, engine, functional
 from keras_moe.layers import configs
 from keras_moe.layers.balance_losses import add_balance
 from keras_moe.layers.balance_metric import BalanceMetric
@@ -162,7 +162,6 @@ class MoELSTM(keras.layers.RNN):
         self.losses_in_evaluation = bool(losses_in_evaluation)
         self.segment_length = segment_length
         self.input_spec = keras.layers.InputSpec(ndim=3)
-        self.supports_jit = runtime.prefers_xla()
 
     @property
     def units(self) -> int:

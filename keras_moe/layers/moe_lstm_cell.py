@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional, runtime
+from keras_moe import checks, engine, functional
 from keras_moe.layers import configs
 from keras_moe.layers.gate_contract import default_gating, warn_of_constant_gates
 from keras_moe.layers.initializers import PerExpertInitializer
@@ -108,7 +108,6 @@ class MoELSTMCell(keras.layers.Layer):
         configs.hold(self, gating)
         self.state_size = [units, units]
         self.output_size = units
-        self.supports_jit = runtime.prefers_xla()
 
     def build(self, input_shape):
         engine.verify_one_device(self)

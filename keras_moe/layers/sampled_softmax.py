@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional, runtime
+from keras_moe import checks, engine, functional
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -101,7 +101,6 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed = checks.verify_seed(seed)
-        self.supports_jit = runtime.prefers_xla()
 
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)

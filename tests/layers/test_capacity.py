@@ -182,26 +182,6 @@ def test_refuses_a_bad_capacity_of_evaluation(factor):
         make(evaluation_capacity_factor=factor)
 
 
-def test_rounds_of_any_size_give_the_same(rng):
-    indices = rng.integers(0, E, size=(11, 2)).astype("int32")
-    indices[:, 1] = (indices[:, 0] + 1) % E
-    gates = rng.uniform(size=(11, 2))
-    x = rng.normal(size=(11, D))
-    scales = np.array([1.0, 10.0, 100.0, 1000.0])
-    expected = (gates * scales[indices]).sum(1)[:, None] * x
-    for capacity in (1, 2, 5, 11, 20):
-        found = F.mix_in_rounds(
-            lambda rows, _: rows * scales[:, None, None],
-            tf.constant(x),
-            tf.constant(gates),
-            indices,
-            E,
-            capacity,
-            D,
-        )
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
 def test_no_expert_takes_no_slot():
     plan = F.make_capacity_plan([[0, -1], [0, 1]], 2, 1)
     assert plan.token_indices.numpy().tolist() == [[0], [1]]
