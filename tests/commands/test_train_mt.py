@@ -127,8 +127,10 @@ def test_the_whole_job(data_dir, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gating": "balanced"},
-        {"num_groups": 2, "k": 1, "lstm_units": 48},
+        pytest.param({"gating": "balanced"}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            {"num_groups": 2, "k": 1, "lstm_units": 48}, marks=pytest.mark.exhaustive
+        ),
         {"gating": "balanced", "num_groups": 2, "k": 1},
         {"temperature": 5.0, "middle": "none"},
     ],

@@ -7,6 +7,7 @@ from tests.distribution import children
 
 pytestmark = pytest.mark.slow
 
+FEW = [("mirrored", 2), (None, 1), ("mirrored", 3)]
 MIRRORED = [
     ("mirrored", 4),
     (None, 1),
@@ -20,7 +21,8 @@ BOTH = [("dtensor", 4), (None, 1), ("dtensor", 2), ("mirrored", 3), ("dtensor", 
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param(MIRRORED, id="mirrored"),
+        pytest.param(FEW, id="few"),
+        pytest.param(MIRRORED, id="mirrored", marks=pytest.mark.exhaustive),
         pytest.param(BOTH, id="both", marks=pytest.mark.exhaustive),
     ],
 )

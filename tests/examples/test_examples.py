@@ -28,7 +28,14 @@ def test_quick_mode_runs(script, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "script",
+    [
+        *EXPERIMENTS[:3],
+        *(pytest.param(path, marks=pytest.mark.exhaustive) for path in EXPERIMENTS[3:]),
+    ],
+    ids=lambda p: p.stem,
+)
 def test_experiments_run(script, shared_folder):
     printed = run_quickly(script, shared_folder)
     assert "| seed | arm |" in printed

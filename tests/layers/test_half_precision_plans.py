@@ -15,9 +15,10 @@ from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 D = 4
 POLICIES = [
     "mixed_bfloat16",
+    pytest.param("mixed_float16", marks=pytest.mark.slow),
     *(
-        pytest.param(policy, marks=pytest.mark.slow)
-        for policy in ("mixed_float16", "float32", "bfloat16", "float16")
+        pytest.param(policy, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+        for policy in ("float32", "bfloat16", "float16")
     ),
 ]
 

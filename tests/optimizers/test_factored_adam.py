@@ -252,11 +252,16 @@ def data(n=64):
     "options",
     [
         {},
-        {"clipnorm": 0.5},
-        {"global_clipnorm": 0.5},
-        {"weight_decay": 0.01},
-        {"use_ema": True},
         {"gradient_accumulation_steps": 2},
+        *(
+            pytest.param(options, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for options in (
+                {"clipnorm": 0.5},
+                {"global_clipnorm": 0.5},
+                {"weight_decay": 0.01},
+                {"use_ema": True},
+            )
+        ),
     ],
     ids=lambda o: next(iter(o), "plain"),
 )
