@@ -31,8 +31,6 @@ tests=(
   tests/functional/test_dispatch_and_experts.py
   tests/functional/test_hierarchical.py
   tests/functional/test_mixture.py
-  tests/functional/test_recurrent.py
-  tests/layers/test_gate_contract.py
   tests/layers/test_gates_and_experts.py
   tests/layers/test_moe_layer.py
   tests/layers/test_sampled_softmax.py::test_no_logits_are_computed_in_a_training_step
