@@ -2,12 +2,15 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import keras
 import pytest
+import tensorflow as tf
 
 import keras_moe
 
@@ -79,6 +82,76 @@ def test_internals_of_libraries_are_used_in_distribution_only(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("__internal__", "src"), path
+
+
+def public_name(node):
+    """`["keras", "tree", "flatten"]` of such an expression; None of any other."""
+    names = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    known = isinstance(node, ast.Name) and node.id in ("keras", "tf")
+    return [node.id, *names] if known else None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_names_and_options_of_libraries_are_in_these_versions(path):
+    """A name that only newer ones have is found without running the line."""
+    if part_of(path) == "distribution":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        called = isinstance(node, ast.Call)
+        names = public_name(node.func if called else node)
+        if names is None:
+            continue
+        found = {"keras": keras, "tf": tf}[names[0]]
+        for name in names[1:]:
+            assert hasattr(found, name), f"{'.'.join(names)} in line {node.lineno}"
+            found = getattr(found, name)
+        try:
+            taken = inspect.signature(found).parameters if called else {}
+        except (TypeError, ValueError):  # written in C
+            continue
+        if all(each.kind is not each.VAR_KEYWORD for each in taken.values()):
+            given = (
+                {each.arg for each in node.keywords if each.arg} if called else set()
+            )
+            assert given <= taken.keys(), f"{'.'.join(names)} in line {node.lineno}"
+
+
+# Of Keras, TensorFlow and Python; in each of the versions that are allowed.
+PRIVATE_NAMES = {
+    "_build_shapes_dict",
+    "_called",
+    "_flatten_layers",
+    "_get_variable_index",
+}
+PRIVATE_NAMES |= {
+    "_get_control_flow_context",
+    "_asdict",
+    "_fields",
+    "_getframe",
+    "_replace",
+}
+
+
+def test_few_private_names_of_libraries_are_used():
+    """Others may be missing from an older version: ask for them with `getattr`."""
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    own, used = set(), set()
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                if isinstance(node.ctx, ast.Store):
+                    own.add(node.attr)
+                elif part_of(path) != "distribution":
+                    used.add(node.attr)
+    private = {name for name in used - own if name[0] == "_" and name[:2] != "__"}
+    assert private <= PRIVATE_NAMES
 
 
 def test_planning_takes_arithmetic_only_from_distribution():

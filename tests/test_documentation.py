@@ -155,6 +155,18 @@ def test_readme_names_the_commands_that_ci_runs():
     assert "tests/run.sh" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_the_oldest_versions_that_are_allowed_are_those_that_ci_runs():
+    project = (ROOT / "pyproject.toml").read_text()
+    script = (ROOT / "tests" / "run_oldest.sh").read_text()
+    (allowed,) = re.findall(r"^dependencies = .*", project, re.M)
+    for name in ("tensorflow", "keras"):
+        (least,) = re.findall(rf'"{name}>=([\d.]+),', allowed)
+        assert f'"{name}=={least}.*"' in script
+    for test in re.findall(r"tests/\w+/?[\w./]*", script):
+        assert (ROOT / test).exists(), test
+    assert "tests/run_oldest.sh" in (ROOT / ".ci" / "run").read_text()
+
+
 @pytest.mark.parametrize("page", MARKDOWN, ids=name_of)
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

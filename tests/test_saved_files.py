@@ -48,6 +48,10 @@ def test_checkpoint_with_its_optimizer(name, saved):
     assert_same(saved, model)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15),
+    reason="Keras 3.15 wrote options of its initializers that earlier ones do not know",
+)
 def test_keras_file(saved):
     assert_same(saved, keras.saving.load_model(saved / "model.keras"))
 

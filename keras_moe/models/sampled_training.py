@@ -45,8 +45,10 @@ class SampledTraining(_Model):
         losses._keras_mask = self.compute_mask(x)
         reduce = _GivenLosses(name="sampled_loss", dtype=losses.dtype)
         total = reduce(y, losses, sample_weight)
+        # Older versions of Keras have no such method, but a sum in its place.
+        aggregate = getattr(self, "_aggregate_additional_loss", keras.ops.sum)
         for loss in self.losses:
-            total += self._aggregate_additional_loss(loss)
+            total += aggregate(loss)
         return total
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):

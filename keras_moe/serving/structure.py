@@ -3,7 +3,7 @@
 import inspect
 import keyword
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -74,7 +74,7 @@ def call_arguments(model: keras.Model, input_signature: Any = None) -> CallArgum
         names = own if set(own) <= set(parameters) else None
     called = names or parameters
     found = []
-    for (i, *path), leaf in keras.tree.flatten_with_path(structure):
+    for (i, *path), leaf in _flatten_with_path(structure):
         argument = called[i] if i < len(called) else f"args_{i}"
         keys = [key for key in path if isinstance(key, str)]
         path = path if keys else [argument, *path]
@@ -97,7 +97,7 @@ def named_outputs(model: keras.Model, outputs: Any) -> dict[str, tf.Tensor]:
         where those are not known. What is nested deeper has all keys and places in
         its name, joined by `_`.
     """
-    leaves = keras.tree.flatten_with_path(outputs)
+    leaves = _flatten_with_path(outputs)
     keyed = any(isinstance(key, str) for path, _ in leaves for key in path)
     names = getattr(model, "output_names", None) or ()
     if len(leaves) == 1 and not keyed:
@@ -120,6 +120,24 @@ def unique_names(names: Iterable[str]) -> list[str]:
             new = f"{name}_{i}"
         unique.append(new)
     return unique
+
+
+def _flatten_with_path(structure):
+    """What `keras.tree.flatten_with_path` gives, which older versions lack."""
+    numbers = range(len(keras.tree.flatten(structure)))
+    paths = {}
+
+    def walk(part, path):
+        if isinstance(part, int):
+            paths[part] = path
+            return
+        pairs = part.items() if isinstance(part, Mapping) else enumerate(part)
+        for key, child in pairs:
+            walk(child, (*path, key))
+
+    # Numbers in place of the leaves say in which order this Keras takes them.
+    walk(keras.tree.pack_sequence_as(structure, list(numbers)), ())
+    return [(paths[i], leaf) for i, leaf in enumerate(keras.tree.flatten(structure))]
 
 
 def _from_a_name(path):

@@ -43,7 +43,8 @@ def lookups_at_every_depth():
     inner = keras.Sequential([vectorize, keras.layers.Embedding(9, 4)])
     word, number = named("word", (), dtype="string"), named("n", (1,), dtype="int64")
     crossed = keras.layers.Hashing(4)(number)
-    text = keras.layers.Flatten()(inner(word))
+    # `Flatten` of Keras 3.6 wants a static length, which texts lack in a graph there.
+    text = keras.layers.Reshape((3 * 4,))(inner(word))
     known = keras.layers.IntegerLookup(vocabulary=[5, 7], output_mode="one_hot")(number)
     one = keras.layers.StringLookup(vocabulary=["a b", "c"], output_mode="one_hot")
     own = keras.layers.StringLookup(vocabulary=["5"])
