@@ -24,7 +24,6 @@ class Descriptor:
         shape: Shape of an input, the batch dimension first.
         of: The public class the row stands for.
         dynamic_axes: Axes that may be unknown when the layer is traced.
-        supports_xla: Whether `jit_compile=True` works.
         float32_only: Whether the result is float32 under half-precision policies.
         integer_inputs: Whether inputs are token ids.
         takes_nothing: Whether a batch may be empty.
@@ -36,7 +35,6 @@ class Descriptor:
     shape: tuple
     of: type
     dynamic_axes: tuple = (0,)
-    supports_xla: bool = True
     float32_only: bool = False
     integer_inputs: bool = False
     takes_nothing: bool = True
@@ -158,7 +156,7 @@ def _gates(outputs):
     return outputs.gates
 
 
-GATE = {"float32_only": True, "supports_xla": True, "result": _gates}
+GATE = {"float32_only": True, "result": _gates}
 
 DESCRIPTORS = [
     Descriptor(
@@ -190,7 +188,6 @@ DESCRIPTORS = [
         (3, 4, 5),
         layers.FeedForwardExperts,
         dynamic_axes=(1,),
-        supports_xla=True,
     ),
     Descriptor(
         "FeedForwardExperts, deep with bias",
@@ -200,7 +197,6 @@ DESCRIPTORS = [
         (3, 4, 5),
         layers.FeedForwardExperts,
         dynamic_axes=(1,),
-        supports_xla=True,
     ),
     Descriptor(
         "FeedForwardExperts, regularized, constrained and frozen",
@@ -218,7 +214,6 @@ DESCRIPTORS = [
         (3, 4, 5),
         layers.FeedForwardExperts,
         dynamic_axes=(1,),
-        supports_xla=True,
     ),
     Descriptor(
         "HierarchicalMoE, k=1 of both full softmaxes, with bias",
@@ -265,7 +260,6 @@ DESCRIPTORS = [
         _moe(_random_gate, capacity_factor=3.0),
         (3, 5, 4),
         layers.MoE,
-        supports_xla=True,
     ),
     Descriptor(
         "FeedForwardExperts, recomputed",
@@ -273,7 +267,6 @@ DESCRIPTORS = [
         (3, 4, 5),
         layers.FeedForwardExperts,
         dynamic_axes=(1,),
-        supports_xla=True,
     ),
     Descriptor(
         "ExpertList",
@@ -281,7 +274,6 @@ DESCRIPTORS = [
         (3, 4, 5),
         layers.ExpertList,
         dynamic_axes=(1,),
-        supports_xla=True,
     ),
     Descriptor(
         "Experts, a user's gated ones",
@@ -289,7 +281,6 @@ DESCRIPTORS = [
         (3, 4, 5),
         layers.Experts,
         dynamic_axes=(1,),
-        supports_xla=True,
     ),
     Descriptor(
         "MoE of a user's gated experts",
@@ -310,7 +301,6 @@ DESCRIPTORS = [
         _moe_of(lambda **kw: own_layers.GatedExperts(6, 8, **kw), capacity_factor=3.0),
         (3, 5, 4),
         layers.Experts,
-        supports_xla=True,
     ),
     Descriptor(
         "MoE of a subclass of FeedForwardExperts",
@@ -378,7 +368,6 @@ DESCRIPTORS = [
         (3, 5, 4),
         layers.ProjectedLSTMCell,
         dynamic_axes=(0,),
-        supports_xla=True,
     ),
     Descriptor(
         "MoELSTMCell",
@@ -442,7 +431,6 @@ DESCRIPTORS = [
         (3, 5, 4),
         layers.MultiplicativeAttention,
         dynamic_axes=(0, 1),
-        supports_xla=True,
     ),
     Descriptor(
         "AttentionLSTM",
@@ -453,7 +441,6 @@ DESCRIPTORS = [
         (3, 5, 4),
         layers.AttentionLSTM,
         dynamic_axes=(0, 1),
-        supports_xla=True,
         # keras.layers.LSTMCell itself fails on an empty batch (Keras 3.15).
         takes_nothing=False,
     ),

@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 
 import keras_moe
+from keras_moe import serving
 from tests.conformance.descriptors import DESCRIPTORS, ToItself
 
 FORBIDDEN_IN_EXPORT = re.compile(r"Random|Assign|Scatter.*Variable|PyFunc|MustCompile")
@@ -143,15 +144,51 @@ def test_traced_with_unknown_dimensions_equals_eager(row):
     np.testing.assert_allclose(traced(inputs), run(row, layer), rtol=1e-5, atol=1e-6)
 
 
-def test_xla_equals_eager_where_it_is_supported(row):
+# XLA takes seconds for each.
+COMPILED_IN = {
+    "MoE": (),
+    "SampledSoftmax": (),
+    "HierarchicalMoE": pytest.mark.slow,
+    "BalancedGating": pytest.mark.slow,
+    "MoELSTM": pytest.mark.slow,
+    "MoELanguageModel, sampled": pytest.mark.slow,
+    "MoE of a subclass of ExpertList": pytest.mark.slow,
+}
+OTHERS_IN = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(each, marks=COMPILED_IN.get(each.name, OTHERS_IN))
+        for each in DESCRIPTORS
+    ],
+    ids=lambda each: each.name,
+)
+def test_xla_equals_eager(row):
     layer = built(row)
-    supported = all(sub.supports_jit for sub in layer._flatten_layers())
-    assert supported == row.supports_xla
-    if supported:
-        compiled = tf.function(lambda x: row.result(layer(x)), jit_compile=True)
-        np.testing.assert_allclose(
-            compiled(row.inputs()), run(row, layer), rtol=1e-5, atol=1e-6
-        )
+    assert all(sub.supports_jit for sub in layer._flatten_layers())
+    compiled = tf.function(lambda x: row.result(layer(x)), jit_compile=True)
+    np.testing.assert_allclose(
+        compiled(row.inputs()), run(row, layer), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_what_is_traced_for_a_gpu_is_the_same(row):
+    layer = built(row)
+    inputs, variables = row.inputs(), [v.value for v in layer.trainable_variables]
+
+    def value_and_gradients(x):
+        with tf.GradientTape() as tape:
+            outputs = row.result(layer(x, training=False))
+            total = tf.reduce_sum(tf.sin(tf.cast(outputs, tf.float32)))
+        gradients = tape.gradient(total, variables, unconnected_gradients="zero")
+        return [outputs, *map(tf.convert_to_tensor, gradients)]
+
+    with serving.gpu_operations():
+        found = tf.function(value_and_gradients, autograph=False)(inputs)
+    for a, b in zip(found, value_and_gradients(inputs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_saved_model_of_inference_has_no_random_and_no_writing_op(row, tmp_path):
