@@ -125,8 +125,16 @@ def test_mixtures(name, tmp_path):
     assert audit(path) == {"serving_default"} | routing
 
 
-@pytest.mark.parametrize("with_text", [False, True])
-@pytest.mark.parametrize("sampled", [None, 5])
+@pytest.mark.parametrize(
+    ("sampled", "with_text"),
+    [
+        (5, True),
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for case in ((None, False), (None, True), (5, False))
+        ),
+    ],
+)
 def test_language_models(with_text, sampled, tmp_path):
     vocabulary = data.Vocabulary.from_tokens([list("abcdefgh")])
     middle = layers.MoE(layers.FeedForwardExperts(5, hidden_units=8))

@@ -198,6 +198,7 @@ def test_generate_of_ids_is_that_of_keras(corpus, tmp_path):
             child.ask("generate", inputs=0 * prompts, **settings(2))
 
 
+@pytest.mark.slow
 def test_warmup_requests_replay_through_the_loader(corpus, tmp_path):
     requests = [
         ("score", {"text": ["she was", ""]}),
@@ -224,12 +225,20 @@ def test_warmup_requests_replay_through_the_loader(corpus, tmp_path):
     ("requests", "message"),
     [
         ([("nothing", {})], "exported signatures. Received: 'nothing'"),
-        ([("score", {"ids": [[1]]})], r"must have the inputs \['inputs'\]"),
         ([("score", {"inputs": ["she"]})], "must run"),
-        ([("generate", {"inputs": [[0]], **settings(1)})], "at least one token"),
-        (
-            [("score", {"inputs": [[1]]})] * 1001,
-            "at most 1000 requests. Received: 1001",
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for case in (
+                ([("score", {"ids": [[1]]})], r"must have the inputs \['inputs'\]"),
+                (
+                    [("generate", {"inputs": [[0]], **settings(1)})],
+                    "at least one token",
+                ),
+                (
+                    [("score", {"inputs": [[1]]})] * 1001,
+                    "at most 1000 requests. Received: 1001",
+                ),
+            )
         ),
     ],
 )
