@@ -311,8 +311,9 @@ def main():
     print(
         f"{a.tokens} tokens, {a.units} units, {a.hidden_units} hidden units, k = {a.k}, "
         f"float32, TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_moe "
-        f"{keras_moe.__version__}\n\n| experts | step | multiply-adds / dense | of a turn of the loop / dense "
-        "| GB | bytes / experts | bytes / least | to the host | seconds to compile |"
+        f"{keras_moe.__version__}\n\n| experts | step | multiply-adds / dense "
+        "| of a turn of the loop / dense | GB | bytes / experts | bytes / least "
+        "| to the host | seconds to compile |"
         "\n|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )
