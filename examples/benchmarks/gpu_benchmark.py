@@ -286,7 +286,7 @@ def torch_step(torch, k, x, gate, first, last, training):
 
 def write_profile(a, path):
     """Time of every kernel in training steps of the mixture, as Markdown."""
-    from tensorflow.python.profiler.protobuf import xplane_pb2
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
     lines = []
     for dtype in a.dtypes:
