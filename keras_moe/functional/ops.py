@@ -51,6 +51,11 @@ def shapes_are_static() -> bool:
     return here.static_shapes and here.values_are_here
 
 
+def is_compiled_by_xla() -> bool:
+    """Whether XLA compiles what is traced here."""
+    return engine.is_compiled_by_xla()
+
+
 def cast_up(x: tf.Tensor) -> tf.Tensor:
     """`x` as a tensor of float32, or of float64 if it is that."""
     x = tf.convert_to_tensor(x)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe.functional import ops
 from keras_moe.functional.recomputation import Network, recomputed
 from keras_moe.functional.static_slots import MOST_GATHERED, SlotPlan
 
@@ -225,7 +225,7 @@ def _of(owner, weight):
 
 
 def _add_rows(total, indices, rows):
-    if engine.is_compiled_by_xla():
+    if ops.is_compiled_by_xla():
         return tf.tensor_scatter_nd_add(total, indices[..., tf.newaxis], rows)
     # The same, with kernels of half precision for GPUs.
     return tf.raw_ops.ScatterNdNonAliasingAdd(

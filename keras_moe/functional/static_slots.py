@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import checks, engine
+from keras_moe import checks
 from keras_moe.functional import ops
 from keras_moe.functional.capacity import CapacityDispatcher
 from keras_moe.functional.dispatching import (
@@ -109,7 +109,7 @@ class StaticDispatcher(Dispatcher):
     static_shapes = True
 
     def mix(self, experts, tokens, result, mask=None):
-        is_compiled = engine.is_compiled_by_xla()
+        is_compiled = ops.is_compiled_by_xla()
         if result.is_ragged and is_compiled:
             raise ValueError(
                 "`jit_compile` of a mixture must be False if its gate gives tokens "

@@ -63,8 +63,28 @@ def test_moe_lstm_equals_loops_in_value_and_every_gradient(case, segment_length)
     )
 
 
-@pytest.mark.parametrize("segment_length", [None, 1, 2, 3, 4, 9])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("segment_length", "masked"),
+    [
+        (None, True),
+        (2, False),
+        (3, True),
+        (9, False),
+        *(
+            pytest.param(*case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
+            for case in (
+                (None, False),
+                (1, False),
+                (1, True),
+                (2, True),
+                (3, False),
+                (4, False),
+                (4, True),
+                (9, True),
+            )
+        ),
+    ],
+)
 def test_traced_segments_have_equal_values_and_gradients(case, segment_length, masked):
     arrays, noise, mask = case
     mask = mask if masked else None

@@ -159,7 +159,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+FEW = ("AdamW", "FactoredAdam", "accumulated")
+REST = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FEW else REST) for name in OPTIMIZERS],
+)
 def test_frozen_experts_stay_bit_for_bit_and_the_others_train(name, rng):
     # First all train, so that the optimizer has a state for each.
     rules = {"kernel_constraint": keras.constraints.MaxNorm(0.9)}

@@ -47,7 +47,14 @@ def mixtures():
     }
 
 
-@pytest.mark.parametrize("name", mixtures())
+FEW = ("MoE", "blocks", "HierarchicalMoE", "MoELSTM, in segments")
+REST = [pytest.mark.slow, pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in FEW else REST) for name in mixtures()],
+)
 def test_a_mixture_answers_as_in_keras_at_every_size(name, rng, tmp_path):
     inputs = keras.Input((None, FEATURES), name="x")
     model = keras.Model(inputs, keras.layers.Dense(3)(mixtures()[name](inputs)))

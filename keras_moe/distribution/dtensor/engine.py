@@ -3,7 +3,7 @@
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from keras_moe import engine
+from keras_moe import engine, operations
 from keras_moe.distribution import compatibility
 from keras_moe.distribution.dtensor.dispatcher import MeshDispatcher
 from keras_moe.distribution.dtensor.variables import (
@@ -68,7 +68,7 @@ class _Weights(engine.Weights):
             return LaidOutVariable(initial, layout=layout, trainable=False)
 
 
-class _Operations(engine.StaticOperations):
+class _Operations(operations.StaticOperations):
     """The operations of a step whose stock form DTensor cannot expand."""
 
     # However many: it cannot expand a scatter.

@@ -11,7 +11,7 @@ leads to it: a gate or a layer is written as for one device.
 
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe import operations
 from keras_moe.distribution import compatibility
 from keras_moe.distribution.dtensor.variables import (
     by_rows,
@@ -53,7 +53,7 @@ def _top_k(mesh, stock, input, k, **options):
         found.append(pair)
 
         def grad(d_best, _):  # the stock one scatters
-            return engine.spread(d_best, indices, values.shape[-1])
+            return operations.spread(d_best, indices, values.shape[-1])
 
         return (best, indices), grad
 

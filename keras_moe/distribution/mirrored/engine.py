@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe import engine, operations
 from keras_moe.distribution import compatibility, slots
 from keras_moe.distribution.mirrored import (
     exchange,
@@ -116,7 +116,7 @@ class _Replicas(engine.Replicas):
         return tf.reduce_sum(rows[: self.index])
 
 
-class _Operations(engine.Operations):
+class _Operations(operations.Operations):
     def __init__(self, owner):
         self._engine = owner
 
