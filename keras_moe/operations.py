@@ -105,7 +105,8 @@ class StaticOperations(Operations):
         def run(values):
             # A search of the largest for each place: sorting whole rows takes a GPU
             # many times as long. NaN counts as largest, as in the stock operation.
-            lowest = tf.constant(values.dtype.min, values.dtype)
+            # The search itself begins with the least number there is, at index 0.
+            lowest = tf.constant(values.dtype.min / 2, values.dtype)
             keys = tf.maximum(values, lowest)
             keys = tf.where(tf.math.is_nan(values), values.dtype.max, keys)
             used = tf.constant(-np.inf, values.dtype)

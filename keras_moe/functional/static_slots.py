@@ -186,14 +186,16 @@ def slot_sizes(
     for bound in (512, 1024, 2048, 4096):
         unit = unit + unit * smallest(slots // bound, 1)
     slots = largest(rounded(slots, unit), 8)
-    return slots, smallest(largest(rounded(slots // 2, 8), 8), 256)
+    block = smallest(largest(rounded(slots // 2, 8), 8), 256)
+    # Without tokens there is none that an empty slot could point at.
+    return slots * smallest(num_assignments, 1), block
 
 
 def make_slot_plan(
     expert_indices: tf.Tensor,
     num_experts: int,
     mask: tf.Tensor | None = None,
-    capacity: int | None = None,
+    capacity: tf.Tensor | int | None = None,
     spill: int | None = None,
 ) -> SlotPlan:
     """Gives assignments to the slots of their experts, in the order of the tokens.
@@ -203,7 +205,8 @@ def make_slot_plan(
         num_experts: E.
         mask: `(N,)` bool or None. Tokens marked False take no slot and are not
             counted.
-        capacity: C, slots of each expert, at least 0. None takes `slot_sizes`.
+        capacity: C, slots of each expert, at least 0, an int or `()` int32. None takes
+            `slot_sizes`.
         spill: Rows of a block of what exceeds them, at least 1. None takes
             `slot_sizes`.
 
