@@ -17,6 +17,8 @@ ALLOWED = {
     # How many blocks spill beyond the slots, once for each loop.
     "StatelessWhile.input <- Cast",
     "While.input <- Cast",
+    # The number of real tokens of a masked batch, in `BalancedGating`.
+    "Sum.input <- Cast",
     # Two whole numbers of Keras' generator; `StatelessRandomGetKeyCounter` runs there.
     "StatelessRandomGetKeyCounter.seed <- Cast",
 }
