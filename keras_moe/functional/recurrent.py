@@ -18,6 +18,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.functional import ops
 from keras_moe.functional.feed_forward import feed_forward_experts
 from keras_moe.functional.slot_runs import run_in_slots
 from keras_moe.functional.static_slots import SlotPlan, make_plan_here
@@ -210,7 +211,7 @@ def moe_lstm(
             _zero_sums(kernels),
             tf.TensorArray(h.dtype, num_segments),
         ),
-        maximum_iterations=num_segments,
+        maximum_iterations=num_segments if ops.is_compiled_by_xla() else None,
     )
     hidden = _merge_steps(hidden.stack())[:num_steps]
     hidden.set_shape([inputs.shape[0], *h.shape])
@@ -338,7 +339,8 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
             tf.TensorArray(sums[0].dtype, num_steps),
             tf.TensorArray(tf.int64, num_steps),
         ),
-        maximum_iterations=num_steps,  # without, XLA cannot compile a gradient
+        # Without, XLA cannot compile a gradient; with, a GPU is asked at every step.
+        maximum_iterations=num_steps if ops.is_compiled_by_xla() else None,
     )
     hidden = hidden.stack()
     hidden.set_shape([x.shape[0], *h.shape])

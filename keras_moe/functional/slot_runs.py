@@ -186,7 +186,8 @@ class _Spill:
 
     def __init__(self, plan):
         self._plan = plan
-        self._rows = tf.cast(tf.size(plan.spill_rows), tf.int64)
+        # None of an empty batch.
+        self._rows = tf.cast(tf.maximum(tf.size(plan.spill_rows), 1), tf.int64)
         self._capacity = tf.cast(tf.shape(plan.assignments)[1], tf.int64)
         beyond = tf.maximum(plan.counts - self._capacity, 0)
         self._blocks = -(-beyond // self._rows)  # (E,)
@@ -205,14 +206,21 @@ class _Spill:
         """Runs `body(b, *state)` for every block b."""
         # The one number that the host has to know.
         number = tf.cast(self._ends[-1], tf.int32)
-        most = tf.size(self._plan.positions) // tf.size(self._plan.spill_rows)
         return tf.while_loop(
             lambda b, *_: b < number,
             lambda b, *state: (b + 1, *body(b, *state)),
             (tf.constant(0), *state),
-            # A bound by shapes alone: without one XLA cannot compile a gradient.
-            maximum_iterations=most + self._plan.counts.shape[0],
+            maximum_iterations=self._most() if ops.is_compiled_by_xla() else None,
         )[1:]
+
+    def _most(self):
+        """A bound by shapes alone: without one XLA cannot compile a gradient.
+
+        Elsewhere the GPU would be asked at every turn whether it is reached.
+        """
+        plan = self._plan
+        of_blocks = tf.size(plan.positions) // tf.maximum(tf.size(plan.spill_rows), 1)
+        return of_blocks + plan.counts.shape[0]
 
 
 def _where(condition, values):

@@ -159,7 +159,7 @@ def slot_sizes(
     the tiles of matrix products take, and less than 4 % more work there. Where there
     are fewer than a quarter as many rows as experts no expert has slots: reading the
     weights of all would cost more than the loop. A block is half as large as the slots
-    of an expert, within 8 and 256 rows.
+    of an expert, within 8 and 256 rows. Both are 0 for an empty batch.
 
     Args:
         num_assignments: M, assignments of tokens to experts. Ints where shapes are
@@ -173,7 +173,7 @@ def slot_sizes(
     if known is not None:
         num_assignments = int(known)
         if 4 * num_assignments < num_experts:
-            return 0, 8
+            return 0, 8 * min(num_assignments, 1)
 
     def rounded(x, unit):
         return -(-x // unit) * unit
@@ -188,7 +188,8 @@ def slot_sizes(
     slots = largest(rounded(slots, unit), 8)
     block = smallest(largest(rounded(slots // 2, 8), 8), 256)
     # Without tokens there is none that an empty slot could point at.
-    return slots * smallest(num_assignments, 1), block
+    any_there = smallest(num_assignments, 1)
+    return slots * any_there, block * any_there
 
 
 def make_slot_plan(

@@ -80,7 +80,8 @@ class BalancedGating(_Gating):
             built; inputs are not `(tokens, features)`. `MoE` refuses a
             `capacity_factor` with this gate.
 
-    XLA: shapes depend on the data, so the layer tells Keras not to compile it.
+    XLA: `jit_compile=True` works, in the form of meshes: `(tokens, num_experts)`
+    gates, where expert -1 stands for none.
 
     Mixed precision: gate maths runs in float32 under every policy.
 
@@ -186,7 +187,7 @@ class BalancedGating(_Gating):
         here = engine.current()
         num_tokens = tf.reduce_sum(here.replicas.gather(tf.shape(softmax_gates)[0]))
         if mask is not None:
-            num_tokens = tf.reduce_sum(tf.cast(mask, tf.int32))
+            num_tokens = tf.reduce_sum(tf.cast(mask, tf.int64))  # GPUs count in that
         m = functional.tokens_per_expert(num_tokens, self.num_experts, self.k)
         # Gates are not negative: what pads the columns of several devices loses.
         selected = here.operations.over_columns(

@@ -51,8 +51,7 @@ class HierarchicalMoE(MoE):
         load_loss_weight: Float or None. Weight of the load loss. None means 0.1
             where the load is smooth, else 0, as for `MoE`. Defaults to `None`.
         activation: Activation of the combined output. Defaults to `None`.
-        capacity_factor: Float or None. As for `MoE`; the layer is not compiled
-            with XLA either way. Defaults to `None`.
+        capacity_factor: Float or None. As for `MoE`. Defaults to `None`.
         evaluation_capacity_factor: Float or None. As for `MoE`. Defaults to `None`.
         losses_in_evaluation: Bool. As for `MoE`. Defaults to `False`.
 

@@ -89,7 +89,7 @@ class MoELSTM(keras.layers.RNN):
     numbers must offer `draw_noise(num_tokens)` and take the result as the call
     argument `noise`; nothing else random may happen inside the recurrence.
 
-    XLA: shapes depend on the data, so the layer tells Keras not to compile it.
+    XLA: `jit_compile=True` works; experts then have static slots, as in `MoE`.
 
     Example:
 

@@ -61,7 +61,8 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
 
     Mixed precision: scores and losses are float32 under every policy.
 
-    XLA: has no candidate sampler, so the layer tells Keras not to compile it.
+    XLA: `jit_compile=True` works. XLA has no candidate sampler: candidates are then
+    drawn by `functional.log_uniform_candidates`, and `seed` is not used.
 
     Example:
 

@@ -12,13 +12,9 @@ from tests import gpu_kernels
 
 # A few numbers that the host has to know, each once in a pass or a turn.
 ALLOWED = {
-    # Whether a loop goes on: the host starts the kernels of each turn.
-    "LoopCond.input <- LogicalAnd",
     # How many blocks spill beyond the slots, once for each loop.
     "StatelessWhile.input <- Cast",
     "While.input <- Cast",
-    # The number of real tokens of a masked batch, in `BalancedGating`.
-    "Sum.input <- Cast",
     # Two whole numbers of Keras' generator; `StatelessRandomGetKeyCounter` runs there.
     "StatelessRandomGetKeyCounter.seed <- Cast",
 }
@@ -123,7 +119,8 @@ def test_the_graph_does_not_grow_with_the_number_of_experts(num_experts):
     few, many = (
         gpu_kernels.training_graph(moe(number), UNKNOWN) for number in (8, num_experts)
     )
-    assert gpu_kernels.num_nodes(many) == gpu_kernels.num_nodes(few)
+    # Fewer if a size is the same number as another.
+    assert gpu_kernels.num_nodes(many) <= gpu_kernels.num_nodes(few)
 
 
 @pytest.mark.parametrize("name", ["top_k", "sum_by_expert", "sum_of_rows"])

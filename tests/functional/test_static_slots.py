@@ -106,14 +106,9 @@ def test_a_plan_of_more_tokens_than_are_counted_together(rng):
     assert_plan(F.make_slot_plan(experts, 5), experts, 5)
 
 
-NOT_YET = pytest.mark.xfail(
-    strict=True, reason="XLA refuses to add the rows of a block to none"
-)
-
-
 @pytest.mark.parametrize(
     "way",
-    ["eager", "graph", pytest.param("xla", marks=[pytest.mark.slow, NOT_YET])],
+    ["eager", "graph", pytest.param("xla", marks=pytest.mark.slow)],
 )
 def test_a_plan_of_no_tokens(way):
     def run(experts):

@@ -9,6 +9,8 @@ from tests.oracles.mixture import feed_forward
 
 def slot_sizes(num_assignments, num_experts):
     """Slots of an expert, and rows of a block of what exceeds them."""
+    if not num_assignments:
+        return 0, 0
     if num_assignments < num_experts / 4:
         return 0, 8
     slots = math.ceil(1.25 * num_assignments / num_experts)
