@@ -80,6 +80,9 @@ class _Operations(operations.StaticOperations):
     def top_k(self, values, k):
         return tf.math.top_k(values, k=k)
 
+    def sum_of_rows(self, values):
+        return tf.reduce_sum(values, axis=0)
+
     def replicated(self, value):
         return replicated(value, self._mesh)
 
