@@ -80,7 +80,8 @@ class Operations:
         """Hands rows of noise, one a token, to the tokens that are real."""
         if mask is None:
             return noise
-        return tf.gather(noise, tf.cumsum(tf.cast(mask, tf.int32), exclusive=True))
+        # In int64, which a GPU adds; int32 would be added by the host.
+        return tf.gather(noise, tf.cumsum(tf.cast(mask, tf.int64), exclusive=True))
 
 
 class StaticOperations(Operations):
@@ -169,12 +170,6 @@ class StaticOperations(Operations):
         # The inverse permutation, in types that a GPU sorts and compares.
         ranks = tf.argsort(tf.cast(order, tf.float32), axis=-1)
         return tf.transpose(tf.cast(ranks, tf.int64) < tf.cast(m, tf.int64))
-
-    def noise_of(self, noise, mask):
-        if mask is None:
-            return noise
-        before = tf.cumsum(tf.cast(mask, tf.int64), exclusive=True)
-        return tf.gather(noise, before)
 
 
 def spread(values: tf.Tensor, indices: tf.Tensor, width: int) -> tf.Tensor:

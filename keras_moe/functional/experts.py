@@ -222,9 +222,8 @@ def _run_each(network, parts, weights, recompute):
     """Each expert's network on its own rows, one part for each expert."""
     if recompute:
         return _run_each_recomputed(network, parts, weights)
-    if (
-        runtime.only_plain()
-    ):  # other runtimes take no batched products of any number of rows
+    if runtime.only_plain():
+        # Other runtimes take no batched products of any number of rows.
         each = zip(*map(tf.unstack, weights), strict=True)
         return [network(part, *own) for part, own in zip(parts, each, strict=True)]
     return [network(*own)[0] for own in _of_each(parts, weights)]

@@ -50,7 +50,7 @@ def log_uniform_candidates(
     """Draws different words from the log-uniform distribution, in static shapes.
 
     As TensorFlow's sampler, which XLA cannot compile, with `unbiased_candidates`. Word i
-    arrives at time $-\\log(u_i) / p_i$: the order of arrivals is that of draws without
+    arrives at time $-\\log(1 - u_i) / p_i$: the order of arrivals is that of draws without
     replacement. The first C words are the candidates, and a word is among them if it
     arrives before the C-th of the others, which for each of them is the time T of word
     C + 1: $q_i = 1 - e^{-p_i T}$. Sums weighted by 1 / q have no bias.

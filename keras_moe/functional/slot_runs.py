@@ -128,7 +128,7 @@ class _Slots:
         self._shape = tf.shape(plan.positions)
         self._k = tf.cast(self._shape[1], tf.int64)
         k = plan.expert_indices.shape[1]
-        self._is_gathered = not is_summed or (k is not None and k <= MOST_GATHERED)
+        self._has_few = k is not None and k <= MOST_GATHERED
         self._filled = (plan.assignments >= 0)[..., tf.newaxis]
         self._assignments = tf.maximum(plan.assignments, 0)
         self.targets = self.target(self._assignments)
@@ -163,7 +163,7 @@ class _Slots:
 
     def combined(self, answers, gates, flat_gates):
         """The result as far as it comes from slots."""
-        if self._is_gathered:
+        if self._has_few or not self._is_summed:
             chosen = self.at_assignments(answers) * gates[..., tf.newaxis]
             if self._is_summed:
                 return tf.reduce_sum(chosen, axis=1)
@@ -172,7 +172,7 @@ class _Slots:
 
     def per_token(self, values):
         """`(E, C, D)` -> `(N, D)`, the sum over a token's slots."""
-        if self._plan.expert_indices.shape[1] in range(MOST_GATHERED + 1):
+        if self._has_few:
             return tf.reduce_sum(self.at_assignments(values), axis=1)
         return self._scattered(values)
 

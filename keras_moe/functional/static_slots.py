@@ -237,10 +237,9 @@ def make_slot_plan(
     if spill is not None:
         block = checks.verify_count(spill, "spill", 1)
     if num_experts <= _MOST_COUNTED and k is not None and k <= MOST_GATHERED:
-        order, ranks, counts = _count(wide, num_experts)
+        order, ranks, counts, starts = _count(wide, num_experts)
     else:
-        order, ranks, counts = _sort(wide, num_experts)
-    starts = tf.cumsum(counts, exclusive=True)
+        order, ranks, counts, starts = _sort(wide, num_experts)
     at = _range(slots)[tf.newaxis, :]
     filled = at < counts[:, tf.newaxis]
     assignments = _take(order, starts[:, tf.newaxis] + at, filled)
@@ -281,7 +280,8 @@ def _take(order, rows, valid):
 
 
 def _count(expert_indices, num_experts):
-    """A counting sort: order of assignments `(N * K,)`, ranks `(N, K)`, counts `(E,)`.
+    """A counting sort: order of assignments `(N * K,)`, ranks `(N, K)` among those of
+    the same expert, and for each expert how many there are and where they start.
 
     Running sums over tokens are products with a triangular matrix of ones, which
     tensor cores compute, and exact: sums of ones in float32.
@@ -303,7 +303,8 @@ def _count(expert_indices, num_experts):
         ranks += tf.cast(tf.reduce_sum(same, axis=2), tf.int64)
     counts = tf.cast(tf.reduce_sum(of_blocks, axis=0), tf.int64)
     has_expert = expert_indices >= 0
-    rows = tf.gather(tf.cumsum(counts, exclusive=True), tf.maximum(expert_indices, 0))
+    starts = tf.cumsum(counts, exclusive=True)
+    rows = tf.gather(starts, tf.maximum(expert_indices, 0))
     rows = tf.reshape(rows + ranks, [-1])
     # Rows are unique, but for one behind all: that of assignments without expert.
     num_rows = tf.size(rows)
@@ -312,7 +313,7 @@ def _count(expert_indices, num_experts):
     order = tf.scatter_nd(
         rows[:, tf.newaxis], _range(num_rows), tf.shape(one_more, tf.int64)
     )
-    return order[:-1], ranks, counts
+    return order[:-1], ranks, counts, starts
 
 
 def _earlier(size):
@@ -329,6 +330,6 @@ def _sort(expert_indices, num_experts):
         order[:, tf.newaxis], _range(tf.size(order)), tf.shape(order, tf.int64)
     )
     counts = tf.cast(ops.count_by_expert(expert_indices, num_experts), tf.int64)
-    ends = tf.concat([tf.cumsum(counts, exclusive=True), [0]], axis=0)
-    ranks = rows - tf.gather(ends, flat)
-    return order, tf.reshape(ranks, tf.shape(expert_indices)), counts
+    starts = tf.cumsum(counts, exclusive=True)
+    ranks = rows - tf.gather(tf.concat([starts, [0]], axis=0), flat)
+    return order, tf.reshape(ranks, tf.shape(expert_indices)), counts, starts

@@ -16,10 +16,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
-from keras_moe.layers.balance_losses import add_balance
 from keras_moe.types import GateStatistics
-
-__all__ = ["BalanceMetric", "add_balance"]  # the second has moved
 
 _TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
 
