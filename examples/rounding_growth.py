@@ -55,7 +55,9 @@ def losses_of(name, a):
         corpus = data.load_text_corpus(min_count=options.min_count)
         keras.utils.set_random_seed(options.seed)
         with devices.scope_of(strategy):
-            model = train_lm.build_model(options, len(corpus.vocabulary), "moe")
+            model = train_lm.build_model(
+                options, len(corpus.vocabulary), "moe", a.steps
+            )
         if perturbed:
             rng = np.random.default_rng(0)
             for variable in model.trainable_variables:

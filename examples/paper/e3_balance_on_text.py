@@ -58,7 +58,7 @@ class TextArm:
             loss_weight=self.loss_weight,
         )
         corpus = data.load_text_corpus(min_count=2)
-        model = train_lm.build_model(options, len(corpus.vocabulary), "moe")
+        model = train_lm.build_model(options, len(corpus.vocabulary), "moe", self.steps)
         shape = options.batch_size, options.sequence_length
         passes = -(-self.steps // PASS)
         data_of_pass = corpus.dataset("train", *shape).take(self.steps // passes)

@@ -57,11 +57,19 @@ class Records:
             return self.known(arm)
         start, cpu = time.perf_counter(), time.process_time()
         results = arm.run()
+        return self.keep(
+            arm,
+            results,
+            seconds=round(time.perf_counter() - start, 1),
+            cpu_seconds=round(time.process_time() - cpu, 1),
+        )
+
+    def keep(self, arm, results, **times):
+        """Adds the record of an arm, in place of one that there is."""
         record = {
             "arm": _settings(arm),
             "results": results,
-            "seconds": round(time.perf_counter() - start, 1),
-            "cpu_seconds": round(time.process_time() - cpu, 1),
+            **times,
             "versions": versions(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,7 @@ def _verify_settings(there, options, mark, folder):
             f"{str(folder)!r}, a run of {mark}. Choose another folder."
         )
     new = options.settings()
+    there = {**{k: v for k, v in options.BEFORE.items() if k in new}, **there}
     differing = {k for k in there.keys() | new.keys() if there.get(k) != new.get(k)}
     if differing:
         listed = ", ".join(

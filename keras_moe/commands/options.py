@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from keras_moe.data.vocabulary import TOKENIZERS
-from keras_moe.models.middle import KINDS
-from keras_moe.models.presets import EXPERT_OPTIMIZERS, GATINGS
+from keras_moe.models.middle import GATINGS, KINDS
+from keras_moe.models.presets import EXPERT_OPTIMIZERS
 from keras_moe.models.translation_layers import KINDS as TRANSLATION_KINDS
 
 DTYPES = ("float32", "float64", "mixed_bfloat16")
+DECAYS = ("inverse_square_root", "cosine")
+SIDES = ("both", "encoder", "decoder")
 
 
 def _option(default, help_text, *, choices=None):
@@ -29,6 +31,15 @@ class TrainOptions:
         "epochs",
         "baseline",
     )
+    # What a run has that was begun before there were these options.
+    BEFORE: ClassVar[dict[str, Any]] = {
+        "activation": "sigmoid",
+        "gating": "noisy_top_k",
+        "decay": "inverse_square_root",
+        "num_groups": None,
+        "tokens": None,
+        "mixtures": "both",
+    }
 
     output_dir: str = _option("runs/model", "folder for everything written")
     num_experts: int = _option(64, "number of experts of a mixture")
@@ -38,9 +49,30 @@ class TrainOptions:
         None, "LSTM cells, projected to --units; default: --units, no projection"
     )
     dropout: float = _option(0.3, "fraction of each layer's output that is dropped")
+    gating: str = _option(
+        "noisy_top_k",
+        "gate of the mixtures: noisy top-k, the same without noise, or strictly "
+        "balanced (appendix F)",
+        choices=GATINGS,
+    )
+    num_groups: int | None = _option(
+        None,
+        "groups of a hierarchical mixture, --k of which a token meets; default: flat",
+    )
+    activation: str = _option(
+        "sigmoid",
+        "activation of a mixture's output, or of the dense expert's: a name of Keras, "
+        "linear for none",
+    )
     loss_weight: float = _option(0.1, "weight of the importance and the load loss")
     learning_rate: float = _option(0.004, "highest learning rate of Adam")
     warmup_steps: int = _option(200, "steps over which the learning rate rises")
+    decay: str = _option(
+        "inverse_square_root",
+        "how the learning rate falls after that: with the root of the step, or as half "
+        "a cosine to 0 over all --epochs",
+        choices=DECAYS,
+    )
     epochs: int = _option(3, "passes over the training data, at most")
     patience: int = _option(2, "epochs without a better validation before stopping")
     seed: int = _option(1, "random seed")
@@ -92,6 +124,11 @@ class TrainLMOptions(TrainOptions):
     )
     min_count: int = _option(2, "words that occur less often become <unk>")
     vocabulary_size: int | None = _option(None, "most words to know; default: all")
+    tokens: int | None = _option(
+        None,
+        "train on so many tokens at the beginning of the text, whose words are all "
+        "known; default: all",
+    )
     preset: str | None = _option(
         None,
         "configuration of the paper, such as moe_256_h: its middle, groups, k, dropout "
@@ -104,7 +141,7 @@ class TrainLMOptions(TrainOptions):
         "what stands between the LSTMs: the mixture or a dense baseline",
         choices=KINDS,
     )
-    k: int = _option(4, "experts for each token")
+    k: int = _option(4, "experts for each token (of each group, if hierarchical)")
     num_sampled: int | None = _option(
         None,
         "candidates of the softmax in training; rows of words that a step does not read "
@@ -172,14 +209,10 @@ class TrainMTOptions(TrainOptions):
         "what stands between the LSTMs: the mixtures, a dense expert, or nothing",
         choices=TRANSLATION_KINDS,
     )
-    gating: str = _option(
-        "noisy_top_k",
-        "gate of the mixtures: noisy top-k, or strictly balanced (appendix F)",
-        choices=GATINGS,
-    )
-    num_groups: int | None = _option(
-        None,
-        "groups of a hierarchical mixture, --k of which a token meets; default: flat",
+    mixtures: str = _option(
+        "both",
+        "sides that have a mixture; the other has a dense expert of equal operations",
+        choices=SIDES,
     )
     k: int = _option(2, "experts for each token (of each group, if hierarchical)")
     constant_steps: int = _option(0, "steps at the highest rate before it falls")

@@ -15,6 +15,7 @@ from keras_moe import telemetry, writing
 from keras_moe.commands import devices, folders
 from keras_moe.commands.folders import BACKUP, FINISHED, HISTORY, WEIGHTS
 from keras_moe.commands.options import DTYPES
+from keras_moe.optimizers import WarmupInverseSquareRoot
 
 TENSORBOARD, USAGE_PICTURE = "tensorboard", "expert_usage.png"
 
@@ -36,6 +37,17 @@ def verify_numbers(options, names):
         raise ValueError(
             f"`seed` must be from 0 to {2**32 - 1}. Received: seed={options.seed}."
         )
+
+
+def verify_activation(options):
+    """Raises unless Keras knows the activation."""
+    try:
+        keras.activations.get(options.activation)
+    except ValueError as error:
+        raise ValueError(
+            "`activation` must be the name of an activation of Keras. Received: "
+            f"activation={options.activation!r}. Use sigmoid, relu or linear, say."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -212,6 +224,19 @@ def _opens(path):
     except OSError:  # cut
         return False
     return True
+
+
+def learning_rate(
+    options, steps: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """The schedule of the options, for a training of so many steps."""
+    peak, warmup = options.learning_rate, options.warmup_steps
+    if options.decay == "cosine":
+        return keras.optimizers.schedules.CosineDecay(
+            0.0, max(1, steps - warmup), warmup_target=peak, warmup_steps=warmup
+        )
+    constant = getattr(options, "constant_steps", 0)
+    return WarmupInverseSquareRoot(peak, warmup, constant)
 
 
 def compile_model(model, optimizer):

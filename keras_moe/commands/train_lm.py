@@ -1,6 +1,7 @@
 """Trains a language model, measures it, saves it, and shows what it does."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from keras_moe.commands import devices, folders, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.data.vocabulary import PAD_ID, UNK_ID
-from keras_moe.optimizers import FactoredAdam, WarmupInverseSquareRoot
+from keras_moe.optimizers import FactoredAdam
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
 REPORT = "report.json"
@@ -39,6 +40,8 @@ def run(options: TrainLMOptions) -> dict:
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
     runs.verify_numbers(options, _COUNTS)
+    runs.verify_activation(options)
+    _verify_tokens(options)
     _verify_baseline(options)
     if devices.launch_workers(options):
         return folders.read_json(Path(options.output_dir) / REPORT, folders.ANEW)
@@ -104,12 +107,14 @@ def _run(options, strategy):
 
 def _corpus(options):
     if options.tfds is None:
-        return data.load_text_corpus(
+        corpus = data.load_text_corpus(
             options.data_dir,
             tokenizer=options.tokenizer,
             vocabulary_size=options.vocabulary_size,
             min_count=options.min_count,
         )
+        train = corpus.train[: options.tokens]
+        return dataclasses.replace(corpus, train=train)
     return data.load_tfds_text(
         options.tfds,
         data_dir=options.data_dir,
@@ -132,6 +137,14 @@ def _verify_lengths(corpus, options):
                 f"row that it is cut into. Received: {tokens} tokens in "
                 f"{corpus.name!r}. Give a longer text{otherwise}."
             )
+
+
+def _verify_tokens(options):
+    if options.tokens is not None and (options.tokens < 1 or options.tfds):
+        raise ValueError(
+            "`tokens` must be at least 1, and is for text that is read whole. Received: "
+            f"tokens={options.tokens}, tfds={options.tfds!r}. Leave it out for all."
+        )
 
 
 def _has_baseline(options):
@@ -163,23 +176,24 @@ def _keep_vocabulary(vocabulary, folder):
 
 
 def build_model(
-    options: TrainLMOptions, vocabulary_size: int, middle: str
+    options: TrainLMOptions, vocabulary_size: int, middle: str, steps: int
 ) -> models.MoELanguageModel:
-    """The compiled language model that the options describe."""
+    """The compiled language model that the options describe.
+
+    Args:
+        options: Those of the command.
+        vocabulary_size: Of the text.
+        middle: That of the options, or `"moe_1_wide"` for the dense model of equal
+            operations.
+        steps: Of the whole training.
+    """
     common: dict[str, Any] = {"stateful": True, "num_sampled": options.num_sampled}
     factored: list | None = []
     if options.preset is None:
         model = models.MoELanguageModel(
             vocabulary_size,
             options.units,
-            middle=models.middle_layers(
-                middle,
-                units=options.units,
-                hidden_units=options.hidden_units,
-                num_experts=options.num_experts,
-                k=options.k,
-                loss_weight=options.loss_weight,
-            ),
+            middle=_middle(options, middle),
             lstm_units=options.lstm_units,
             dropout=options.dropout,
             **common,
@@ -193,7 +207,7 @@ def build_model(
             factored = None
         model = models.build_language_model(preset, **common)
     model.build((options.batch_size, options.sequence_length))
-    schedule = WarmupInverseSquareRoot(options.learning_rate, options.warmup_steps)
+    schedule = runs.learning_rate(options, steps)
     if factored is None or options.num_sampled is not None:
         optimizer = FactoredAdam(
             schedule,
@@ -205,6 +219,25 @@ def build_model(
         optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
     runs.compile_model(model, optimizer)
     return model
+
+
+def _middle(options, kind):
+    common = {"hidden_units": options.hidden_units, "activation": options.activation}
+    levels = (options.k,) if options.num_groups is None else (options.k, options.k)
+    if kind != "moe":
+        return models.middle_layers(
+            kind, units=options.units, k=math.prod(levels), **common
+        )
+    return [
+        models.make_mixture(
+            num_experts=options.num_experts,
+            k=levels,
+            num_groups=options.num_groups,
+            gating=options.gating,
+            loss_weight=options.loss_weight,
+            **common,
+        )
+    ]
 
 
 def _scaled(options, vocabulary_size):
@@ -225,7 +258,8 @@ def _scaled(options, vocabulary_size):
 def _build(options, corpus, middle, strategy):
     keras.utils.set_random_seed(options.seed)
     with devices.scope_of(strategy):
-        model = build_model(options, len(corpus.vocabulary), middle)
+        steps = options.epochs * _steps(corpus, options)
+        model = build_model(options, len(corpus.vocabulary), middle, steps)
     if strategy is not None:
         tokens = options.batch_size * options.sequence_length
         print(distribution.describe(model, tokens))

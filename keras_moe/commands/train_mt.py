@@ -14,7 +14,6 @@ from keras_moe.commands.language_experts import (
 )
 from keras_moe.commands.options import TrainMTOptions
 from keras_moe.data.translation import split_direction, target_inputs
-from keras_moe.optimizers import WarmupInverseSquareRoot
 
 _COUNTS = ("epochs", "patience", "warmup_steps", "num_beams", "max_length")
 _VOCABULARY, REPORT = "subwords.model", "report.json"
@@ -55,7 +54,8 @@ def run(options: TrainMTOptions) -> dict:
         split: pairs.epoch_batches(corpus, split, vocabulary, options)
         for split in ("train", "valid", "test")
     }
-    model = _build(options, vocabulary, options.middle)
+    steps = batches["train"][1] * options.epochs
+    model = _build(options, vocabulary, options.middle, steps)
     folders.prepare_folder(options, folder)
     with writing.written_beside(folder / _VOCABULARY) as partial:
         partial.write_bytes(vocabulary.model)
@@ -65,7 +65,7 @@ def run(options: TrainMTOptions) -> dict:
     if options.baseline and options.middle == "moe":
         print("\nThe dense baseline of equal operations (one wide expert a mixture):")
         dense_folder = folder / "baseline"
-        dense = _build(options, vocabulary, "moe_1_wide")
+        dense = _build(options, vocabulary, "moe_1_wide", steps)
         # Afresh, for a dataset that is gone through again has another order.
         batches["train"] = pairs.epoch_batches(
             corpus, "train", vocabulary, options, show=False
@@ -122,13 +122,25 @@ def _vocabulary(corpus, options, folder):
 
 
 def build_model(
-    options: TrainMTOptions, vocabulary: data.SubwordVocabulary, middle: str
+    options: TrainMTOptions,
+    vocabulary: data.SubwordVocabulary,
+    middle: str,
+    steps: int,
 ) -> models.MoETranslator:
-    """The compiled translation model that the options describe."""
+    """The compiled translation model that the options describe.
+
+    Args:
+        options: Those of the command.
+        vocabulary: Of the pairs.
+        middle: That of the options, or `"moe_1_wide"` for the dense model of equal
+            operations.
+        steps: Of the whole training.
+    """
     k = (options.k,) if options.num_groups is None else (options.k, options.k)
+    without = {"encoder": "decoder", "decoder": "encoder"}.get(options.mixtures)
     sides = {
         side: models.translation_middle(
-            middle,
+            "moe_1_wide" if middle == "moe" and side == without else middle,
             units=options.units,
             hidden_units=options.hidden_units,
             num_experts=options.num_experts,
@@ -136,6 +148,7 @@ def build_model(
             k=k,
             gating=options.gating,
             loss_weight=options.loss_weight,
+            activation=options.activation,
             name=f"{side}_moe",
         )
         for side in ("encoder", "decoder")
@@ -150,15 +163,14 @@ def build_model(
         vocabulary=vocabulary,
     )
     model.build([(None, None), (None, None)])
-    schedule = WarmupInverseSquareRoot(
-        options.learning_rate, options.warmup_steps, options.constant_steps
-    )
+    schedule = runs.learning_rate(options, steps)
     runs.compile_model(model, keras.optimizers.Adam(schedule, global_clipnorm=5.0))
     return model
 
 
 def _verify_options(options):
     runs.verify_numbers(options, _COUNTS)
+    runs.verify_activation(options)
     for name in ("steps_per_epoch", "test_sentences"):
         if getattr(options, name) is not None:
             checks.verify_positive_int(getattr(options, name), name)
@@ -169,9 +181,9 @@ def _verify_options(options):
         )
 
 
-def _build(options, vocabulary, middle):
+def _build(options, vocabulary, middle, steps):
     keras.utils.set_random_seed(options.seed)
-    return build_model(options, vocabulary, middle)
+    return build_model(options, vocabulary, middle, steps)
 
 
 def _train(model, options, corpus, batches, folder):

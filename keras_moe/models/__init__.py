@@ -3,7 +3,7 @@
 from keras_moe.models.beams import beam_search
 from keras_moe.models.counting import Count, count
 from keras_moe.models.language_model import MoELanguageModel
-from keras_moe.models.middle import middle_layers
+from keras_moe.models.middle import make_mixture, middle_layers
 from keras_moe.models.preset_models import (
     build_language_model,
     build_translation_model,
@@ -23,6 +23,7 @@ __all__ = [
     "build_language_model",
     "build_translation_model",
     "count",
+    "make_mixture",
     "middle_layers",
     "preset",
     "preset_names",

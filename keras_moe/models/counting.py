@@ -148,14 +148,14 @@ def _gating(preset):
     if preset.middle != "moe":
         return 0, 0
     d = preset.units
-    # The strictly balanced gate has no noise and so one matrix only.
-    primary = 1 if preset.gating == "balanced" else 2
+    primary = preset.gate_matrices
     if preset.num_groups is None:
         size = primary * d * preset.num_experts
         return size, size
     a, b = preset.num_groups, preset.group_size
-    operations = primary * d * a + preset.k[0] * primary * d * b
-    return operations, primary * d * a + a * primary * d * b
+    secondary = 2  # noisy, whatever the primary one is
+    operations = primary * d * a + preset.k[0] * secondary * d * b
+    return operations, primary * d * a + a * secondary * d * b
 
 
 def _experts(preset):

@@ -1,13 +1,81 @@
-"""What stands between the LSTMs of the paper's language models."""
+"""What stands between the LSTMs of the paper's models: mixtures, dense baselines."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
 from keras_moe import checks
+from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating
+from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
+from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
 
 KINDS = ("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none")
+_GATES: dict[str, type] = {
+    "noisy_top_k": NoisyTopKGating,
+    "top_k": TopKGating,
+    "balanced": BalancedGating,
+}
+GATINGS = tuple(_GATES)
+
+
+def verify_levels(k, num_groups):
+    """Raises unless `k` has a number for each level of gates."""
+    if len(k) != (1 if num_groups is None else 2):
+        raise ValueError(
+            "`k` must have one number, or two with `num_groups`. Received: "
+            f"k={k}, num_groups={num_groups}. Give one for each level."
+        )
+
+
+def make_mixture(
+    hidden_units: int,
+    num_experts: int,
+    k: Sequence[int],
+    *,
+    num_groups: int | None = None,
+    gating: str = "noisy_top_k",
+    loss_weight: float = 0.1,
+    activation: Any = "sigmoid",
+    recompute: bool = False,
+    name: str = "moe",
+) -> keras.layers.Layer:
+    """A mixture of experts with one hidden layer, flat or hierarchical.
+
+    Args:
+        hidden_units: Int. Hidden units of one expert.
+        num_experts: Int. Number of experts.
+        k: `(k,)`, or `(groups, experts in each)` with `num_groups`.
+        num_groups: Int or None. Groups of a hierarchical mixture. Defaults to
+            `None`: flat.
+        gating: One of `GATINGS`; in a hierarchical mixture that of the groups, and
+            within them gates are noisy top-k. Defaults to `"noisy_top_k"`.
+        loss_weight: Float. Weight of the importance loss, and of the load loss where
+            the load has a gradient. Defaults to `0.1`.
+        activation: Activation of the combined output. Defaults to `"sigmoid"`.
+        recompute: Bool. See `FeedForwardExperts`. Defaults to `False`.
+        name: Str. Name of the layer. Defaults to `"moe"`.
+
+    Raises:
+        ValueError: `gating` is unknown, a size is out of range, or `k` does not fit
+            `num_groups`.
+    """
+    checks.verify_choice(gating, "gating", GATINGS)
+    verify_levels(k, num_groups)
+    gate = _GATES[gating](k[0])
+    options: dict[str, Any] = {
+        "importance_loss_weight": loss_weight,
+        "load_loss_weight": loss_weight if gating == "noisy_top_k" else 0.0,
+        "activation": activation,
+        "name": name,
+    }
+    experts = FeedForwardExperts(num_experts, hidden_units, recompute=recompute)
+    if num_groups is None:
+        return MoE(experts, gate, **options)
+    primary = None if gating == "noisy_top_k" else gate
+    return HierarchicalMoE(experts, num_groups, k=k, primary_gating=primary, **options)
 
 
 def middle_layers(
@@ -18,6 +86,8 @@ def middle_layers(
     num_experts: int = 4,
     k: int = 4,
     loss_weight: float = 0.1,
+    gating: str = "noisy_top_k",
+    activation: Any = "sigmoid",
 ) -> list[keras.layers.Layer]:
     """Layers for `MoELanguageModel(middle=...)`, mixture or dense baseline.
 
@@ -28,8 +98,7 @@ def middle_layers(
     Args:
         kind: One of
 
-            * `"moe"`: `num_experts` experts with one hidden layer, noisy top-k
-              gating;
+            * `"moe"`: `num_experts` experts with one hidden layer, and a gate;
             * `"moe_1_wide"`: one expert, hidden layer of `k * hidden_units`;
             * `"moe_1_deep"`: one expert, hidden layers of `hidden_units`, as
               many as give equal operations (4 at the paper's sizes);
@@ -39,14 +108,17 @@ def middle_layers(
         hidden_units: Hidden units of one expert.
         num_experts: Number of experts, for `"moe"`. Defaults to `4`.
         k: Experts for each token. Defaults to `4`.
-        loss_weight: Weight of the importance loss and of the load loss.
-            Defaults to `0.1`.
+        loss_weight: Weight of the importance loss, and of the load loss where the
+            load has a gradient. Defaults to `0.1`.
+        gating: Gate of `"moe"`, see `make_mixture`. Defaults to `"noisy_top_k"`.
+        activation: Activation of the output of a mixture, or of one expert.
+            Defaults to `"sigmoid"`.
 
     Returns:
         A list of new layers.
 
     Raises:
-        ValueError: `kind` is unknown or a size is out of range.
+        ValueError: `kind` or `gating` is unknown, or a size is out of range.
 
     Reference:
         Shazeer et al. 2017, appendix C.1.
@@ -56,20 +128,20 @@ def middle_layers(
     k = checks.verify_positive_int(k, "k")
     if kind == "moe":
         return [
-            MoE(
-                FeedForwardExperts(num_experts, hidden_units),
-                NoisyTopKGating(k=k),
-                importance_loss_weight=loss_weight,
-                load_loss_weight=loss_weight,
-                activation="sigmoid",
-                name="moe",
+            make_mixture(
+                hidden_units,
+                num_experts,
+                (k,),
+                gating=gating,
+                loss_weight=loss_weight,
+                activation=activation,
             )
         ]
     if kind == "moe_1_wide":
-        return [_single_expert(k * hidden_units, kind)]
+        return [single_expert(k * hidden_units, kind, activation)]
     if kind == "moe_1_deep":
         layers = num_deep_layers(units, hidden_units, k)
-        return [_single_expert([hidden_units] * layers, kind)]
+        return [single_expert([hidden_units] * layers, kind, activation)]
     if kind == "4xlstm":
         return [
             keras.layers.LSTM(units, return_sequences=True, return_state=True)
@@ -86,13 +158,15 @@ def num_deep_layers(units, hidden_units, k):
     return 1 + max(0, round((k - 1) * 2 * units / hidden_units))
 
 
-def _single_expert(hidden_units, name):
+def single_expert(
+    hidden_units: int | Sequence[int], name: str, activation: Any = "sigmoid"
+) -> MoE:
     """One expert with a gate that is constantly 1: a dense layer."""
     return MoE(
         FeedForwardExperts(1, hidden_units),
         SoftmaxGating(),
         importance_loss_weight=0.0,
         load_loss_weight=0.0,
-        activation="sigmoid",
+        activation=activation,
         name=name,
     )

@@ -4,10 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.models.language_model import MoELanguageModel
-from keras_moe.models.middle import middle_layers
+from keras_moe.models.middle import make_mixture, middle_layers
 from keras_moe.models.presets import Preset, as_preset
 from keras_moe.models.translation import MoETranslator
 from keras_moe.models.translation_layers import translation_middle
@@ -58,33 +56,28 @@ def build_language_model(preset: Preset | str, **options: Any) -> MoELanguageMod
 
 def make_middle(preset: Preset) -> list[keras.layers.Layer]:
     """New layers between the LSTMs of a language model preset."""
-    if preset.num_groups is None:
-        layers = middle_layers(
-            preset.middle,
-            units=preset.units,
-            hidden_units=preset.hidden_units,
-            num_experts=max(1, preset.num_experts),
-            k=preset.k[0],
-            loss_weight=preset.loss_weight,
-        )
-        for layer in layers:
-            if preset.recompute and hasattr(layer, "experts"):
-                layer.experts.recompute = True
-        return layers
-    experts = FeedForwardExperts(
-        preset.num_experts, preset.hidden_units, recompute=preset.recompute
+    if preset.middle == "moe":
+        return [
+            make_mixture(
+                preset.hidden_units,
+                preset.num_experts,
+                preset.k,
+                num_groups=preset.num_groups,
+                gating=preset.gating,
+                loss_weight=preset.loss_weight,
+                recompute=preset.recompute,
+            )
+        ]
+    layers = middle_layers(
+        preset.middle,
+        units=preset.units,
+        hidden_units=preset.hidden_units,
+        k=preset.k[0],
     )
-    return [
-        HierarchicalMoE(
-            experts,
-            preset.num_groups,
-            k=preset.k,
-            importance_loss_weight=preset.loss_weight,
-            load_loss_weight=preset.loss_weight,
-            activation="sigmoid",
-            name="moe",
-        )
-    ]
+    for layer in layers:
+        if preset.recompute and hasattr(layer, "experts"):
+            layer.experts.recompute = True
+    return layers
 
 
 def build_translation_model(preset: Preset | str, **options: Any) -> MoETranslator:

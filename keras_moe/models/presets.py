@@ -6,9 +6,8 @@ from typing import Any
 
 from keras_moe import checks
 from keras_moe.layers.hierarchical_gating import verify_groups
-from keras_moe.models.middle import KINDS
+from keras_moe.models.middle import GATINGS, KINDS, verify_levels
 
-GATINGS = ("noisy_top_k", "balanced")
 EXPERT_OPTIMIZERS = ("adam", "factored_adam")
 _MAY_BE_0 = "lstm_layers num_experts constant_steps encoder_lstms decoder_lstms"
 _CHOICES = {
@@ -43,7 +42,8 @@ class Preset:
             mixture; None is flat.
         k: Tuple. `(k,)`, or `(groups, experts in each)` for a hierarchical one.
         hidden_units: Int. Hidden units of one expert.
-        gating: `"noisy_top_k"` or `"balanced"` (appendix F).
+        gating: `"noisy_top_k"`, `"balanced"` (appendix F) or another gate of
+            `make_mixture`.
         recompute: Bool. Whether hidden activations are computed again in the
             backward pass (appendix D).
         expert_optimizer: `"adam"` or `"factored_adam"` (appendix D).
@@ -118,6 +118,11 @@ class Preset:
                 verify_groups(self.num_experts, self.num_groups, self.k)
 
     @property
+    def gate_matrices(self) -> int:
+        """Matrices of a gate: one more where it has noise."""
+        return 2 if self.gating == "noisy_top_k" else 1
+
+    @property
     def group_size(self) -> int:
         """Experts of one group; all experts of a flat mixture."""
         return self.num_experts // (self.num_groups or 1)
@@ -133,15 +138,6 @@ class Preset:
         if self.middle != "moe":
             return 0
         return 1 if self.kind == "language_model" else len(self.moe_after)
-
-
-def verify_levels(k, num_groups):
-    """Raises unless `k` has a number for each level of gates."""
-    if len(k) != (1 if num_groups is None else 2):
-        raise ValueError(
-            "`k` must have one number, or two with `num_groups`. Received: "
-            f"k={k}, num_groups={num_groups}. Give one for each level."
-        )
 
 
 def as_preset(value: Any) -> Preset:

@@ -6,13 +6,12 @@ from typing import Any
 import keras
 
 from keras_moe import checks
-from keras_moe.layers.balanced_gating import BalancedGating
-from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating
-from keras_moe.layers.hierarchical_moe import HierarchicalMoE
-from keras_moe.layers.moe import MoE
-from keras_moe.models.middle import middle_layers
-from keras_moe.models.presets import GATINGS, verify_levels
+from keras_moe.models.middle import (
+    GATINGS,
+    make_mixture,
+    single_expert,
+    verify_levels,
+)
 
 KINDS = ("moe", "moe_1_wide", "none")
 
@@ -27,6 +26,7 @@ def translation_middle(
     num_groups: int | None = None,
     gating: str = "noisy_top_k",
     loss_weight: float = 0.01,
+    activation: Any = "sigmoid",
     name: str = "moe",
 ) -> list[keras.layers.Layer]:
     """Layers for one side of `MoETranslator`, mixture or dense baseline.
@@ -46,9 +46,11 @@ def translation_middle(
             `(4,)`.
         num_groups: Int or None. Groups of a hierarchical mixture. Defaults to
             `None`: flat.
-        gating: `"noisy_top_k"` or `"balanced"`. Defaults to `"noisy_top_k"`.
-        loss_weight: Float. Weight of the importance loss and of the load loss.
-            Defaults to `0.01`.
+        gating: See `make_mixture`. Defaults to `"noisy_top_k"`.
+        loss_weight: Float. Weight of the importance loss, and of the load loss where
+            the load has a gradient. Defaults to `0.01`.
+        activation: Activation of the output of a mixture, or of one expert.
+            Defaults to `"sigmoid"`.
         name: Str. Name of the layer. Defaults to `"moe"`.
 
     Returns:
@@ -69,19 +71,16 @@ def translation_middle(
         return []
     if kind == "moe_1_wide":
         product = k[0] * (k[1] if len(k) == 2 else 1)
-        layers = middle_layers(
-            kind, units=units, hidden_units=hidden_units, num_experts=1, k=product
+        return [single_expert(product * hidden_units, name, activation)]
+    return [
+        make_mixture(
+            hidden_units,
+            num_experts,
+            k,
+            num_groups=num_groups,
+            gating=gating,
+            loss_weight=loss_weight,
+            activation=activation,
+            name=name,
         )
-        config = layers[0].get_config()
-        return [MoE.from_config({**config, "name": name})]
-    gate = BalancedGating(k[0]) if gating == "balanced" else NoisyTopKGating(k[0])
-    options: dict[str, Any] = {
-        "importance_loss_weight": loss_weight,
-        "load_loss_weight": 0.0 if gating == "balanced" else loss_weight,
-        "activation": "sigmoid",
-        "name": name,
-    }
-    experts = FeedForwardExperts(num_experts, hidden_units)
-    if num_groups is None:
-        return [MoE(experts, gate, **options)]
-    return [HierarchicalMoE(experts, num_groups, k=k, primary_gating=gate, **options)]
+    ]

@@ -124,7 +124,7 @@ def _held(preset: Preset, counted: Count, placement: Placement) -> dict[str, flo
     if placement.shards is not None:
         held["experts"] *= placement.most_experts / preset.num_experts
         if preset.num_groups is not None:
-            primary = (1 if preset.gating == "balanced" else 2) * preset.units
+            primary = preset.gate_matrices * preset.units
             primary *= preset.num_groups * preset.num_mixtures
             secondary = held["gating"] - primary
             here = placement.most_experts / preset.num_experts

@@ -273,7 +273,7 @@ def exported_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     options = small("text", folder)
     vocabulary = data.Vocabulary.from_tokens([WORDS])
-    model = train_lm.build_model(options, len(vocabulary), "moe")
+    model = train_lm.build_model(options, len(vocabulary), "moe", 10)
     folders.prepare_folder(options, folder)
     folders.save_model(model, folder)
     vocabulary.save(folder / "vocabulary.tsv")

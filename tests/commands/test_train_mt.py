@@ -188,7 +188,7 @@ def test_experts_are_counted_by_the_target_language(data_dir, tmp_path):
     vocabulary = train_mt.data.SubwordVocabulary.learn(
         corpus.texts(), 300, corpus.target_languages
     )
-    model = train_mt.build_model(options, vocabulary, "moe")
+    model = train_mt.build_model(options, vocabulary, "moe", 10)
     tables = experts_by_language(model, corpus, options, sentences=5)
     assert set(tables) == {"encoder_moe", "decoder_moe"}
     for table in tables.values():
