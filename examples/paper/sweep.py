@@ -9,7 +9,7 @@
 An arm is one language model and how it is trained. Each runs in a process of its own
 with one thread, `--jobs` of them at a time. Everything may be stopped at any time: what
 is recorded is not run again, and the arm that was cut goes on where its last point was
-kept. All arms of a sweep see the same tokens in the same order; choices are to be made on
+kept (with other candidates of the sampled softmax than it would have had). All arms of a sweep see the same tokens in the same order; choices are to be made on
 the validation text, and `--test` reads the test text of what has been chosen.
 
 `dense_64` is the dense twin of `moe_64`: its hidden layer is widened until the
@@ -17,7 +17,9 @@ operations of a token (`keras_moe.models.count`, the gate's included) are equal.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -263,13 +265,8 @@ def corpus_name(options):
 def key_of(arm):
     """Name of the folder of an arm."""
     settings = json.dumps(dataclasses.asdict(arm), sort_keys=True)
-    return f"{arm.middle}_{arm.num_experts}_{hash_of(settings)}"
-
-
-def hash_of(text):
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return f"{arm.middle}_{arm.num_experts}_{digest}"
 
 
 def run_here(options):
@@ -298,15 +295,13 @@ def run_all(arms, options, records):
             folder = options.work / key_of(arm)
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{name}, seed {arm.seed}: begins, see {folder}/log.txt", flush=True)
-            child = subprocess.Popen(
-                [
-                    *command_of(options),
-                    "--run-arm",
-                    json.dumps(dataclasses.asdict(arm)),
-                ],
-                stdout=open(folder / "log.txt", "a"),
-                stderr=subprocess.STDOUT,
-            )
+            arm_of_child = json.dumps(dataclasses.asdict(arm))
+            with open(folder / "log.txt", "a") as log:
+                child = subprocess.Popen(
+                    [*command_of(options), "--run-arm", arm_of_child],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
             running[child] = name, arm, folder
         time.sleep(0.2)
         for child in [c for c in running if c.poll() is not None]:
@@ -471,10 +466,8 @@ def arms_of(options):
                 f"`--set` must be NAME=VALUE, NAME one of {', '.join(kinds)}. Received: "
                 f"{setting}."
             )
-        try:
+        with contextlib.suppress(json.JSONDecodeError):  # then it is a word
             value = json.loads(value)
-        except json.JSONDecodeError:  # a word
-            pass
         values.setdefault(name, []).append(value)
     found = {}
     for seed, choice in itertools.product(

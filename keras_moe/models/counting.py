@@ -148,14 +148,13 @@ def _gating(preset):
     if preset.middle != "moe":
         return 0, 0
     d = preset.units
-    primary = preset.gate_matrices
+    matrices = preset.gate_matrices
     if preset.num_groups is None:
-        size = primary * d * preset.num_experts
+        size = matrices * d * preset.num_experts
         return size, size
     a, b = preset.num_groups, preset.group_size
-    secondary = 2  # noisy, whatever the primary one is
-    operations = primary * d * a + preset.k[0] * secondary * d * b
-    return operations, primary * d * a + a * secondary * d * b
+    operations = matrices * d * a + preset.k[0] * matrices * d * b
+    return operations, matrices * d * a + a * matrices * d * b
 
 
 def _experts(preset):

@@ -77,8 +77,13 @@ def test_an_interruption_while_emptying_leaves_no_run_to_go_on_with(
 
 def test_a_run_of_an_older_version_goes_on_and_is_marked(tmp_path, capsys):
     options = options_of(tmp_path)
-    (tmp_path / "settings.json").write_text(json.dumps(options.settings()))
+    # Not the options that there were not.
+    known = {k: v for k, v in options.settings().items() if k not in options.BEFORE}
+    assert len(known) < len(options.settings())
+    (tmp_path / "settings.json").write_text(json.dumps(known))
     (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(ValueError, match="activation: 'sigmoid' there, 'relu' now"):
+        folders.check_folder(options_of(tmp_path, activation="relu"), tmp_path)
     folders.prepare_folder(options, tmp_path)
     assert "Going on with the interrupted run" in capsys.readouterr().out
     folders.check_folder(options_of(tmp_path, overwrite=True), tmp_path)

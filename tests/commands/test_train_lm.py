@@ -267,6 +267,47 @@ def test_a_run_does_not_go_on_with_another_text(data_dir, tmp_path):
         train_lm.run(options)
 
 
+def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
+    options = small(
+        data_dir,
+        tmp_path,
+        gating="top_k",
+        num_groups=2,
+        activation="linear",
+        decay="cosine",
+        loss_weight=0.25,
+    )
+    model = train_lm.build_model(options, 23, "moe", 105)
+    [moe] = model.moe_layers
+    assert isinstance(moe, keras_moe.layers.HierarchicalMoE)
+    assert (moe.num_groups, moe.k) == (2, (2, 2))
+    assert type(moe.primary_gating) is keras_moe.layers.TopKGating
+    assert moe.activation is keras.activations.linear
+    assert moe.importance_loss_weight == 0.25
+    # 5 steps of rise to 0.03, then half a cosine over 100 to 0.
+    rate = model.optimizer._learning_rate
+    found = [float(rate(step)) for step in (0, 5, 55, 105)]
+    np.testing.assert_allclose(found, [0.0, 0.03, 0.015, 0.0], atol=1e-9)
+    dense = train_lm.build_model(options, 23, "moe_1_wide", 105)
+    # As many operations as those of two experts in each of two groups.
+    assert dense.moe_layers[0].experts.hidden_units == 4 * options.hidden_units
+    assert dense.moe_layers[0].activation is keras.activations.linear
+
+
+def test_training_text_can_be_cut(data_dir, tmp_path):
+    whole, cut = (
+        train_lm._corpus(small(data_dir, tmp_path, tokens=tokens))
+        for tokens in (None, 100)
+    )
+    np.testing.assert_array_equal(cut.train, whole.train[:100])
+    assert cut.vocabulary == whole.vocabulary
+    for tokens, activation in ((0, "relu"), (None, "no such")):
+        options = small(data_dir, tmp_path / "a", tokens=tokens, activation=activation)
+        with pytest.raises(ValueError, match="tokens=0|activation='no such'"):
+            train_lm.run(options)
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.fixture(scope="module")
 def exported_run(tmp_path_factory):
     """A model and what `export` reads beside it."""

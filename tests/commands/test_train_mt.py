@@ -199,6 +199,22 @@ def test_experts_are_counted_by_the_target_language(data_dir, tmp_path):
         assert table.information == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_one_side_alone_may_have_the_mixture(data_dir, tmp_path, side):
+    options = small(data_dir, tmp_path, mixtures=side, activation="linear")
+    corpus = train_mt.data.load_translation_corpus(data_dir)
+    vocabulary = train_mt.data.SubwordVocabulary.learn(
+        corpus.texts(), 300, corpus.target_languages
+    )
+    model = train_mt.build_model(options, vocabulary, "moe", 10)
+    found = {layer.name: layer for layer in model.moe_layers}
+    for name, layer in found.items():
+        experts = options.num_experts if name == f"{side}_moe" else 1
+        assert layer.num_experts == experts
+        assert layer.activation is keras.activations.linear
+    assert set(found) == {"encoder_moe", "decoder_moe"}
+
+
 def test_bad_options_end_with_a_message(data_dir, tmp_path, capsys):
     for arguments, message in (
         (["--data-dir", str(tmp_path / "no")], "`data_dir` must be a folder"),
