@@ -9,7 +9,8 @@ do a whole hierarchical mixture its own way):
 * `dispatcher`: how do tokens meet experts that live elsewhere?
 
 Layers ask `for_weights()` when they make weights and `current()` when they run. On
-one device both give `ONE_DEVICE`. Under a `tf.distribute.Strategy` they give the
+one device both give `ONE_DEVICE`, or `current()` a `StaticEngine` where XLA compiles or
+the device is a GPU. Under a `tf.distribute.Strategy` they give the
 engine that `keras_moe.distribution` makes for it.
 """
 
@@ -154,6 +155,11 @@ class Engine:
         """Whether experts may live on another device than a token."""
         return self.replicas.number > 1
 
+    @property
+    def devices(self) -> str:
+        """What it runs on, for messages."""
+        return f"{self.replicas.number} replicas"
+
 
 class StaticEngine(Engine):
     """One device where shapes must not depend on the data: XLA, and GPUs.
@@ -276,7 +282,7 @@ def verify_one_device(layer: Any) -> None:
         kind = type(layer).__name__
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
-            f"{here.replicas.number} replicas. Use `MoE` or `HierarchicalMoE` with "
+            f"{here.devices}. Use `MoE` or `HierarchicalMoE` with "
             f"`FeedForwardExperts` (or other `Experts`) there, or build {kind} outside "
             "of the scope."
         )

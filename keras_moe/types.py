@@ -58,7 +58,7 @@ class DispatchPlan:
     """Which token goes to which expert, and where its answer comes back.
 
     The base of the plans of `keras_moe.functional`: `SortedPlan` and `RaggedPlan`
-    drop nothing, `CapacityPlan` has static shapes. Every plan has
+    drop nothing, `CapacityPlan` has static shapes, `SlotPlan` both. Every plan has
 
     Attributes:
         token_indices: int32, the token in every row of the experts.
@@ -102,7 +102,8 @@ class GatingResult(_GatingFields):
         gates: Float `(N, K)`, or `(M,)` if tokens have different numbers of
             experts. Weight of each assignment.
         expert_indices: int32 within [0, E), shape of `gates`. The expert of each
-            assignment. (On a mesh of devices -1 stands for none.)
+            assignment. -1 stands for none where shapes are static: under XLA, on GPUs
+            and on a mesh of devices.
         statistics: The `GateStatistics` of the batch.
         token_indices: `(M,)` int32, ascending: the token of each assignment. Left
             out, `()`, for gates of shape `(N, K)`.

@@ -9,8 +9,9 @@
 An arm is one language model and how it is trained. Each runs in a process of its own
 with one thread, `--jobs` of them at a time. Everything may be stopped at any time: what
 is recorded is not run again, and the arm that was cut goes on where its last point was
-kept (with other candidates of the sampled softmax than it would have had). All arms of a sweep see the same tokens in the same order; choices are to be made on
-the validation text, and `--test` reads the test text of what has been chosen.
+kept (with other candidates of the sampled softmax than it would have had). All arms of a
+sweep see the same tokens in the same order; choices are to be made on the validation
+text, and `--test` reads the test text of what has been chosen.
 
 `dense_64` is the dense twin of `moe_64`: its hidden layer is widened until the
 operations of a token (`keras_moe.models.count`, the gate's included) are equal.

@@ -1,4 +1,4 @@
-"""What every public function of this package checks before it runs, in one place.
+"""What every public function of `functional` checks before it runs, in one place.
 
 Arrays and lists of numbers become tensors, numbers must be of the kind annotated, and
 shapes those described: by `"clean_logits:NE noise:NE"` two tensors share both axes, so
@@ -29,7 +29,7 @@ def checked(function: Callable, shapes: str = "") -> Callable:
             E is `num_experts`; the first axis of `~` is M if it has one, else N.
 
     Returns:
-        The same function. It raises a `ValueError`.
+        The function behind its checks, which raise a `ValueError`.
     """
     signature = inspect.signature(function)
     described = dict(each.split(":") for each in shapes.split())

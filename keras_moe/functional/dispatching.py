@@ -1,11 +1,12 @@
 """From chosen experts to rows of work and back: plans, and what makes and follows them.
 
 A plan says which token is in which row of the experts and where its answer comes
-back. There are three, each with `dispatch` and `combine`:
+back. There are four, the first three with `dispatch` and `combine`:
 
 * `SortedPlan`: assignments sorted by expert, K for every token; dropless;
 * `RaggedPlan`: the same where tokens have different numbers of experts;
-* `CapacityPlan`, in `capacity.py`: the same number of slots for every expert.
+* `CapacityPlan`, in `capacity.py`: the same number of slots for every expert;
+* `SlotPlan`, in `static_slots.py`: static shapes, dropless; `mix_experts` follows it.
 
 A `Dispatcher` takes tokens to their experts and brings the answers back, by a plan or,
 where experts live on other devices, by an exchange (expert parallelism):

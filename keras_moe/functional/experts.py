@@ -2,13 +2,15 @@
 
 Expert inputs come either as `(M, D)` rows sorted by expert with the number of
 rows of each expert (dropless), or as `(E, C, D)` with the same number of slots
-for every expert (static shapes). There are three ways to compute them:
+for every expert (static shapes). There are four ways to compute them:
 
 * static: one batched product over `(E, C, D)`;
 * `"unrolled"`: each expert by itself, no padding; the graph grows with E;
 * `"blocks"`: rows are padded into one block for each expert and multiplied in one
   batched product; what exceeds a block spills into further ones. The graph does not
-  grow with E, and weight gradients are written once.
+  grow with E, and weight gradients are written once;
+* slots, under XLA and on GPUs: one batched product over static slots, and a loop for
+  what spills (`slot_runs.py`).
 
 With `dispatch`, experts and `combine` one after the other the rows of all experts lie
 side by side three times: `(M, D)` before and after the experts, and `(N, K, D)` in the
@@ -146,14 +148,14 @@ def mix_experts(
     $y = \\sum_i G(x)_i E_i(x)$
 
     The same as `plan.combine(run_experts(..., plan.dispatch(inputs), ...), gates)`,
-    and computed so unless the plan is a `SortedPlan`; otherwise with less memory
-    traffic.
+    and computed so unless the plan is a `SortedPlan` or a `SlotPlan`; those with less
+    memory traffic.
 
     Args:
         network: As for `run_experts`.
         inputs: `(N, D)`, the tokens.
         gates: Float, shape of `plan.positions`.
-        plan: From `make_dispatch_plan` or `make_capacity_plan`.
+        plan: From `make_plan`, `make_capacity_plan` or `make_slot_plan`.
         weights: Tensors `(E, ...)`.
         recompute: As for `run_experts`.
         computation: As for `run_experts`.

@@ -330,7 +330,8 @@ def make_gating_result(
     Args:
         gates: Float, `(N, K)`, or `(M,)` if tokens have different numbers of
             experts.
-        expert_indices: int32 within [0, E), shape of `gates`.
+        expert_indices: int32 within [-1, E), shape of `gates`; -1 is no expert, where
+            shapes are static.
         num_experts: E.
         token_indices: `(M,)` int32, ascending: the token of each assignment.
             Only for gates of shape `(M,)`.

@@ -1,7 +1,7 @@
 """Operations that are done in another way on some engines.
 
-This is the one place of `functional` that asks where it runs; everything else is a
-pure function of its arguments.
+This is the one place of `functional` that asks for the engine; besides, `capacity` and
+`experts` ask `runtime` for the kind of device.
 """
 
 import tensorflow as tf

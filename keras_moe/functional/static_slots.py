@@ -157,9 +157,9 @@ def slot_sizes(
     1.25 times the mean number of rows of an expert, rounded up to a multiple of 8, and of
     16, 32, 64 or 128 from 512, 1,024, 2,048 or 4,096 slots on: what tensor cores and
     the tiles of matrix products take, and less than 4 % more work there. Where there
-    are fewer than a quarter as many rows as experts no expert has slots: reading the
-    weights of all would cost more than the loop. A block is half as large as the slots
-    of an expert, within 8 and 256 rows. Both are 0 for an empty batch.
+    are known to be fewer than a quarter as many rows as experts no expert has slots:
+    reading the weights of all would cost more than the loop. A block is half as large
+    as the slots of an expert, within 8 and 256 rows. Both are 0 for an empty batch.
 
     Args:
         num_assignments: M, assignments of tokens to experts. Ints where shapes are

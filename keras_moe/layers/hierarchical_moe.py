@@ -177,7 +177,7 @@ class HierarchicalMoE(MoE):
             raise ValueError(
                 f"{self.name}: the routing of a hierarchical mixture is not known on "
                 "the device of a token. Received: recorded_routing on "
-                f"{here.replicas.number} replicas. Record it outside of "
+                f"{here.devices}. Record it outside of "
                 "`strategy.run`."
             )
         outputs, statistics, losses = here.hierarchical_mixture(self, tokens, training)

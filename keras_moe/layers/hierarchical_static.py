@@ -68,6 +68,9 @@ def hierarchical_gating(
         indices,
         size,
     )
+    # A group of -1 is none, and so are its experts.
+    none = tf.reshape(groups, [-1, 1]) < 0
+    expert_indices = tf.where(none, -tf.ones_like(expert_indices), expert_indices)
     shape = [_num_tokens(inputs), k1 * k2]
     result = functional.make_gating_result(
         tf.reshape(gates, shape),

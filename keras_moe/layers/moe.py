@@ -177,7 +177,7 @@ class MoE(keras.layers.Layer):
             raise ValueError(
                 "`capacity_factor` must be None on several devices, where experts "
                 f"take all their tokens. Received: {self._capacities} on "
-                f"{here.replicas.number} replicas. Leave it out."
+                f"{here.devices}. Leave it out."
             )
         if not self.gating.built:
             self.gating.build((None, features))

@@ -19,7 +19,7 @@ def draw_rows(num_rows, width, dtype, seed_generator, first_row=None, mask=None)
         first_row: `()` int32. Rows before these, over all devices. None means
             the tokens of the devices before this one. Defaults to `None`.
         mask: `(num_rows,)` bool or None. Where tokens marked False are still among
-            the rows (on a mesh, with a capacity), the others get the rows they would
+            the rows (shapes are static there), the others get the rows they would
             have by themselves. Defaults to `None`.
 
     Returns:

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from keras_moe import functional as F
-from keras_moe import layers
+from keras_moe import layers, serving
 from keras_moe.types import GatingResult
 from tests.oracles import mixture as oracle
 
@@ -215,3 +215,24 @@ def test_a_gate_of_ones_own_plugs_in(rng, kind, tmp_path):
 def test_bad_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_groups_that_take_no_token_have_no_experts_eagerly_on_a_gpu():
+    """The strictly balanced gate leaves a token without a group, by -1."""
+    moe = layers.HierarchicalMoE(
+        layers.FeedForwardExperts(8, 8),
+        num_groups=4,
+        k=(1, 2),
+        primary_gating=layers.BalancedGating(k=1),
+    )
+    x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    moe.build(x.shape)
+    for weight in moe.trainable_variables:
+        weight.assign(tf.random.stateless_normal(weight.shape, (1, 2)))
+    expected = moe(x)
+    with serving.gpu_operations():
+        np.testing.assert_allclose(moe(x), expected, rtol=1e-5, atol=1e-5)
+        chosen = moe.route(x).expert_indices.numpy()
+    assert chosen.min() == -1
+    traced = tf.function(moe)(x)
+    np.testing.assert_allclose(traced, expected, rtol=1e-5, atol=1e-5)

@@ -26,9 +26,11 @@ class MeshEngine(engine.Engine):
     static_shapes = True
     values_are_here = False
     several_devices = True
+    devices = ""
 
     def __init__(self, mesh: dtensor.Mesh):
         self.mesh = mesh
+        self.devices = f"a mesh of {mesh.size} devices"
         self.weights = _Weights(mesh)
         self.operations = _Operations(mesh)
         self.dispatcher = lambda k: MeshDispatcher(mesh, k)

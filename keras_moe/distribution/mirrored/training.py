@@ -42,7 +42,7 @@ def _install_losses():
     def replica():
         if compatibility.in_stateless_scope():
             return None
-        if engine.current() is engine.ONE_DEVICE:
+        if not engine.current().several_devices:
             return None
         return engine.current_replica()
 
