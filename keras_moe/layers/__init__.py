@@ -12,6 +12,7 @@ from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.moe_lstm import MoELSTM
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
+from keras_moe.layers.multi_gate_moe import MultiGateMoE
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 
@@ -27,6 +28,7 @@ __all__ = [
     "MoE",
     "MoELSTM",
     "MoELSTMCell",
+    "MultiGateMoE",
     "MultiplicativeAttention",
     "NoisyTopKGating",
     "ProjectedLSTMCell",

@@ -29,6 +29,12 @@ def hold(holder: Any, *layers: Any) -> None:
             counts[holder] = counts.get(holder, 0) + 1
 
 
+def release(holder: Any, *layers: Any) -> None:
+    """Takes `hold` back: the holder is part of another that holds them itself."""
+    for layer in layers:
+        _holders.get(layer, {}).pop(holder, None)
+
+
 def serialize(holder: Any, layer: Any, index: int = 0) -> Any:
     """`keras.saving.serialize_keras_object`, of a layer that others may hold too.
 

@@ -144,7 +144,7 @@ class HierarchicalMoE(MoE):
         self.normalization = normalization
         self.use_gate_bias = gating.use_bias
 
-    def build(self, input_shape):
+    def build(self, inputs_shape, gate_inputs_shape=None):
         num_replicas = engine.for_weights().replicas.number
         if isinstance(self.experts, Experts):
             self._keep_groups_together(num_replicas)
@@ -155,7 +155,7 @@ class HierarchicalMoE(MoE):
                 f"together. Received: {type(self.experts).__name__} on "
                 f"{num_replicas} replicas. Use FeedForwardExperts, or `MoE`."
             )
-        super().build(input_shape)
+        super().build(inputs_shape, gate_inputs_shape)
 
     def _keep_groups_together(self, num_replicas):
         group_size = self.num_experts // self.num_groups
@@ -172,10 +172,10 @@ class HierarchicalMoE(MoE):
             )
         self.experts.group_size = group_size
 
-    def _mix(self, dispatcher, tokens, mask, training):
+    def _mix(self, dispatcher, tokens, gate_tokens, mask, training):
         here = engine.current()
         if here.hierarchical_mixture is None:
-            return super()._mix(dispatcher, tokens, mask, training)
+            return super()._mix(dispatcher, tokens, gate_tokens, mask, training)
         if self.on_routing is not None:
             raise ValueError(
                 f"{self.name}: the routing of a hierarchical mixture is not known on "
@@ -183,7 +183,9 @@ class HierarchicalMoE(MoE):
                 f"{here.devices}. Record it outside of "
                 "`strategy.run`."
             )
-        outputs, statistics, losses = here.hierarchical_mixture(self, tokens, training)
+        outputs, statistics, losses = here.hierarchical_mixture(
+            self, tokens, gate_tokens, training
+        )
         add_balance(self, statistics, training, losses)
         return outputs, None
 

@@ -84,6 +84,10 @@ class MoE(keras.layers.Layer):
             before `activation`.
         training: Bool. Whether the gate adds its noise and the layer its losses.
             None, outside of `fit`, is False.
+        gate_inputs: Float tensor `(..., gate_features)` with the leading dimensions
+            of `inputs`, or None. What the gate sees in place of `inputs`, for which
+            the experts then need not be chosen by what they are given: a user, a
+            language, the task.
 
     Input shape:
         `(..., features)`, rank 2 or more. Leading dimensions may be unknown,
@@ -103,7 +107,8 @@ class MoE(keras.layers.Layer):
 
     Raises:
         ValueError: Inputs are not floating point, of rank below 2 or without a
-            known feature dimension; a weight is negative; the gate and the
+            known feature dimension; `gate_inputs` have other leading dimensions, or
+            come where the gate was built without; a weight is negative; the gate and the
             experts disagree on `num_experts`; `k` exceeds it.
 
     XLA and GPUs: shapes do not depend on the data there, and nothing is dropped
@@ -128,7 +133,9 @@ class MoE(keras.layers.Layer):
     Reference:
         Shazeer et al. 2017, "Outrageously Large Neural Networks: The
         Sparsely-Gated Mixture-of-Experts Layer", arXiv 1701.06538. Shared experts:
-        Dai et al. 2024, "DeepSeekMoE", arXiv 2401.06066, equations 9 to 11.
+        Dai et al. 2024, "DeepSeekMoE", arXiv 2401.06066, equations 9 to 11. A gate
+        with inputs of its own: Jacobs et al. 1991, "Adaptive mixtures of local
+        experts".
     """
 
     def __init__(
@@ -180,7 +187,9 @@ class MoE(keras.layers.Layer):
         """Number of experts."""
         return self.experts.num_experts
 
-    def build(self, input_shape):
+    # Of these names Keras takes the shapes of the call's tensors.
+    def build(self, inputs_shape, gate_inputs_shape=None):
+        input_shape = inputs_shape
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         here = engine.for_weights()
@@ -190,8 +199,13 @@ class MoE(keras.layers.Layer):
                 f"take all their tokens. Received: {self._capacities} on "
                 f"{here.devices}. Leave it out."
             )
+        self._gate_features = features
+        if gate_inputs_shape is not None:
+            self._gate_features = checks.verify_input_shape(
+                gate_inputs_shape, f"the gate of {type(self).__name__}"
+            )
         if not self.gating.built:
-            self.gating.build((None, features))
+            self.gating.build((None, self._gate_features))
         if not self.experts.built:
             self.experts.build((None, features))
         units = self.compute_output_shape((None, features))[-1]
@@ -201,24 +215,29 @@ class MoE(keras.layers.Layer):
                 self.num_experts, self._has_capacity, name=self.name
             )
 
-    def call(self, inputs, mask=None, training=None):
+    def call(self, inputs, mask=None, training=None, gate_inputs=None):
         checks.verify_dense(inputs, type(self).__name__)
         checks.verify_floating(inputs.dtype, type(self).__name__)
+        self._verify_gate_inputs(gate_inputs, inputs)
         checks.warn_of_time_steps(self, keras.layers.TimeDistributed)
         dispatcher = self._dispatcher(training)
         if not dispatcher.static_shapes:
             engine.verify_not_compiled(type(self).__name__, " on several devices")
-        tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
+        # Those of the experts, and those of the gate where they are others.
+        tokens = [inputs] if gate_inputs is None else [inputs, gate_inputs]
+        tokens = [tf.reshape(x, [-1, x.shape[-1]]) for x in tokens]
         mask = None if mask is None else _flatten_mask(mask, inputs)
-        num_tokens, real = tf.shape(tokens, tf.int64)[0], None
+        num_tokens, real = tf.shape(tokens[0], tf.int64)[0], None
         if mask is not None and dispatcher.static_shapes:
             # What padding holds, NaN too, is in no sum, nor in a gradient.
-            tokens = tf.where(mask[:, tf.newaxis], tokens, tf.zeros_like(tokens))
+            is_real = mask[:, tf.newaxis]
+            tokens = [tf.where(is_real, x, tf.zeros_like(x)) for x in tokens]
         elif mask is not None:
             # Padding leaves before the gate sees it, and zeros come back in its place.
             real, mask = tf.where(mask), None
-            tokens = tf.gather_nd(tokens, real)
-        outputs, result = self._mix(dispatcher, tokens, mask, training)
+            tokens = [tf.gather_nd(x, real) for x in tokens]
+        tokens, gate_tokens = tokens[0], tokens[-1]
+        outputs, result = self._mix(dispatcher, tokens, gate_tokens, mask, training)
         outputs = add_shared(
             self.shared_experts,
             outputs,
@@ -253,9 +272,30 @@ class MoE(keras.layers.Layer):
             return functional.StaticDispatcher()
         return functional.Dispatcher()
 
-    def _mix(self, dispatcher, tokens, mask, training):
+    def _verify_gate_inputs(self, gate_inputs, inputs):
+        name = f"`gate_inputs` of {type(self).__name__}"
+        if gate_inputs is None:
+            features = inputs.shape[-1]
+        else:
+            checks.verify_dense(gate_inputs, name)
+            checks.verify_floating(gate_inputs.dtype, name)
+            leading, features = gate_inputs.shape[:-1], gate_inputs.shape[-1]
+            if not leading.is_compatible_with(inputs.shape[:-1]):
+                raise ValueError(
+                    f"{name} must have the leading dimensions of `inputs`. Received: "
+                    f"gate_inputs.shape={gate_inputs.shape}, inputs.shape="
+                    f"{inputs.shape}. Give every token its own."
+                )
+        if features != self._gate_features:
+            raise ValueError(
+                f"{name} must be as wide as what its gate was built for. Received: "
+                f"{features} features, gate built for {self._gate_features}. Call the "
+                "layer with `gate_inputs` always or never."
+            )
+
+    def _mix(self, dispatcher, tokens, gate_tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
-        result = self.gating(tokens, mask=mask, training=training)
+        result = self.gating(gate_tokens, mask=mask, training=training)
         verify_gating_result(result, self.gating)
         if self._has_capacity:
             gate = type(self.gating).__name__
@@ -283,7 +323,8 @@ class MoE(keras.layers.Layer):
         """Which experts take which tokens, without running them.
 
         Args:
-            inputs: Float tensor `(..., features)`, not masked.
+            inputs: Float tensor `(..., features)`, not masked: what the gate sees, so
+                `gate_inputs` where the layer is called with them.
             training: Bool. Whether the gate adds its noise. Defaults to
                 `False`.
 

@@ -125,6 +125,9 @@ class ToItself(keras.layers.Layer):
     def call(self, inputs, training=None):
         if isinstance(self.layer, layers.MultiplicativeAttention):
             return self.layer(inputs, inputs)
+        if isinstance(self.layer, layers.MoE):
+            seen = inputs[..., :3]
+            return self.layer(inputs, training=training, gate_inputs=seen)
         if isinstance(self.layer, layers.AttentionLSTM):
             return self.layer(inputs, inputs, training=training)[0]
         return self.layer((inputs, inputs), training=training)
@@ -267,6 +270,37 @@ DESCRIPTORS = [
         ),
         (9, 4),
         layers.MoE,
+    ),
+    Descriptor(
+        "MoE, whose gate sees something else",
+        lambda **kw: ToItself(_moe(_random_gate)(**kw), **kw),
+        (3, 5, 4),
+        layers.MoE,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MultiGateMoE",
+        lambda **kw: layers.MultiGateMoE(
+            layers.FeedForwardExperts(4, hidden_units=8, dtype=kw.get("dtype")), 2, **kw
+        ),
+        (3, 5, 4),
+        layers.MultiGateMoE,
+        dynamic_axes=(0, 1),
+        result=lambda outputs: keras.ops.concatenate(outputs, axis=-1),
+    ),
+    Descriptor(
+        "MultiGateMoE, sparse gates",
+        lambda **kw: layers.MultiGateMoE(
+            layers.FeedForwardExperts(6, hidden_units=8, dtype=kw.get("dtype")),
+            [_random_gate(), _random_gate(k=3)],
+            importance_loss_weight=0.1,
+            load_loss_weight=None,
+            **kw,
+        ),
+        (3, 5, 4),
+        layers.MultiGateMoE,
+        dynamic_axes=(0, 1),
+        result=lambda outputs: keras.ops.concatenate(outputs, axis=-1),
     ),
     Descriptor(
         "MoE, softmax gating",

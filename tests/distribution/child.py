@@ -113,6 +113,19 @@ def mixture(case: Case, name: str = "moe"):
     raise ValueError(case.layer)
 
 
+def mix(case: Case, x):
+    """The answer of the case's mixture, or the sum of those of two gates."""
+    if case.layer == "several gates":
+        experts = keras_moe.layers.FeedForwardExperts(case.num_experts, 24)
+        first, second = keras_moe.layers.MultiGateMoE(experts, gatings=2)(x)
+        return first + 0.5 * second
+    if not case.layer.endswith(" by half"):
+        return mixture(case)(x)
+    case = dataclasses.replace(case, layer=case.layer.removesuffix(" by half"))
+    # Gates see half of the features.
+    return mixture(case)(x, gate_inputs=x[..., ::2])
+
+
 def optimizer_of(case: Case):
     if case.optimizer == "FactoredAdam":
         return keras_moe.optimizers.FactoredAdam(**case.options)
@@ -160,7 +173,7 @@ def stack(case):
     x = keras.layers.LSTM(WIDTH, return_sequences=True)(x)
     if case.normalized:
         x = keras.layers.BatchNormalization(synchronized=True)(x)
-    x = x + mixture(case)(x)
+    x = x + mix(case, x)
     if case.normalized:
         x = keras.layers.BatchNormalization(synchronized=True)(x)
     x = keras.layers.LSTM(WIDTH, return_sequences=True)(x)

@@ -74,6 +74,17 @@ def test_gated_experts_beside_shared_ones():
     assert_equal_on_devices(2, [{**short, "layer": "shared"}])
 
 
+def test_gates_with_inputs_of_their_own_and_several_gates():
+    short = {**ADAM, "steps": 6, "mask": True, "examples": 25}
+    assert_equal_on_devices(
+        2,
+        [
+            {**short, "layer": "hierarchical by half"},
+            {**short, **SEVEN, "layer": "several gates"},
+        ],
+    )
+
+
 def test_gates_of_a_user_work_as_on_one_device():
     short = {**SGD, "steps": 6}
     assert_equal_on_devices(

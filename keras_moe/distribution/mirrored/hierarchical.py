@@ -11,7 +11,11 @@ from keras_moe.types import GateStatistics
 
 
 def mix_at_groups(
-    engine: Any, layer: Any, tokens: tf.Tensor, training: bool | None
+    engine: Any,
+    layer: Any,
+    tokens: tf.Tensor,
+    gate_tokens: tf.Tensor,
+    training: bool | None,
 ) -> tuple[tf.Tensor, GateStatistics, tuple]:
     """Runs each secondary mixture where its group lives (section 3.1).
 
@@ -23,6 +27,7 @@ def mix_at_groups(
         engine: The `MirroredEngine`.
         layer: A built `HierarchicalMoE`.
         tokens: `(N, D)`, those of this replica; no padding among them.
+        gate_tokens: `(N, gate_features)`, what the gates see; usually the tokens.
         training: Whether the gates add their noise.
 
     Returns:
@@ -32,9 +37,13 @@ def mix_at_groups(
         losses: Those of the primary gate.
     """
     gating = layer.gating
-    primary = gating.primary_gating(tokens, training=training)
+    primary = gating.primary_gating(gate_tokens, training=training)
     plan = functional.make_plan(primary)
-    rows = plan.dispatch(tokens)
+    # What the gates see travels too, where it is something else.
+    seen_apart = gate_tokens is not tokens
+    width = tokens.shape[1]
+    sent = tf.concat([tokens, gate_tokens], axis=1) if seen_apart else tokens
+    rows = plan.dispatch(sent)
     gates = plan.gates_of_rows(primary.gates)
     # The gate travels in two columns: in half precision one would round it.
     coarse = tf.cast(gates, rows.dtype)
@@ -48,7 +57,13 @@ def mix_at_groups(
             fine, primary.gates.dtype
         )
         outputs, seen["importance"], seen["load"], seen["counts"] = _mix_here(
-            layer, rows, gates[:, 0], first_row, counts, training
+            layer,
+            rows[:, :width],
+            rows[:, width:] if seen_apart else rows,
+            gates[:, 0],
+            first_row,
+            counts,
+            training,
         )
         return outputs
 
@@ -59,7 +74,7 @@ def mix_at_groups(
     return outputs, statistics, primary.auxiliary_losses
 
 
-def _mix_here(layer, rows, gates, first_row, counts, training):
+def _mix_here(layer, rows, gate_rows, gates, first_row, counts, training):
     """Answers `(M, output_units)` and the statistics of the groups that live here."""
     gating = layer.gating
     size = layer.num_experts // layer.num_groups
@@ -67,7 +82,7 @@ def _mix_here(layer, rows, gates, first_row, counts, training):
     num_experts = num_groups * size
     groups = tf.repeat(tf.range(num_groups), counts)
     secondary_gates, indices, load = gating.secondary(
-        tf.cast(rows, gating.compute_dtype),
+        tf.cast(gate_rows, gating.compute_dtype),
         groups,
         counts,
         training,
