@@ -23,6 +23,7 @@ from keras_moe.layers.gate_contract import (
     warn_of_flat_load,
 )
 from keras_moe.layers.gating import k_of
+from keras_moe.layers.moe_inputs import flatten_mask, verify_gate_inputs
 from keras_moe.layers.routing_record import RoutingRecord
 from keras_moe.layers.shared_experts import add_shared, build_shared, verify_shared
 from keras_moe.types import GatingResult
@@ -199,13 +200,13 @@ class MoE(keras.layers.Layer):
                 f"take all their tokens. Received: {self._capacities} on "
                 f"{here.devices}. Leave it out."
             )
-        self._gate_features = features
+        self.gate_features = features
         if gate_inputs_shape is not None:
-            self._gate_features = checks.verify_input_shape(
+            self.gate_features = checks.verify_input_shape(
                 gate_inputs_shape, f"the gate of {type(self).__name__}"
             )
         if not self.gating.built:
-            self.gating.build((None, self._gate_features))
+            self.gating.build((None, self.gate_features))
         if not self.experts.built:
             self.experts.build((None, features))
         units = self.compute_output_shape((None, features))[-1]
@@ -218,7 +219,7 @@ class MoE(keras.layers.Layer):
     def call(self, inputs, mask=None, training=None, gate_inputs=None):
         checks.verify_dense(inputs, type(self).__name__)
         checks.verify_floating(inputs.dtype, type(self).__name__)
-        self._verify_gate_inputs(gate_inputs, inputs)
+        verify_gate_inputs(self, gate_inputs, inputs)
         checks.warn_of_time_steps(self, keras.layers.TimeDistributed)
         dispatcher = self._dispatcher(training)
         if not dispatcher.static_shapes:
@@ -226,7 +227,7 @@ class MoE(keras.layers.Layer):
         # Those of the experts, and those of the gate where they are others.
         tokens = [inputs] if gate_inputs is None else [inputs, gate_inputs]
         tokens = [tf.reshape(x, [-1, x.shape[-1]]) for x in tokens]
-        mask = None if mask is None else _flatten_mask(mask, inputs)
+        mask = None if mask is None else flatten_mask(mask, inputs)
         num_tokens, real = tf.shape(tokens[0], tf.int64)[0], None
         if mask is not None and dispatcher.static_shapes:
             # What padding holds, NaN too, is in no sum, nor in a gradient.
@@ -271,27 +272,6 @@ class MoE(keras.layers.Layer):
         if here.static_shapes:
             return functional.StaticDispatcher()
         return functional.Dispatcher()
-
-    def _verify_gate_inputs(self, gate_inputs, inputs):
-        name = f"`gate_inputs` of {type(self).__name__}"
-        if gate_inputs is None:
-            features = inputs.shape[-1]
-        else:
-            checks.verify_dense(gate_inputs, name)
-            checks.verify_floating(gate_inputs.dtype, name)
-            leading, features = gate_inputs.shape[:-1], gate_inputs.shape[-1]
-            if not leading.is_compatible_with(inputs.shape[:-1]):
-                raise ValueError(
-                    f"{name} must have the leading dimensions of `inputs`. Received: "
-                    f"gate_inputs.shape={gate_inputs.shape}, inputs.shape="
-                    f"{inputs.shape}. Give every token its own."
-                )
-        if features != self._gate_features:
-            raise ValueError(
-                f"{name} must be as wide as what its gate was built for. Received: "
-                f"{features} features, gate built for {self._gate_features}. Call the "
-                "layer with `gate_inputs` always or never."
-            )
 
     def _mix(self, dispatcher, tokens, gate_tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
@@ -407,19 +387,3 @@ def _verify_experts(experts):
             "`experts` must be a layer with a `num_experts` attribute, such as "
             f"keras_moe.layers.FeedForwardExperts. Received: experts={experts!r}."
         )
-
-
-def _flatten_mask(mask, inputs):
-    """`(...)` or a prefix of it -> `(N,)` bool, for inputs `(..., features)`."""
-    mask = tf.cast(mask, tf.bool)
-    missing = inputs.shape.rank - 1 - mask.shape.rank
-    if missing < 0 or not mask.shape.is_compatible_with(
-        inputs.shape[: mask.shape.rank]
-    ):
-        raise ValueError(
-            "`mask` must have the leading dimensions of `inputs`. Received: "
-            f"mask.shape={mask.shape}, inputs.shape={inputs.shape}."
-        )
-    for _ in range(missing):
-        mask = mask[..., tf.newaxis]
-    return tf.reshape(tf.broadcast_to(mask, tf.shape(inputs)[:-1]), [-1])

@@ -197,7 +197,7 @@ class _AllExperts(functional.Dispatcher):
         self.static_shapes = engine.current().static_shapes
         self._answers = None
 
-    def mix(self, experts, tokens, result, mask):
+    def mix(self, experts, tokens, result, mask=None):
         if self._answers is None:
             shape = tf.concat([[experts.num_experts], tf.shape(tokens)], axis=0)
             every = tf.broadcast_to(tokens, shape)
