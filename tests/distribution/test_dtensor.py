@@ -59,6 +59,7 @@ def test_other_layers_train_as_on_one_device():
             {**SHORT, **SGD, "layer": "hierarchical by half", "mask": True},
             {**SHORT, **SGD, "layer": "several gates"},
             {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True},
+            {**SHORT, **SGD, **SEVEN, "layer": "low rank"},
             # A last batch that the devices do not divide.
             {**SHORT, **SGD, "normalized": True, "examples": 31},
         ],

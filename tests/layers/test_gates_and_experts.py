@@ -71,6 +71,21 @@ def test_every_expert_starts_as_a_single_layer_would(initializer):
     assert np.abs(values[0] - values[1]).max() > 0.01
 
 
+@pytest.mark.parametrize("kind", [layers.FeedForwardExperts, layers.GatedExperts])
+def test_a_tenth_of_the_variance_is_that_of_one_experts_fan_in(kind):
+    # Switch Transformers, section 2.4: stddev sqrt(0.1 / fan_in), cut at two of them.
+    small = keras.initializers.VarianceScaling(0.1, "fan_in", "truncated_normal")
+    experts = kind(16, 90, kernel_initializer=small)
+    experts.build((None, 60))
+    for kernel in experts.kernels:
+        fan_in, values = kernel.shape[1], kernel.numpy()
+        wanted = (0.1 / fan_in) ** 0.5
+        for one in values:  # of 5,400 elements: 0.96 % is one standard error
+            assert one.std() == pytest.approx(wanted, rel=0.04)
+            assert np.abs(one).max() <= 2.0 * wanted / 0.8796
+        assert np.abs(values[0] - values[1]).max() > wanted
+
+
 def test_seeded_initializers_repeat_but_differ_between_experts():
     for base in (
         keras.initializers.GlorotNormal(seed=1),

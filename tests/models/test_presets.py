@@ -1,5 +1,6 @@
 """Presets reproduce the paper's counts, and build at small size."""
 
+import dataclasses
 import math
 
 import keras
@@ -66,6 +67,22 @@ def test_the_figures_kept_with_the_presets_are_those_of_the_tables():
             printed = PRINTED_OTHERWISE.get((name, column), float(figure))
             assert reported[column] == printed
             assert printed == pytest.approx(float(figure), abs=0.1001)
+
+
+def test_fine_grained_experts_cost_the_same_but_for_their_gate():
+    coarse = models.preset("moe_32")
+    for m in (2, 8):
+        fine = dataclasses.replace(
+            coarse,
+            num_experts=m * coarse.num_experts,
+            hidden_units=coarse.hidden_units // m,
+            k=(m * coarse.k[0],),
+        )
+        before, after = models.count(coarse), models.count(fine)
+        for part, number in before.operations.items():
+            more = m if part == "gating" else 1
+            assert after.operations[part] == more * number
+            assert after.parameters[part] == more * before.parameters[part]
 
 
 def test_translation_counts():

@@ -39,10 +39,14 @@ def mix_at_groups(
     gating = layer.gating
     primary = gating.primary_gating(gate_tokens, training=training)
     plan = functional.make_plan(primary)
+    sent = tokens
+    if hasattr(layer.experts, "with_keys"):
+        sent = layer.experts.with_keys(tokens, None, training)
+    features, width = tokens.shape[1], sent.shape[1]
     # What the gates see travels too, where it is something else.
     seen_apart = gate_tokens is not tokens
-    width = tokens.shape[1]
-    sent = tf.concat([tokens, gate_tokens], axis=1) if seen_apart else tokens
+    if seen_apart:
+        sent = tf.concat([sent, gate_tokens], axis=1)
     rows = plan.dispatch(sent)
     gates = plan.gates_of_rows(primary.gates)
     # The gate travels in two columns: in half precision one would round it.
@@ -59,7 +63,7 @@ def mix_at_groups(
         outputs, seen["importance"], seen["load"], seen["counts"] = _mix_here(
             layer,
             rows[:, :width],
-            rows[:, width:] if seen_apart else rows,
+            rows[:, width:] if seen_apart else rows[:, :features],
             gates[:, 0],
             first_row,
             counts,
