@@ -270,6 +270,19 @@ CALLS = {
     },
     F.cv_squared: {"values": Of([[1.0, 2.0], np.ones(3)], []), "epsilon": Number(0, 1)},
     F.importance_loss: {"importance": Of([[1.0, 2.0]], []), "weight": Number(0, 1)},
+    F.biased_gating: {
+        "logits": Array(6, 4, free=[0]),
+        "bias": Array(4),
+        "k": Int(1, 2),
+        "scores": Of(["sigmoid", "softmax"], ["relu", None, 1]),
+        "normalization": Of(["selected", "none"], ["all", None]),
+        "num_groups": Of([1, 2, np.int64(2)], [3, 0, -1, 1.5, "2", True]),
+    },
+    F.balanced_bias: {
+        "bias": Array(4),
+        "counts": Of([[1, 2, 3, 0]], [[1, 2], [[1, 2, 3, 4]]]),
+        "update_rate": Number(0, 1),
+    },
     F.gate_entropy: {
         "gates": Of([np.full((6, 2), 0.5, "float32")], []),
         "num_tokens": Of([6, np.int64(6)], [-1, 6.5, "6", True]),
@@ -397,7 +410,7 @@ CALLS = {
         "units": Int(1, 9),
         "num_experts": Of([4, np.int64(9)], [0, -1, 2.5, True, "4"]),
         "hidden_units": Int(1, 9),
-        "k": Of([(4,), np.array([2])], [(9,), (2, 2), (0,), (1.5,), "4"]),
+        "k": Of([(4,), np.array([2])], [(10,), (2, 2), (0,), (1.5,), "4"]),
         "dropout": Number(0, 0.9),
         "batch_tokens": Int(1, 9),
         "gating": Of(["balanced"], ["nope", None]),

@@ -5,6 +5,7 @@ from keras_moe.functional.attention import (
     attention_scores,
     masked_softmax,
 )
+from keras_moe.functional.biased_choice import balanced_bias, biased_gating
 from keras_moe.functional.boundary import checked as _checked
 from keras_moe.functional.capacity import (
     CapacityDispatcher,
@@ -100,7 +101,9 @@ __all__ = [
     "StaticDispatcher",
     "attention_keys",
     "attention_scores",
+    "balanced_bias",
     "batchwise_mask",
+    "biased_gating",
     "combine",
     "cv_squared",
     "default_computation",
@@ -158,6 +161,8 @@ __all__ = [
 _SHAPES = {
     "attention_keys": "key_kernel:DU scale:U memory:BSD",
     "attention_scores": "query:BTQ keys:BSU query_kernel:QU",
+    "balanced_bias": "bias:E counts:E",
+    "biased_gating": "logits:NE bias:E",
     "combine": "gates:~",
     "dispatch": "inputs:ND",
     "expert_counts": "expert_indices:~#-E",

@@ -9,6 +9,7 @@ from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
+from keras_moe.layers.loss_free_gating import LossFreeGating
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.moe_lstm import MoELSTM
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
@@ -23,6 +24,7 @@ __all__ = [
     "FeedForwardExperts",
     "HierarchicalGating",
     "HierarchicalMoE",
+    "LossFreeGating",
     "MoE",
     "MoELSTM",
     "MoELSTMCell",

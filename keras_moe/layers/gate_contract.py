@@ -10,7 +10,7 @@ from keras_moe import checks
 from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.types import CountedStatistics, GateStatistics, GatingResult
 
-_DEFAULT_LOAD_LOSS_WEIGHT = 0.1
+_DEFAULT_LOSS_WEIGHT = 0.1
 
 
 def default_gating(num_experts: int, dtype: Any) -> NoisyTopKGating:
@@ -33,26 +33,33 @@ def default_gating(num_experts: int, dtype: Any) -> NoisyTopKGating:
 def set_loss_weights(layer: Any, importance: Any, load: Any) -> None:
     """Sets `importance_loss_weight`, `load_loss_weight` of a layer with a `gating`.
 
-    A load loss of None is 0.1 where the load is smooth: a count has no gradient.
+    None is 0.1, but 0 where a loss is of no use: no load loss of a load that is not
+    smooth (a count has no gradient), no importance loss with a gate that says
+    `balances_without_loss`.
 
     Raises:
         ValueError: A weight is negative or not finite.
     """
+    layer.importance_loss_is_asked_for = importance is not None
+    if importance is None:
+        balanced = getattr(layer.gating, "balances_without_loss", False)
+        importance = 0.0 if balanced else _DEFAULT_LOSS_WEIGHT
     layer.importance_loss_weight = checks.verify_weight(
         importance, "importance_loss_weight"
     )
     layer.load_loss_is_asked_for = load is not None
     if load is None:
-        load = _DEFAULT_LOAD_LOSS_WEIGHT if _smooth(layer.gating) is not False else 0.0
+        load = _DEFAULT_LOSS_WEIGHT if _smooth(layer.gating) is not False else 0.0
     layer.load_loss_weight = checks.verify_weight(load, "load_loss_weight")
 
 
 def loss_weights_config(layer: Any) -> dict[str, Any]:
     """What `get_config` says of the weights, so that a default stays one."""
-    asked = layer.load_loss_is_asked_for
+    names = ("importance_loss", "load_loss")
+    asked = {name: getattr(layer, f"{name}_is_asked_for") for name in names}
     return {
-        "importance_loss_weight": layer.importance_loss_weight,
-        "load_loss_weight": layer.load_loss_weight if asked else None,
+        f"{name}_weight": getattr(layer, f"{name}_weight") if asked[name] else None
+        for name in names
     }
 
 
@@ -118,7 +125,7 @@ def warn_of_flat_load(layer: Any) -> None:
 def _load_weight(layer):
     """Also where a default was left out: a noisy gate of all experts is a mistake."""
     asked = layer.load_loss_is_asked_for
-    return layer.load_loss_weight if asked else _DEFAULT_LOAD_LOSS_WEIGHT
+    return layer.load_loss_weight if asked else _DEFAULT_LOSS_WEIGHT
 
 
 def verify_gating(gating: Any, argument: str = "gating") -> None:

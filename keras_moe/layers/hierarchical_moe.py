@@ -46,8 +46,8 @@ class HierarchicalMoE(MoE):
             only. Defaults to `"selected"`.
         use_gate_bias: Bool. Whether the gates, but for a given `primary_gating`,
             have a bias. Defaults to `False`.
-        importance_loss_weight: Float. Weight of the importance loss. Defaults
-            to `0.1`.
+        importance_loss_weight: Float or None. Weight of the importance loss. None
+            means 0.1. Defaults to `None`.
         load_loss_weight: Float or None. Weight of the load loss. None means 0.1
             where the load is smooth, else 0, as for `MoE`. Defaults to `None`.
         activation: Activation of the combined output. Defaults to `None`.
@@ -101,7 +101,7 @@ class HierarchicalMoE(MoE):
         primary_gating: keras.layers.Layer | None = None,
         normalization: str | Sequence[str] = "selected",
         use_gate_bias: bool = False,
-        importance_loss_weight: float = 0.1,
+        importance_loss_weight: float | None = None,
         load_loss_weight: float | None = None,
         activation: Any = None,
         capacity_factor: float | None = None,

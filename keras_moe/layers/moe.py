@@ -50,9 +50,10 @@ class MoE(keras.layers.Layer):
             `(tokens, features)` to a `GatingResult`. None means
             `NoisyTopKGating(k=4)`; of 3 or 4 experts one is left out, and of 2
             one is picked, with `normalization="all"`. Defaults to `None`.
-        importance_loss_weight: Float. Weight of the squared coefficient of
-            variation of the experts' importance (equation 7). Defaults to
-            `0.1`, the paper's for language models.
+        importance_loss_weight: Float or None. Weight of the squared coefficient of
+            variation of the experts' importance (equation 7). None means 0.1, the
+            paper's for language models, and 0 with a gate that balances without a
+            loss. Defaults to `None`.
         load_loss_weight: Float or None. Weight of the same of their load (equation
             11). None means 0.1 where the load is smooth (`NoisyTopKGating` with
             `k < num_experts`), else 0: counts have no gradient. Defaults to `None`.
@@ -128,7 +129,7 @@ class MoE(keras.layers.Layer):
         experts: keras.layers.Layer,
         gating: keras.layers.Layer | None = None,
         *,
-        importance_loss_weight: float = 0.1,
+        importance_loss_weight: float | None = None,
         load_loss_weight: float | None = None,
         activation: Any = None,
         capacity_factor: float | None = None,

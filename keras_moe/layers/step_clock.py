@@ -13,11 +13,13 @@ class Tick(NamedTuple):
     """What a `StepClock` says to a call.
 
     Attributes:
-        ended: `()` bool. Whether a step has ended since the last training call; False
-            at the first.
+        begins: `()` bool. Whether the call is the first of a step.
+        ended: `()` bool. Whether a step has ended since the last training call: as
+            `begins`, but False at the first call of all.
         num_steps: `()` int64. Steps that have ended since the clock was made.
     """
 
+    begins: tf.Tensor
     ended: tf.Tensor
     num_steps: tf.Tensor
 
@@ -65,15 +67,15 @@ class StepClock:
         """
         with tf.control_dependencies([inputs]):
             before = tf.convert_to_tensor(self._digest)
-            now = tf.ones_like(before)
-            ended = before != 0
+            now, begins = tf.ones_like(before), tf.ones_like(before, tf.bool)
             if self._weight.trainable:
                 now = _digest(tf.convert_to_tensor(self._weight))
-                ended &= before != now
+                begins = before != now
+            ended = begins & (before != 0)
             num_steps = self.num_steps + tf.cast(ended, tf.int64)
             self._digest.assign(now)
             self._num_steps.assign(num_steps)
-        return Tick(ended, num_steps)
+        return Tick(begins, ended, num_steps)
 
 
 def _counter(layer, name):

@@ -80,8 +80,16 @@ def test_gates_of_a_user_work_as_on_one_device():
 
 
 def test_balanced_gates_see_the_global_batch():
+    accumulated = {**RATE, "gradient_accumulation_steps": 2}
     assert_equal_on_devices(
-        3, [{**ADAM, **BALANCED}, {**ADAM, **BALANCED, **SEVEN, "mask": True}]
+        3,
+        [
+            {**ADAM, **BALANCED},
+            {**ADAM, **BALANCED, **SEVEN, "mask": True},
+            # The last batch has 5 rows; steps of two batches.
+            {"layer": "loss-free", "optimizer": "Adam", "options": accumulated}
+            | {"examples": 29, "mask": True},
+        ],
     )
 
 

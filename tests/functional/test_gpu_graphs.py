@@ -68,6 +68,12 @@ SLOW = {
         "float32",
         {"masked": True},
     ),
+    "LossFreeGating": (
+        lambda: moe(gating=layers.LossFreeGating(2, num_groups=2)),
+        UNKNOWN,
+        "mixed_bfloat16",
+        {},
+    ),
     "HierarchicalMoE": (
         lambda: layers.HierarchicalMoE(layers.FeedForwardExperts(16, 32), 4),
         UNKNOWN,
