@@ -278,6 +278,16 @@ CALLS = {
         "normalization": Of(["selected", "none"], ["all", None]),
         "num_groups": Of([1, 2, np.int64(2)], [3, 0, -1, 1.5, "2", True]),
     },
+    F.expert_choice_capacity: {
+        "num_tokens": Int(0, 50),
+        "num_experts": Of([4, np.int64(9)], [0, -1, 2.5, True, "4"]),
+        "capacity_factor": Number(1e-4, 3),
+    },
+    F.expert_choice_gating: {
+        "logits": Of([np.eye(6, 4, dtype="float32")], [np.ones(4)]),
+        "capacity": Int(0, 6),
+        "mask": Mask(6),
+    },
     F.balanced_bias: {
         "bias": Array(4),
         "counts": Of([[1, 2, 3, 0]], [[1, 2], [[1, 2, 3, 4]]]),

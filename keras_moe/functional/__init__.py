@@ -25,6 +25,10 @@ from keras_moe.functional.dispatching import (
     make_plan,
     mix_by_plan,
 )
+from keras_moe.functional.expert_choice import (
+    expert_choice_capacity,
+    expert_choice_gating,
+)
 from keras_moe.functional.experts import (
     default_computation,
     mix_experts,
@@ -109,6 +113,8 @@ __all__ = [
     "default_computation",
     "dispatch",
     "expert_capacity",
+    "expert_choice_capacity",
+    "expert_choice_gating",
     "expert_counts",
     "feed_forward_experts",
     "feed_forward_network",
@@ -165,6 +171,7 @@ _SHAPES = {
     "biased_gating": "logits:NE bias:E",
     "combine": "gates:~",
     "dispatch": "inputs:ND",
+    "expert_choice_gating": "logits:NE mask:N?",
     "expert_counts": "expert_indices:~#-E",
     "feed_forward_experts": "kernels:F.. biases:F. counts:F#",
     "gate_entropy": "gates:~ mask:N?",

@@ -108,13 +108,16 @@ def expert_capacity(
     capacity_factor = checks.verify_capacity_factor(capacity_factor)
     k = checks.verify_k(k, num_experts)
     num_tokens = tf.cast(num_tokens, tf.int32)
-    share = capacity_factor * k / num_experts
+    slots = rounded_up(num_tokens, capacity_factor * k / num_experts)
+    return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
+
+
+def rounded_up(num_tokens: tf.Tensor, share: float) -> tf.Tensor:
+    """A share of a number of tokens as the next whole number, in floats."""
     if only_plain():
         # In single precision a whole number may come out as slightly more.
-        slots = tf.math.ceil(tf.cast(num_tokens, tf.float32) * (share * (1 - 1e-6)))
-    else:
-        slots = tf.math.ceil(tf.cast(num_tokens, tf.float64) * share)
-    return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
+        return tf.math.ceil(tf.cast(num_tokens, tf.float32) * (share * (1 - 1e-6)))
+    return tf.math.ceil(tf.cast(num_tokens, tf.float64) * share)
 
 
 def make_capacity_plan(

@@ -4,6 +4,8 @@ This is the one place of `functional` that asks where it runs; everything else i
 pure function of its arguments.
 """
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from keras_moe import engine
@@ -38,6 +40,13 @@ def sum_of_rows(values: tf.Tensor) -> tf.Tensor:
 def largest_of_columns(values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
     """`(N, E)` bool: the m largest of each column; of equals the upper ones."""
     return engine.current().operations.largest_of_columns(values, m)
+
+
+def over_columns(
+    values: tf.Tensor, function: Callable[[tf.Tensor], tf.Tensor], filling: float
+) -> tf.Tensor:
+    """Masks of columns that run over the rows of every replica, see `Operations`."""
+    return engine.current().operations.over_columns(values, function, filling)
 
 
 def values_are_here() -> bool:

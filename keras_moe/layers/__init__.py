@@ -4,6 +4,7 @@ from keras_moe.layers.attention import MultiplicativeAttention
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.base_experts import Experts
+from keras_moe.layers.expert_choice_gating import ExpertChoiceGating
 from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
@@ -19,6 +20,7 @@ from keras_moe.layers.sampled_softmax import SampledSoftmax
 __all__ = [
     "AttentionLSTM",
     "BalancedGating",
+    "ExpertChoiceGating",
     "ExpertList",
     "Experts",
     "FeedForwardExperts",

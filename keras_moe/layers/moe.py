@@ -231,7 +231,7 @@ class MoE(keras.layers.Layer):
         if factor is not None:
             return functional.CapacityDispatcher(factor)
         if here.static_shapes:
-            return functional.StaticDispatcher()
+            return functional.StaticDispatcher(k_of(self.gating))
         return functional.Dispatcher()
 
     def _mix(self, dispatcher, tokens, mask, training):

@@ -388,6 +388,13 @@ DESCRIPTORS = [
         dynamic_axes=(0, 1),
     ),
     Descriptor(
+        "ExpertChoiceGating",
+        _moe(lambda: layers.ExpertChoiceGating(1.5)),
+        (3, 5, 4),
+        layers.ExpertChoiceGating,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
         "ProjectedLSTMCell",
         lambda **kw: keras.layers.RNN(
             layers.ProjectedLSTMCell(6, projection_units=3, dtype=kw.get("dtype")),

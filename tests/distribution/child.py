@@ -106,6 +106,8 @@ def mixture(case: Case, name: str = "moe"):
     if case.layer == "loss-free":
         gating = layers.LossFreeGating(k=2, num_groups=2)
         return layers.MoE(experts, gating, **options)
+    if case.layer == "expert choice":
+        return layers.MoE(experts, layers.ExpertChoiceGating(), **options)
     if case.layer == "balanced":
         gating = layers.BalancedGating(k=2)
         return layers.MoE(experts, gating, load_loss_weight=0.0, **options)

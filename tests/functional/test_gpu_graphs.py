@@ -68,6 +68,12 @@ SLOW = {
         "float32",
         {"masked": True},
     ),
+    "ExpertChoiceGating, masked": (
+        lambda: moe(gating=layers.ExpertChoiceGating()),
+        UNKNOWN,
+        "mixed_bfloat16",
+        {"masked": True},
+    ),
     "LossFreeGating": (
         lambda: moe(gating=layers.LossFreeGating(2, num_groups=2)),
         UNKNOWN,

@@ -1,5 +1,6 @@
 """Gates of later papers in NumPy float64, written as loops."""
 
+import fractions
 import math
 
 import numpy as np
@@ -60,7 +61,8 @@ def expert_choice(logits, capacity, mask=None):
 
 
 def expert_choice_capacity(num_tokens, num_experts, capacity_factor):
-    return min(math.ceil(capacity_factor * num_tokens / num_experts), num_tokens)
+    exact = fractions.Fraction(capacity_factor) * num_tokens / num_experts
+    return min(math.ceil(exact), num_tokens)
 
 
 def second_choice(logits, policy, uniform=None, threshold=0.2):
