@@ -270,6 +270,22 @@ CALLS = {
     },
     F.cv_squared: {"values": Of([[1.0, 2.0], np.ones(3)], []), "epsilon": Number(0, 1)},
     F.importance_loss: {"importance": Of([[1.0, 2.0]], []), "weight": Number(0, 1)},
+    F.router_z_loss: {
+        "logits": Of([np.full((6, 4), 0.5, "float32")], [np.ones(4)]),
+        "mask": Mask(6),
+        "weight": Number(0, 1),
+    },
+    F.switch_loss: {
+        "probabilities": Of([np.full((6, 4), 0.25, "float32")], [np.ones(4)]),
+        "counts": Of([[1, 2, 3, 0]], [[-1, 2, 3, 2], [0.5, 1, 1, 1], [6], [1, 2, 3]]),
+        "mask": Mask(6),
+        "weight": Number(0, 1),
+    },
+    F.choices_kept: {
+        "clean_logits": Of([np.full((6, 4), 0.5, "float32")], [np.ones(4)]),
+        "expert_indices": Of([[[0, 2]] * 6], [[[0, 4]] * 6, [[0, -1]] * 6, [[0, 2]]]),
+        "mask": Mask(6),
+    },
     F.gate_entropy: {
         "gates": Of([np.full((6, 2), 0.5, "float32")], []),
         "num_tokens": Of([6, np.int64(6)], [-1, 6.5, "6", True]),
@@ -397,7 +413,7 @@ CALLS = {
         "units": Int(1, 9),
         "num_experts": Of([4, np.int64(9)], [0, -1, 2.5, True, "4"]),
         "hidden_units": Int(1, 9),
-        "k": Of([(4,), np.array([2])], [(9,), (2, 2), (0,), (1.5,), "4"]),
+        "k": Of([(4,), np.array([2])], [(10,), (2, 2), (0,), (1.5,), "4"]),
         "dropout": Number(0, 0.9),
         "batch_tokens": Int(1, 9),
         "gating": Of(["balanced"], ["nope", None]),

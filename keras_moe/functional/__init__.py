@@ -50,6 +50,7 @@ from keras_moe.functional.hierarchical import (
     hierarchical_load,
 )
 from keras_moe.functional.losses import (
+    choices_kept,
     cv_squared,
     expert_counts,
     gate_entropy,
@@ -58,6 +59,8 @@ from keras_moe.functional.losses import (
     load,
     load_loss,
     max_over_mean,
+    router_z_loss,
+    switch_loss,
 )
 from keras_moe.functional.random import normal_rows, uniform_rows
 from keras_moe.functional.recurrent import (
@@ -101,6 +104,7 @@ __all__ = [
     "attention_keys",
     "attention_scores",
     "batchwise_mask",
+    "choices_kept",
     "combine",
     "cv_squared",
     "default_computation",
@@ -139,11 +143,13 @@ __all__ = [
     "noisy_top_k_gating",
     "normal_rows",
     "prob_in_top_k",
+    "router_z_loss",
     "run_experts",
     "run_in_slots",
     "sampled_cross_entropy",
     "slot_sizes",
     "softmax_gating",
+    "switch_loss",
     "threshold_loss",
     "threshold_mask",
     "tokens_per_expert",
@@ -158,6 +164,7 @@ __all__ = [
 _SHAPES = {
     "attention_keys": "key_kernel:DU scale:U memory:BSD",
     "attention_scores": "query:BTQ keys:BSU query_kernel:QU",
+    "choices_kept": "clean_logits:NE expert_indices:NK#E mask:N?",
     "combine": "gates:~",
     "dispatch": "inputs:ND",
     "expert_counts": "expert_indices:~#-E",
@@ -184,8 +191,10 @@ _SHAPES = {
     "noisy_top_k_gating": "clean_logits:~ raw_noise:~ noise:~",
     "normal_rows": "seed:S#",
     "prob_in_top_k": "noisy_logits:~ clean_logits:~ stddev:~",
+    "router_z_loss": "logits:NE mask:N?",
     "sampled_cross_entropy": "kernel:VD bias:V inputs:ND targets:N#V candidates:C#V "
     "expected_counts:C",
+    "switch_loss": "probabilities:NE counts:E#+ mask:N?",
     "threshold_loss": "gates:NE selected:NE?",
     "unbiased_candidates": "drawn:C# expected_counts:C",
     "uniform_rows": "seed:S#",
