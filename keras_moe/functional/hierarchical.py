@@ -64,3 +64,17 @@ def hierarchical_load(
     counts = tf.cast(tf.stop_gradient(group_counts), secondary_load.dtype)
     share = tf.math.divide_no_nan(primary_load, counts)
     return tf.reshape(share[:, tf.newaxis] * secondary_load, [-1])
+
+
+def choices_of_levels(primary: tuple, secondary: tuple) -> tuple:
+    """`GatingResult.choices_kept` of both levels: over all decisions of a token.
+
+    Those are one of the primary gate and one of each of its groups.
+
+    Args:
+        primary: That of the primary gate, `()` if it has no noise.
+        secondary: That of the secondary gates, likewise.
+    """
+    if primary and secondary:
+        return tuple(a + b for a, b in zip(primary, secondary, strict=True))
+    return primary or secondary

@@ -303,7 +303,7 @@ def choices_kept(
 
     Returns:
         kept: `()` float32 or float64, the sum of the shares. No gradient.
-        tokens: `()` int32, how many tokens that is the sum of.
+        tokens: `()` of that type, how many tokens that is the sum of.
     """
     logits = tf.stop_gradient(ops.cast_up(clean_logits))
     k = expert_indices.shape[-1]
@@ -315,4 +315,4 @@ def choices_kept(
         (chosen == least) & (tf.cast(experts, last.dtype) <= last)
     )
     shares = _of_real(tf.reduce_mean(tf.cast(is_kept, logits.dtype), axis=-1), mask)
-    return tf.reduce_sum(shares), tf.cast(_num_real(logits, mask), tf.int32)
+    return tf.reduce_sum(shares), _num_real(logits, mask)

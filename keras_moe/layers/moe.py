@@ -1,7 +1,6 @@
 """The Mixture-of-Experts layer: gate (router), dispatch, experts, combine, losses."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import keras
@@ -241,11 +240,13 @@ class MoE(keras.layers.Layer):
             gate = type(self.gating).__name__
             verify_fixed_k(result, k_of(self.gating), f"{self._capacities} with {gate}")
         outputs, overflow = dispatcher.mix(self.experts, tokens, result, mask)
-        entropy = partial(
-            functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask
-        )
-        own_losses = result.auxiliary_losses
-        add_balance(self, result.statistics, training, own_losses, overflow, entropy)
+
+        def entropy():
+            gates = result.gates / getattr(self.gating, "scaling_factor", 1.0)
+            return functional.gate_entropy(gates, tf.shape(tokens)[0], mask)
+
+        own = result.auxiliary_losses, overflow, entropy, result.choices_kept
+        add_balance(self, result.statistics, training, *own)
         return outputs, result
 
     @property
