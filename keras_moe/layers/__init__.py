@@ -6,12 +6,13 @@ from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
+from keras_moe.layers.gating import SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.moe_lstm import MoELSTM
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 
