@@ -15,6 +15,7 @@ from keras_moe.layers.moe_lstm_cell import MoELSTMCell
 from keras_moe.layers.noisy_gating import NoisyTopKGating
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
+from keras_moe.layers.switch_gating import SwitchGating
 
 __all__ = [
     "AttentionLSTM",
@@ -32,5 +33,6 @@ __all__ = [
     "ProjectedLSTMCell",
     "SampledSoftmax",
     "SoftmaxGating",
+    "SwitchGating",
     "TopKGating",
 ]
