@@ -288,10 +288,32 @@ CALLS = {
         "capacity": Int(0, 6),
         "mask": Mask(6),
     },
+    F.second_choice_gating: {
+        "logits": Of([np.eye(6, 4, dtype="float32")], [np.ones(4), np.ones((6, 1))]),
+        "policy": Of(["all", "random", "threshold"], ["none", None, 1]),
+        "uniform": Array(6),
+        "threshold": Number(0, 1),
+    },
     F.balanced_bias: {
         "bias": Array(4),
         "counts": Of([[1, 2, 3, 0]], [[1, 2], [[1, 2, 3, 4]]]),
         "update_rate": Number(0, 1),
+    },
+    F.router_z_loss: {
+        "logits": Of([np.full((6, 4), 0.5, "float32")], [np.ones(4)]),
+        "mask": Mask(6),
+        "weight": Number(0, 1),
+    },
+    F.switch_loss: {
+        "probabilities": Of([np.full((6, 4), 0.25, "float32")], [np.ones(4)]),
+        "counts": Of([[1, 2, 3, 0]], [[-1, 2, 3, 2], [0.5, 1, 1, 1], [6], [1, 2, 3]]),
+        "mask": Mask(6),
+        "weight": Number(0, 1),
+    },
+    F.choices_kept: {
+        "clean_logits": Of([np.full((6, 4), 0.5, "float32")], [np.ones(4)]),
+        "expert_indices": Of([[[0, 2]] * 6], [[[0, 4]] * 6, [[0, -1]] * 6, [[0, 2]]]),
+        "mask": Mask(6),
     },
     F.gate_entropy: {
         "gates": Of([np.full((6, 2), 0.5, "float32")], []),

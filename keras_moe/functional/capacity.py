@@ -11,6 +11,7 @@ from keras_moe import checks
 from keras_moe.functional import losses
 from keras_moe.functional.dispatching import (
     Dispatcher,
+    in_columns,
     inverse_permutation,
     without_padding,
 )
@@ -58,14 +59,19 @@ class CapacityDispatcher(Dispatcher):
 
     Args:
         capacity_factor: Float, see `expert_capacity`.
+        most_experts: Int or None. The most that a token has, where their number varies:
+            columns of a plan. Defaults to `None`.
     """
 
     static_shapes = True
 
-    def __init__(self, capacity_factor: float):
+    def __init__(self, capacity_factor: float, most_experts: int | None = None):
         self.capacity_factor = capacity_factor
+        self.most_experts = most_experts
 
     def mix(self, experts, tokens, result, mask=None):
+        if self.most_experts is not None:
+            result = in_columns(result, tf.shape(tokens)[0], self.most_experts)
         return super().mix(experts, tokens, without_padding(result, mask), mask)
 
     def make_plan(self, result, mask):

@@ -49,6 +49,15 @@ def over_columns(
     return engine.current().operations.over_columns(values, function, filling)
 
 
+def sum_over_replicas(value: tf.Tensor) -> tf.Tensor:
+    """Sum over the replicas that share a global batch, with its gradient.
+
+    Each replica that makes a loss of it counts as a part of one: Keras divides the
+    losses of a step by the number of replicas.
+    """
+    return engine.current().replicas.sum(value)
+
+
 def values_are_here() -> bool:
     """Whether a value can be looked at: on a mesh it lies on many devices."""
     return engine.current().values_are_here

@@ -7,15 +7,18 @@ from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.expert_choice_gating import ExpertChoiceGating
 from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
+from keras_moe.layers.gating import SoftmaxGating, TopKGating
+from keras_moe.layers.gshard_gating import GShardGating
 from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.loss_free_gating import LossFreeGating
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.moe_lstm import MoELSTM
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
+from keras_moe.layers.switch_gating import SwitchGating
 
 __all__ = [
     "AttentionLSTM",
@@ -24,6 +27,7 @@ __all__ = [
     "ExpertList",
     "Experts",
     "FeedForwardExperts",
+    "GShardGating",
     "HierarchicalGating",
     "HierarchicalMoE",
     "LossFreeGating",
@@ -35,5 +39,6 @@ __all__ = [
     "ProjectedLSTMCell",
     "SampledSoftmax",
     "SoftmaxGating",
+    "SwitchGating",
     "TopKGating",
 ]

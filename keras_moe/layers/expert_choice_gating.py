@@ -41,12 +41,14 @@ class ExpertChoiceGating(_Gating):
             `"glorot_uniform"`: with zeros all tokens tie, and all experts would take
             the first ones of the batch.
         use_bias: Bool. Whether the logits have a bias. Defaults to `False`.
+        z_loss_weight: Float. Weight of the router z-loss on the logits in training
+            (`functional.router_z_loss`). Defaults to `0.0`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
         mask: Bool tensor `(tokens,)` or None. Tokens marked False are never chosen and
             not counted in N.
-        training: Not used.
+        training: Bool. True adds the z-loss, if it has a weight.
 
     Input shape:
         `(tokens, features)`.
@@ -57,7 +59,8 @@ class ExpertChoiceGating(_Gating):
 
     Losses and state:
         Weight `gate_kernel` of shape `(features, num_experts)`, and with `use_bias`
-        `gate_bias` `(num_experts,)`. No losses, and by default `MoE` adds none.
+        `gate_bias` `(num_experts,)`. No losses but a z-loss that is asked for; by
+        default `MoE` adds none either.
 
     Raises:
         ValueError: `capacity_factor` is not positive; `num_experts` is unknown when
@@ -93,13 +96,18 @@ class ExpertChoiceGating(_Gating):
         *,
         gate_initializer: Any = "glorot_uniform",
         use_bias: bool = False,
+        z_loss_weight: float = 0.0,
         **kwargs: Any,
     ):
         capacity_factor = checks.verify_number(
             capacity_factor, "capacity_factor", "(0, inf)"
         )
         super().__init__(
-            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+            num_experts,
+            gate_initializer=gate_initializer,
+            use_bias=use_bias,
+            z_loss_weight=z_loss_weight,
+            **kwargs,
         )
         self.capacity_factor = capacity_factor
 
@@ -111,9 +119,14 @@ class ExpertChoiceGating(_Gating):
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
+        logits = self._logits(inputs)
         gates, selected = functional.expert_choice_gating(
-            self._logits(inputs), self._capacity(inputs, mask), mask
+            logits, self._capacity(inputs, mask), mask
         )
+        result = self._result(gates, selected)
+        return self._with_losses(result, logits, mask, training)
+
+    def _result(self, gates, selected):
         if engine.current().static_shapes:
             experts = tf.range(self.num_experts) + tf.zeros_like(selected, tf.int32)
             experts = tf.where(selected, experts, -tf.ones_like(experts))

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_moe import checks
-from keras_moe.layers.gating import NoisyTopKGating
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 from keras_moe.types import CountedStatistics, GateStatistics, GatingResult
 
 _DEFAULT_LOSS_WEIGHT = 0.1
@@ -104,8 +104,8 @@ def warn_of_flat_load(layer: Any) -> None:
     gating, num_experts = layer.gating, layer.num_experts
     if _smooth(gating) is not False:
         return
-    noisy = isinstance(gating, NoisyTopKGating)
-    if noisy and 1 < gating.k == num_experts and _load_weight(layer):
+    of_all = isinstance(gating, NoisyTopKGating) and gating.k == num_experts
+    if of_all and gating.has_noise and gating.k > 1 and _load_weight(layer):
         warnings.warn(
             f"{layer.name}: with k={gating.k} of num_experts={num_experts} every "
             "expert takes every token, so there is no load to balance and the load "
@@ -113,11 +113,11 @@ def warn_of_flat_load(layer: Any) -> None:
             "to 0, lower `k` or add experts.",
             stacklevel=4,
         )
-    elif not noisy and layer.load_loss_weight and num_experts > 1:
+    elif not of_all and layer.load_loss_weight and num_experts > 1:
         warnings.warn(
             f"{layer.name}: the load of {type(gating).__name__} is a count, so the "
             f"load loss (load_loss_weight={layer.load_loss_weight}) has no gradient "
-            "and balances nothing. Leave it out, or use NoisyTopKGating.",
+            "and balances nothing. Leave it out, or use NoisyTopKGating with noise.",
             stacklevel=4,
         )
 
@@ -137,6 +137,30 @@ def verify_gating(gating: Any, argument: str = "gating") -> None:
         ):
             return
     raise ValueError(_WANTED.format(argument, f"{argument}={gating!r}"))
+
+
+def verify_recurrent_gate(gating: Any) -> None:
+    """Raises of a gate with what has no place in a recurrence, by its name."""
+    for name, why in (
+        ("z_loss_weight", "losses are formed over all steps at once, after the loop"),
+        ("switch_loss_weight", "losses are formed over all steps at once"),
+        ("input_jitter", "random numbers are drawn for all steps before the loop"),
+    ):
+        value = getattr(gating, name, 0.0)
+        if value:
+            raise ValueError(
+                f"`{name}` of the gate of a recurrent mixture must be 0: {why}, and "
+                f"this one belongs to a single step. Received: {name}={value}. Leave "
+                "it out; importance and load losses are those of the mixture."
+            )
+
+    policy = getattr(gating, "second_policy", "all")
+    if policy != "all":
+        raise ValueError(
+            '`second_policy` of the gate of a recurrent mixture must be "all": in every '
+            "step each token has the same number of experts, and random numbers are drawn "
+            f'before the loop. Received: second_policy={policy!r}. Pass "all".'
+        )
 
 
 def verify_gating_result(result: Any, gating: Any, argument: str = "gating") -> None:

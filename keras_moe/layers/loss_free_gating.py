@@ -58,6 +58,8 @@ class LossFreeGating(_Gating):
             the same experts.
         use_bias: Bool. Whether the logits have a bias, which is learned and part of
             the gates. Defaults to `False`.
+        z_loss_weight: Float. Weight of the router z-loss on the logits in training
+            (`functional.router_z_loss`). Defaults to `0.0`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
@@ -77,8 +79,8 @@ class LossFreeGating(_Gating):
         `gate_bias` `(num_experts,)`. Not trainable, and saved with the others:
         `selection_bias`, `step_bias` (that of the present step) and `step_counts`, each
         `(num_experts,)`; the state of a `StepClock`. After a step `selection_bias` is
-        that of the next. No losses, and by default `MoE` adds none: set its
-        `importance_loss_weight` for one.
+        that of the next. No losses but a z-loss that is asked for; by default `MoE` adds
+        none either: set its `importance_loss_weight` for one.
 
     Raises:
         ValueError: `k` is below 1 or above the experts of the kept groups; groups are
@@ -119,6 +121,7 @@ class LossFreeGating(_Gating):
         num_kept_groups: int = 1,
         gate_initializer: Any = "glorot_uniform",
         use_bias: bool = False,
+        z_loss_weight: float = 0.0,
         **kwargs: Any,
     ):
         checks.verify_choice(scores, "scores", SCORES)
@@ -128,7 +131,11 @@ class LossFreeGating(_Gating):
         )
         bias_update_rate = checks.verify_weight(bias_update_rate, "bias_update_rate")
         super().__init__(
-            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+            num_experts,
+            gate_initializer=gate_initializer,
+            use_bias=use_bias,
+            z_loss_weight=z_loss_weight,
+            **kwargs,
         )
         self.k = checks.verify_k(k, num_experts)
         self.scores = scores
@@ -194,7 +201,7 @@ class LossFreeGating(_Gating):
         )
         if note is not None:
             note(result.statistics.counts)
-        return result
+        return self._with_losses(result, logits, mask, training)
 
     def note_counts(self, counts: tf.Tensor, inputs: tf.Tensor) -> None:
         """Notes what a training call has noted that ran where nothing can be kept.

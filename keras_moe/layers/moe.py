@@ -1,7 +1,6 @@
 """The Mixture-of-Experts layer: gate (router), dispatch, experts, combine, losses."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import keras
@@ -229,7 +228,7 @@ class MoE(keras.layers.Layer):
             return here.dispatcher(k_of(self.gating))
         factor = self.capacity_factor if training else self.evaluation_capacity_factor
         if factor is not None:
-            return functional.CapacityDispatcher(factor)
+            return functional.CapacityDispatcher(factor, self._most_experts)
         if here.static_shapes:
             return functional.StaticDispatcher(k_of(self.gating))
         return functional.Dispatcher()
@@ -238,16 +237,23 @@ class MoE(keras.layers.Layer):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
         result = self.gating(tokens, mask=mask, training=training)
         verify_gating_result(result, self.gating)
-        if self._has_capacity:
+        if self._has_capacity and self._most_experts is None:
             gate = type(self.gating).__name__
             verify_fixed_k(result, k_of(self.gating), f"{self._capacities} with {gate}")
         outputs, overflow = dispatcher.mix(self.experts, tokens, result, mask)
-        entropy = partial(
-            functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask
-        )
-        own_losses = result.auxiliary_losses
-        add_balance(self, result.statistics, training, own_losses, overflow, entropy)
+
+        def entropy():
+            gates = result.gates / getattr(self.gating, "scaling_factor", 1.0)
+            return functional.gate_entropy(gates, tf.shape(tokens)[0], mask)
+
+        own = result.auxiliary_losses, overflow, entropy, result.choices_kept
+        add_balance(self, result.statistics, training, *own)
         return outputs, result
+
+    @property
+    def _most_experts(self):
+        """The most experts of a token, if the gate says that their number varies."""
+        return getattr(self.gating, "most_experts", None)
 
     @property
     def _has_capacity(self):

@@ -200,6 +200,8 @@ class MoELSTM(keras.layers.RNN):
             inputs = tf.reverse(inputs, [0])
             mask = mask if mask is None else tf.reverse(mask, [0])
         cell = self.cell
+        # Before the gate's state is read: a schedule of its noise looks for a new step.
+        noise = self._noise(inputs, training)
         result = functional.moe_lstm(
             inputs,
             tf.convert_to_tensor(initial_state[0]),
@@ -208,14 +210,15 @@ class MoELSTM(keras.layers.RNN):
             tf.convert_to_tensor(cell.bias),
             self._route(training),
             weights=[tf.convert_to_tensor(v) for v in self.gating.trainable_variables],
-            noise=self._noise(inputs, training),
+            noise=noise,
             mask=mask,
             activation=cell.activation,
             recurrent_activation=cell.recurrent_activation,
             segment_length=self.segment_length,
             keep_steps=bool(training),
         )
-        add_balance(self, result.statistics, training)
+        kept = result.choices_kept
+        add_balance(self, result.statistics, training, choices_kept=kept)
         if training and hasattr(self.gating, "note_counts"):
             self.gating.note_counts(result.statistics.counts, inputs)
         outputs = result.hidden

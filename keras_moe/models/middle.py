@@ -4,8 +4,9 @@ import keras
 
 from keras_moe import checks
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating
+from keras_moe.layers.gating import SoftmaxGating
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 
 KINDS = ("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none")
 

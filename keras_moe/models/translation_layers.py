@@ -8,9 +8,9 @@ import keras
 from keras_moe import checks
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 from keras_moe.models.middle import middle_layers
 from keras_moe.models.presets import GATINGS, verify_levels
 

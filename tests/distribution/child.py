@@ -108,6 +108,8 @@ def mixture(case: Case, name: str = "moe"):
         return layers.MoE(experts, gating, **options)
     if case.layer == "expert choice":
         return layers.MoE(experts, layers.ExpertChoiceGating(), **options)
+    if case.layer == "second by lot":
+        return layers.MoE(experts, layers.GShardGating(seed=5), **options)
     if case.layer == "balanced":
         gating = layers.BalancedGating(k=2)
         return layers.MoE(experts, gating, load_loss_weight=0.0, **options)

@@ -87,6 +87,7 @@ def test_balanced_gates_see_the_global_batch():
             {**ADAM, **BALANCED},
             {**ADAM, **BALANCED, **SEVEN, "mask": True},
             {**SGD, **SEVEN, "layer": "expert choice", "mask": True, "examples": 29},
+            {**SGD, "layer": "second by lot", "mask": True, "examples": 29},
             # The last batch has 5 rows; steps of two batches.
             {"layer": "loss-free", "optimizer": "Adam", "options": accumulated}
             | {"examples": 29, "mask": True},

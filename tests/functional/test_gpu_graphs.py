@@ -74,6 +74,12 @@ SLOW = {
         "mixed_bfloat16",
         {"masked": True},
     ),
+    "GShardGating": (
+        lambda: moe(gating=layers.GShardGating()),
+        UNKNOWN,
+        "mixed_bfloat16",
+        {},
+    ),
     "LossFreeGating": (
         lambda: moe(gating=layers.LossFreeGating(2, num_groups=2)),
         UNKNOWN,
