@@ -419,7 +419,7 @@ CALLS = {
         "logits": Array(3, 5, free=[1]),
         "uniform": Array(3),
         "temperature": Number(0, 2),
-        "top_k": Int(1, 5),
+        "top_k": Int(1, 5, optional=True),
         "forbidden_tokens": Of(
             [(), [0], np.array([1, 2])], [(5,), (-1,), range(5), (0.5,), "1", 2]
         ),
