@@ -68,7 +68,7 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
         self._choices_kept = self.add_variable((), "zeros", "float64")
         self._noisy_tokens = self.add_variable((), "zeros", "float64")
         # The graphs, and those around them, in which a gate's noise was noted.
-        self._noisy_graphs = weakref.WeakSet()
+        self._noisy_graphs: weakref.WeakSet = weakref.WeakSet()
         # By replica: replicas are threads that share this object.
         self._pending = {}
 

@@ -80,6 +80,23 @@ class NoiseLevel:
         if self._clock is not None:
             self._clock.tick(tf.convert_to_tensor(inputs))
 
+    def of(self, clean_logits: tf.Tensor, raw_noise: tf.Tensor | None) -> tf.Tensor:
+        """The deviation of the noise on every logit.
+
+        Args:
+            clean_logits: `(N, E)`.
+            raw_noise: `(N, E)` where it is learned, else None.
+
+        Returns:
+            `(N, E)`.
+        """
+        if raw_noise is not None:
+            return functional.noise_stddev(raw_noise, self.epsilon)
+        stddev = self.stddev
+        if self._clock is not None:
+            stddev = tf.maximum(self.stddev(self._clock.num_steps), 0.0)
+        return tf.zeros_like(clean_logits) + tf.cast(stddev, clean_logits.dtype)
+
     def top_k_gating(
         self,
         clean_logits: tf.Tensor,
@@ -100,16 +117,11 @@ class NoiseLevel:
         Returns:
             Gates and experts, `(N, K)`; the probabilities of the load, `(N, E)`.
         """
-        if raw_noise is not None:
-            return functional.noisy_top_k_gating(
-                clean_logits, raw_noise, noise, k, normalization, self.epsilon
-            )
-        stddev = self.stddev
-        if self._clock is not None:
-            stddev = tf.maximum(self.stddev(self._clock.num_steps), 0.0)
-        stddev = tf.zeros_like(clean_logits) + tf.cast(stddev, clean_logits.dtype)
-        least = tf.maximum(stddev, self.epsilon)
+        stddev = self.of(clean_logits, raw_noise)
         noisy = functional.noisy_logits(clean_logits, stddev, noise)
+        # The gradient of the load grows as the noise shrinks; learned noise has its
+        # least deviation already.
+        least = tf.maximum(stddev, self.epsilon) if raw_noise is None else stddev
         return choose_noisy(clean_logits, noisy, least, k, normalization)
 
     def get_config(self) -> Any:

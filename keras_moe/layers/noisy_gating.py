@@ -189,8 +189,7 @@ class NoisyTopKGating(TopKGating):
     def _with_noise(self, inputs, clean_logits, mask, noise):
         if noise is None:
             noise = self.draw_noise(tf.shape(clean_logits)[0], mask)
-        kernel = self.noise_kernel if self._noise.is_learned else None
-        raw_noise = None if kernel is None else tf.matmul(inputs, kernel)
+        raw_noise = self._raw_noise(inputs)
         gates, expert_indices, probs = self._noise.top_k_gating(
             clean_logits, raw_noise, noise, self.k, self.normalization
         )
@@ -201,6 +200,22 @@ class NoisyTopKGating(TopKGating):
         kept = functional.choices_kept(clean_logits, expert_indices, mask)
         result = self._result(gates, expert_indices, mask, load)
         return result._replace(choices_kept=kept)
+
+    def _raw_noise(self, inputs):
+        return tf.matmul(inputs, self.noise_kernel) if self._noise.is_learned else None
+
+    def noise_stddev_of(self, inputs: Any) -> tf.Tensor:
+        """Standard deviation of the noise that tokens have in training.
+
+        Args:
+            inputs: `(tokens, features)`.
+
+        Returns:
+            `(tokens, num_experts)` float32 or float64; that of a schedule at the steps
+            done so far.
+        """
+        inputs = tf.cast(inputs, self.compute_dtype)
+        return self._noise.of(self._logits(inputs), self._raw_noise(inputs))
 
     def get_config(self):
         return {

@@ -192,14 +192,14 @@ class ExpertUsage(keras.callbacks.Callback):
             record = self.records[name][VALIDATION][-1]
             validated = record.figures["load_cv"]
             kept = self._epoch_figures.get(f"{name}_choices_kept")
-            kept = "" if kept is None else f", {name}_choices_kept={kept:.2f}"
+            known = "" if kept is None else f", {name}_choices_kept={kept:.2f}"
             # So far apart are the experts of few tokens by chance alone.
             chance = (metric.num_experts / max(record.totals.counts.sum(), 1)) ** 0.5
             if validated > max(_UNEVEN, 4.0 * trained) + 2.0 * chance:
                 self._warned.add(name)
                 warnings.warn(
                     f"{name}: the load of the experts is even in training "
-                    f"(load_cv={trained:.2f}{kept}) and uneven in validation without noise "
+                    f"(load_cv={trained:.2f}{known}) and uneven in validation without noise "
                     f"(val_{name}_load_cv={validated:.2f}, val_{name}_max_over_mean_"
                     f"load={record.figures['max_over_mean_load']:.1f}). Either the "
                     "validation data are of another kind, or the gate chooses by its "

@@ -208,6 +208,7 @@ def test_fixed_noise_and_its_load_equal_the_oracle(noise_stddev, rng):
     kept = oracle.choices_kept(clean, result.expert_indices.numpy().tolist())
     np.testing.assert_allclose(result.choices_kept, [sum(kept), 20], rtol=1e-6)
     assert gate(x).choices_kept == ()
+    np.testing.assert_allclose(gate.noise_stddev_of(x), np.full((20, E), stddev))
 
 
 def test_little_noise_has_the_load_of_the_least_deviation(rng):
