@@ -33,6 +33,7 @@ class Observed:
         self.call = gating.call
         self.noisy = False
         self.rows = []
+        self.kept = np.zeros(2)  # shares of choices, summed, and tokens
         gating.call = self
 
     def __call__(self, inputs, mask=None, training=None, noise=None):
@@ -41,26 +42,17 @@ class Observed:
         return self.call(inputs, mask=mask, training=self.noisy)
 
     def _measure(self, inputs):
-        """`(tokens, 3)`: noise, spread of the logits, share of choices kept."""
+        """`(tokens, 2)`: noise, spread of the logits; counts the choices kept."""
         gating = self.gating
         clean = tf.matmul(inputs, gating.gate_kernel)
-        stddev = functional.noise_stddev(
-            tf.matmul(inputs, gating.noise_kernel), gating.noise_epsilon
-        )
+        if gating.use_bias:
+            clean += gating.gate_bias
+        stddev = gating.noise_stddev_of(inputs)
         noise = gating.draw_noise(tf.shape(clean)[0])
         noisy = functional.noisy_logits(clean, stddev, noise)
-        with_noise, without = (
-            tf.reduce_sum(
-                tf.one_hot(tf.math.top_k(h, gating.k).indices, h.shape[1]), axis=1
-            )
-            for h in (noisy, clean)
-        )
-        kept = tf.reduce_sum(with_noise * without, axis=1) / gating.k
-        columns = [
-            tf.reduce_mean(stddev, axis=1),
-            tf.math.reduce_std(clean, axis=1),
-            kept,
-        ]
+        _, chosen = functional.top_k_gating(noisy, gating.k)
+        self.kept += np.array(functional.choices_kept(clean, chosen))
+        columns = [tf.reduce_mean(stddev, axis=1), tf.math.reduce_std(clean, axis=1)]
         return tf.stack(columns, axis=1).numpy()
 
 
@@ -123,7 +115,7 @@ def main(arguments=None):
     observed = {
         layer.name: Observed(layer.gating)
         for layer in model.moe_layers
-        if isinstance(layer.gating, NoisyTopKGating)
+        if isinstance(layer.gating, NoisyTopKGating) and layer.gating.has_noise
     }
     if not observed:
         raise SystemExit(f"{arguments.model} has no noisy gate.")
@@ -131,7 +123,8 @@ def main(arguments=None):
     print("| gate | noise | spread of logits | choices that the noise leaves |")
     print("|---|---|---|---|")
     for name, gate in observed.items():
-        noise, spread, kept = np.concatenate(gate.rows).mean(axis=0)
+        noise, spread = np.concatenate(gate.rows).mean(axis=0)
+        kept = gate.kept[0] / gate.kept[1]
         print(f"| {name} | {noise:.2f} | {spread:.2f} | {kept:.0%} |")
     for name, gate in observed.items():
         gate.noisy = True

@@ -93,6 +93,7 @@ class _GatingFields(NamedTuple):
     statistics: GateStatistics
     token_indices: Any
     auxiliary_losses: tuple[tf.Tensor, ...]
+    choices_kept: tuple[tf.Tensor, ...]
 
 
 class GatingResult(_GatingFields):
@@ -110,6 +111,8 @@ class GatingResult(_GatingFields):
         auxiliary_losses: Losses of the gate's own, each `()` float and weighted
             already; the surrounding layer adds them as they are, in training. Usually
             none.
+        choices_kept: What `functional.choices_kept` gives, where the gate has added
+            noise to its logits; otherwise left out, `()`.
     """
 
     __slots__ = ()
@@ -121,6 +124,7 @@ class GatingResult(_GatingFields):
         statistics: Any,
         token_indices: Any = (),
         auxiliary_losses: tuple = (),
+        choices_kept: tuple = (),
     ):
         if isinstance(expert_indices, DispatchPlan):
             plan = expert_indices
@@ -133,7 +137,13 @@ class GatingResult(_GatingFields):
             if expert_indices.shape.rank == 1:
                 token_indices = tf.gather(plan.token_indices, plan.positions)
         return super().__new__(
-            cls, gates, expert_indices, statistics, token_indices, auxiliary_losses
+            cls,
+            gates,
+            expert_indices,
+            statistics,
+            token_indices,
+            auxiliary_losses,
+            choices_kept,
         )
 
     @property

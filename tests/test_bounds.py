@@ -270,6 +270,51 @@ CALLS = {
     },
     F.cv_squared: {"values": Of([[1.0, 2.0], np.ones(3)], []), "epsilon": Number(0, 1)},
     F.importance_loss: {"importance": Of([[1.0, 2.0]], []), "weight": Number(0, 1)},
+    F.biased_gating: {
+        "logits": Array(6, 4, free=[0]),
+        "bias": Array(4),
+        "k": Int(1, 2),
+        "scores": Of(["sigmoid", "softmax"], ["relu", None, 1]),
+        "normalization": Of(["selected", "none"], ["all", None]),
+        "num_groups": Of([1, 2, np.int64(2)], [3, 0, -1, 1.5, "2", True]),
+    },
+    F.expert_choice_capacity: {
+        "num_tokens": Int(0, 50),
+        "num_experts": Of([4, np.int64(9)], [0, -1, 2.5, True, "4"]),
+        "capacity_factor": Number(1e-4, 3),
+    },
+    F.expert_choice_gating: {
+        "logits": Of([np.eye(6, 4, dtype="float32")], [np.ones(4)]),
+        "capacity": Int(0, 6),
+        "mask": Mask(6),
+    },
+    F.second_choice_gating: {
+        "logits": Of([np.eye(6, 4, dtype="float32")], [np.ones(4), np.ones((6, 1))]),
+        "policy": Of(["all", "random", "threshold"], ["none", None, 1]),
+        "uniform": Array(6),
+        "threshold": Number(0, 1),
+    },
+    F.balanced_bias: {
+        "bias": Array(4),
+        "counts": Of([[1, 2, 3, 0]], [[1, 2], [[1, 2, 3, 4]]]),
+        "update_rate": Number(0, 1),
+    },
+    F.router_z_loss: {
+        "logits": Of([np.full((6, 4), 0.5, "float32")], [np.ones(4)]),
+        "mask": Mask(6),
+        "weight": Number(0, 1),
+    },
+    F.switch_loss: {
+        "probabilities": Of([np.full((6, 4), 0.25, "float32")], [np.ones(4)]),
+        "counts": Of([[1, 2, 3, 0]], [[-1, 2, 3, 2], [0.5, 1, 1, 1], [6], [1, 2, 3]]),
+        "mask": Mask(6),
+        "weight": Number(0, 1),
+    },
+    F.choices_kept: {
+        "clean_logits": Of([np.full((6, 4), 0.5, "float32")], [np.ones(4)]),
+        "expert_indices": Of([[[0, 2]] * 6], [[[0, 4]] * 6, [[0, -1]] * 6, [[0, 2]]]),
+        "mask": Mask(6),
+    },
     F.gate_entropy: {
         "gates": Of([np.full((6, 2), 0.5, "float32")], []),
         "num_tokens": Of([6, np.int64(6)], [-1, 6.5, "6", True]),
@@ -374,7 +419,7 @@ CALLS = {
         "logits": Array(3, 5, free=[1]),
         "uniform": Array(3),
         "temperature": Number(0, 2),
-        "top_k": Int(1, 5),
+        "top_k": Int(1, 5, optional=True),
         "forbidden_tokens": Of(
             [(), [0], np.array([1, 2])], [(5,), (-1,), range(5), (0.5,), "1", 2]
         ),
@@ -397,7 +442,7 @@ CALLS = {
         "units": Int(1, 9),
         "num_experts": Of([4, np.int64(9)], [0, -1, 2.5, True, "4"]),
         "hidden_units": Int(1, 9),
-        "k": Of([(4,), np.array([2])], [(9,), (2, 2), (0,), (1.5,), "4"]),
+        "k": Of([(4,), np.array([2])], [(10,), (2, 2), (0,), (1.5,), "4"]),
         "dropout": Number(0, 0.9),
         "batch_tokens": Int(1, 9),
         "gating": Of(["balanced"], ["nope", None]),

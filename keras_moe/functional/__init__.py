@@ -5,6 +5,7 @@ from keras_moe.functional.attention import (
     attention_scores,
     masked_softmax,
 )
+from keras_moe.functional.biased_choice import balanced_bias, biased_gating
 from keras_moe.functional.boundary import checked as _checked
 from keras_moe.functional.capacity import (
     CapacityDispatcher,
@@ -23,6 +24,10 @@ from keras_moe.functional.dispatching import (
     make_dispatch_plan,
     make_plan,
     mix_by_plan,
+)
+from keras_moe.functional.expert_choice import (
+    expert_choice_capacity,
+    expert_choice_gating,
 )
 from keras_moe.functional.experts import (
     default_computation,
@@ -51,6 +56,7 @@ from keras_moe.functional.hierarchical import (
     hierarchical_load,
 )
 from keras_moe.functional.losses import (
+    choices_kept,
     cv_squared,
     expert_counts,
     gate_entropy,
@@ -59,6 +65,8 @@ from keras_moe.functional.losses import (
     load,
     load_loss,
     max_over_mean,
+    router_z_loss,
+    switch_loss,
 )
 from keras_moe.functional.random import normal_rows, uniform_rows
 from keras_moe.functional.recurrent import (
@@ -73,6 +81,7 @@ from keras_moe.functional.sampled_softmax import (
     sampled_cross_entropy,
     unbiased_candidates,
 )
+from keras_moe.functional.second_choice import second_choice_gating
 from keras_moe.functional.slot_runs import run_in_slots
 from keras_moe.functional.static_slots import (
     SlotPlan,
@@ -101,12 +110,17 @@ __all__ = [
     "StaticDispatcher",
     "attention_keys",
     "attention_scores",
+    "balanced_bias",
     "batchwise_mask",
+    "biased_gating",
+    "choices_kept",
     "combine",
     "cv_squared",
     "default_computation",
     "dispatch",
     "expert_capacity",
+    "expert_choice_capacity",
+    "expert_choice_gating",
     "expert_counts",
     "feed_forward_experts",
     "feed_forward_network",
@@ -141,11 +155,14 @@ __all__ = [
     "noisy_top_k_gating",
     "normal_rows",
     "prob_in_top_k",
+    "router_z_loss",
     "run_experts",
     "run_in_slots",
     "sampled_cross_entropy",
+    "second_choice_gating",
     "slot_sizes",
     "softmax_gating",
+    "switch_loss",
     "threshold_loss",
     "threshold_mask",
     "tokens_per_expert",
@@ -160,8 +177,12 @@ __all__ = [
 _SHAPES = {
     "attention_keys": "key_kernel:DU scale:U memory:BSD",
     "attention_scores": "query:BTQ keys:BSU query_kernel:QU",
+    "balanced_bias": "bias:E counts:E",
+    "biased_gating": "logits:NE bias:E",
+    "choices_kept": "clean_logits:NE expert_indices:NK#E mask:N?",
     "combine": "gates:~",
     "dispatch": "inputs:ND",
+    "expert_choice_gating": "logits:NE mask:N?",
     "expert_counts": "expert_indices:~#-E",
     "feed_forward_experts": "kernels:F.. biases:F. counts:F#",
     "gate_entropy": "gates:~ mask:N?",
@@ -186,8 +207,11 @@ _SHAPES = {
     "noisy_top_k_gating": "clean_logits:~ raw_noise:~ noise:~",
     "normal_rows": "seed:S#",
     "prob_in_top_k": "noisy_logits:~ clean_logits:~ stddev:~",
+    "router_z_loss": "logits:NE mask:N?",
     "sampled_cross_entropy": "kernel:VD bias:V inputs:ND targets:N#V candidates:C#V "
     "expected_counts:C",
+    "switch_loss": "probabilities:NE counts:E#+ mask:N?",
+    "second_choice_gating": "logits:NE uniform:N",
     "threshold_loss": "gates:NE selected:NE?",
     "unbiased_candidates": "drawn:C# expected_counts:C",
     "uniform_rows": "seed:S#",

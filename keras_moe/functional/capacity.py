@@ -11,6 +11,7 @@ from keras_moe import checks
 from keras_moe.functional import losses
 from keras_moe.functional.dispatching import (
     Dispatcher,
+    in_columns,
     inverse_permutation,
     without_padding,
 )
@@ -58,14 +59,19 @@ class CapacityDispatcher(Dispatcher):
 
     Args:
         capacity_factor: Float, see `expert_capacity`.
+        most_experts: Int or None. The most that a token has, where their number varies:
+            columns of a plan. Defaults to `None`.
     """
 
     static_shapes = True
 
-    def __init__(self, capacity_factor: float):
+    def __init__(self, capacity_factor: float, most_experts: int | None = None):
         self.capacity_factor = capacity_factor
+        self.most_experts = most_experts
 
     def mix(self, experts, tokens, result, mask=None):
+        if self.most_experts is not None:
+            result = in_columns(result, tf.shape(tokens)[0], self.most_experts)
         return super().mix(experts, tokens, without_padding(result, mask), mask)
 
     def make_plan(self, result, mask):
@@ -108,13 +114,16 @@ def expert_capacity(
     capacity_factor = checks.verify_capacity_factor(capacity_factor)
     k = checks.verify_k(k, num_experts)
     num_tokens = tf.cast(num_tokens, tf.int32)
-    share = capacity_factor * k / num_experts
+    slots = rounded_up(num_tokens, capacity_factor * k / num_experts)
+    return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
+
+
+def rounded_up(num_tokens: tf.Tensor, share: float) -> tf.Tensor:
+    """A share of a number of tokens as the next whole number, in floats."""
     if only_plain():
         # In single precision a whole number may come out as slightly more.
-        slots = tf.math.ceil(tf.cast(num_tokens, tf.float32) * (share * (1 - 1e-6)))
-    else:
-        slots = tf.math.ceil(tf.cast(num_tokens, tf.float64) * share)
-    return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
+        return tf.math.ceil(tf.cast(num_tokens, tf.float32) * (share * (1 - 1e-6)))
+    return tf.math.ceil(tf.cast(num_tokens, tf.float64) * share)
 
 
 def make_capacity_plan(

@@ -188,6 +188,20 @@ def without_padding(result, mask):
     )
 
 
+def in_columns(result, num_tokens, width):
+    """A result `(M,)` as `(N, width)`, where expert -1 stands for none."""
+    if not result.is_ragged:
+        return result
+    tokens = result.token_indices  # ascending
+    ranks = tf.range(tf.size(tokens)) - tf.searchsorted(tokens, tokens)
+    places = tf.stack([tokens, ranks], axis=1)  # unique
+    shape = tf.stack([tf.cast(num_tokens, tf.int32), width])
+    gates = tf.scatter_nd(places, result.gates, shape)
+    experts = tf.scatter_nd(places, result.expert_indices + 1, shape) - 1
+    gates, experts = (tf.ensure_shape(x, [None, width]) for x in (gates, experts))
+    return result._replace(gates=gates, expert_indices=experts, token_indices=())
+
+
 def mix_by_plan(
     experts: Any, tokens: tf.Tensor, gates: tf.Tensor, plan: DispatchPlan
 ) -> tf.Tensor:

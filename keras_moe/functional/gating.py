@@ -273,6 +273,11 @@ def noisy_top_k_gating(
     """
     stddev = noise_stddev(raw_noise, noise_epsilon)
     noisy = noisy_logits(clean_logits, stddev, noise)
+    return choose_noisy(clean_logits, noisy, stddev, k, normalization)
+
+
+def choose_noisy(clean_logits, noisy, stddev, k, normalization):
+    """The same from the noisy logits, and from a deviation of any origin."""
     if k == noisy.shape[-1]:
         gates, expert_indices = top_k_gating(noisy, k, normalization)
         return gates, expert_indices, tf.ones_like(noisy)

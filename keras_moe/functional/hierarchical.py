@@ -19,14 +19,14 @@ def hierarchical_gates(
 
     Args:
         primary_gates: `(M,)` float, a gate for each (token, group) pair.
-        group_indices: `(M,)` int32, the group of the pair.
+        group_indices: `(M,)` int32, the group of the pair, -1 for none.
         secondary_gates: `(M, K2)` float, gates within that group.
         secondary_indices: `(M, K2)` int32 within [0, group_size).
         group_size: Experts of one group.
 
     Returns:
         gates: `(M, K2)` float, the products.
-        expert_indices: `(M, K2)` int32, flat indices.
+        expert_indices: `(M, K2)` int32, flat indices, -1 for none.
 
     Reference:
         Shazeer et al. 2017, equations 12 and 13.
@@ -34,7 +34,8 @@ def hierarchical_gates(
     gates = primary_gates[:, tf.newaxis] * secondary_gates
     # In int64, which a GPU computes with.
     first = tf.cast(group_indices, tf.int64)[:, tf.newaxis] * group_size
-    return gates, tf.cast(first + tf.cast(secondary_indices, tf.int64), tf.int32)
+    experts = first + tf.cast(secondary_indices, tf.int64)
+    return gates, tf.cast(tf.maximum(experts, tf.constant(-1, tf.int64)), tf.int32)
 
 
 def hierarchical_load(
@@ -64,3 +65,17 @@ def hierarchical_load(
     counts = tf.cast(tf.stop_gradient(group_counts), secondary_load.dtype)
     share = tf.math.divide_no_nan(primary_load, counts)
     return tf.reshape(share[:, tf.newaxis] * secondary_load, [-1])
+
+
+def choices_of_levels(primary: tuple, secondary: tuple) -> tuple:
+    """`GatingResult.choices_kept` of both levels: over all decisions of a token.
+
+    Those are one of the primary gate and one of each of its groups.
+
+    Args:
+        primary: That of the primary gate, `()` if it has no noise.
+        secondary: That of the secondary gates, likewise.
+    """
+    if primary and secondary:
+        return tuple(a + b for a, b in zip(primary, secondary, strict=True))
+    return primary or secondary

@@ -1,8 +1,9 @@
-"""Importance, load, and the losses that balance them (section 4, appendix A).
+"""Importance, load, the losses that balance them (section 4, appendix A), and later ones.
 
-The losses take statistics, not gates: the squared coefficient of variation is
-not linear, so importance and load have to be summed over the whole global
-batch, over every replica, before they are squared.
+The paper's losses take statistics, not gates: the squared coefficient of variation
+is not linear, so importance and load have to be summed over the whole global
+batch, over every replica, before they are squared. The later ones sum over the
+replicas themselves.
 """
 
 import tensorflow as tf
@@ -11,6 +12,8 @@ from keras_moe import checks
 from keras_moe.functional import ops
 
 _EPSILON = 1e-10
+# Logits are clipped to this range in a loss that squares them.
+_LOGIT_LIMIT = 1e15
 
 
 def importance(
@@ -141,6 +144,98 @@ def load_loss(load: tf.Tensor, weight: float = 1.0) -> tf.Tensor:
     return weight * cv_squared(load)
 
 
+def router_z_loss(
+    logits: tf.Tensor, mask: tf.Tensor | None = None, weight: float = 1.0
+) -> tf.Tensor:
+    """Penalty on large logits of a gate, whose softmax rounding errors would move.
+
+    $L_z = w_z \\cdot \\frac{1}{N} \\sum_{x} \\left(\\log \\sum_i e^{(x W_g)_i}\\right)^2$
+
+    Args:
+        logits: `(N, E)` float, without noise. On several replicas the tokens of this
+            one: the mean is that of the global batch.
+        mask: `(N,)` bool or None. False marks padding, which is left out.
+        weight: $w_z$, at least 0.
+
+    Returns:
+        `()` float32 or float64; 0 without a token.
+
+    Raises:
+        ValueError: `weight` is negative or not finite.
+
+    Reference:
+        Zoph et al. 2022, "ST-MoE", equation 5.
+    """
+    logits = tf.clip_by_value(ops.cast_up(logits), -_LOGIT_LIMIT, _LOGIT_LIMIT)
+    squares = tf.square(tf.reduce_logsumexp(_of_real(logits, mask), axis=-1))
+    total = tf.reduce_sum(_of_real(squares, mask))
+    sums = tf.stack([total, _num_real(logits, mask)])
+    total, num_tokens = tf.unstack(ops.sum_over_replicas(sums))
+    return weight * tf.math.divide_no_nan(total, num_tokens)
+
+
+def switch_loss(
+    probabilities: tf.Tensor,
+    counts: tf.Tensor,
+    mask: tf.Tensor | None = None,
+    weight: float = 1.0,
+) -> tf.Tensor:
+    """The auxiliary loss of Switch and GShard: shares of tokens times probabilities.
+
+    $L = w \\cdot E \\cdot \\sum_i f_i P_i$
+
+    $f_i$ is the share of the assignments that expert i gets, a constant to the
+    gradient; $P_i$ the mean of its probability over the tokens. It is w at perfect
+    balance, and at most w E.
+
+    Args:
+        probabilities: `(N, E)` float, the softmax over all logits. On several
+            replicas the tokens of this one: shares and means are those of the
+            global batch.
+        counts: `(E,)` int32, assignments of each expert (`expert_counts`), on several
+            replicas of the tokens of this one.
+        mask: `(N,)` bool or None. False marks padding, which is left out, and which
+            `counts` must have left out.
+        weight: $w$, at least 0.
+
+    Returns:
+        `()` float32 or float64; 0 without a token.
+
+    Raises:
+        ValueError: `weight` is negative or not finite.
+
+    Reference:
+        Fedus et al. 2021, "Switch Transformers", equations 4 to 6. There a token has
+        one expert; with more of them the shares still sum to 1.
+    """
+    probabilities = _of_real(ops.cast_up(probabilities), mask)
+    counts = tf.cast(tf.stop_gradient(counts), probabilities.dtype)
+    num_experts = probabilities.shape[-1]
+    sums = [ops.sum_of_rows(probabilities), counts, [_num_real(probabilities, mask)]]
+    sums = ops.sum_over_replicas(tf.concat(sums, axis=0))
+    sums, counts, num_tokens = tf.split(sums, [num_experts, num_experts, 1])
+    shares = tf.math.divide_no_nan(counts, tf.reduce_sum(counts))
+    means = tf.math.divide_no_nan(sums, num_tokens)
+    return weight * num_experts * tf.reduce_sum(shares * means)
+
+
+def _of_real(values, mask):
+    """The values in which those of padding are 0, and so is their gradient."""
+    if mask is None:
+        return values
+    for _ in range(values.shape.rank - 1):
+        mask = mask[:, tf.newaxis]
+    return tf.where(mask, values, tf.zeros_like(values))
+
+
+def _num_real(values, mask):
+    """How many of the rows are no padding, in the type of the values."""
+    if mask is None:
+        return tf.cast(tf.shape(values)[0], values.dtype)
+    # In floats, which a GPU adds; exact for 16 million tokens.
+    return tf.reduce_sum(tf.cast(mask, values.dtype))
+
+
 def max_over_mean(values: tf.Tensor) -> tf.Tensor:
     """Largest value over the mean: 1 at perfect balance, at most n / k.
 
@@ -188,3 +283,36 @@ def gate_entropy(
         terms = tf.where(mask[:, tf.newaxis], terms, tf.zeros_like(terms))
     num_real = tf.reduce_sum(tf.cast(mask, tf.int64))
     return tf.reduce_sum(terms), tf.cast(num_real, tf.int32)
+
+
+def choices_kept(
+    clean_logits: tf.Tensor, expert_indices: tf.Tensor, mask: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What a gate's noise leaves of its choices: a share for each token, summed.
+
+    $\\sum_{x \\in X} |\\mathrm{TopK}(x W_g) \\cap \\mathrm{TopK}(H(x))| / k$
+
+    A share is 1 where the noise changes nothing. A choice by lot among E experts
+    leaves k / E on average.
+
+    Args:
+        clean_logits: `(N, E)` float, $x W_g$.
+        expert_indices: `(N, K)` int32 within [0, E), the experts chosen with noise,
+            none twice for a token.
+        mask: `(N,)` bool or None. False marks padding, which is left out.
+
+    Returns:
+        kept: `()` float32 or float64, the sum of the shares. No gradient.
+        tokens: `()` of that type, how many tokens that is the sum of.
+    """
+    logits = tf.stop_gradient(ops.cast_up(clean_logits))
+    k = expert_indices.shape[-1]
+    values, indices = ops.top_k(logits, k)
+    least, last = values[:, k - 1 :], indices[:, k - 1 :]
+    chosen, experts = ops.pick(logits, expert_indices), expert_indices
+    # Among equal logits the lower index is in, as in `top_k_gating`.
+    is_kept = (chosen > least) | (
+        (chosen == least) & (tf.cast(experts, last.dtype) <= last)
+    )
+    shares = _of_real(tf.reduce_mean(tf.cast(is_kept, logits.dtype), axis=-1), mask)
+    return tf.reduce_sum(shares), _num_real(logits, mask)

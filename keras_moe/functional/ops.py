@@ -4,6 +4,8 @@ This is the one place of `functional` that asks for the engine; besides, `capaci
 `experts` ask `runtime` for the kind of device.
 """
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from keras_moe import engine
@@ -38,6 +40,22 @@ def sum_of_rows(values: tf.Tensor) -> tf.Tensor:
 def largest_of_columns(values: tf.Tensor, m: tf.Tensor) -> tf.Tensor:
     """`(N, E)` bool: the m largest of each column; of equals the upper ones."""
     return engine.current().operations.largest_of_columns(values, m)
+
+
+def over_columns(
+    values: tf.Tensor, function: Callable[[tf.Tensor], tf.Tensor], filling: float
+) -> tf.Tensor:
+    """Masks of columns that run over the rows of every replica, see `Operations`."""
+    return engine.current().operations.over_columns(values, function, filling)
+
+
+def sum_over_replicas(value: tf.Tensor) -> tf.Tensor:
+    """Sum over the replicas that share a global batch, with its gradient.
+
+    Each replica that makes a loss of it counts as a part of one: Keras divides the
+    losses of a step by the number of replicas.
+    """
+    return engine.current().replicas.sum(value)
 
 
 def values_are_here() -> bool:

@@ -42,12 +42,14 @@ class MoELSTMResult(NamedTuple):
         h: `(batch, units)`. The last h.
         c: `(batch, units)`. The last c.
         statistics: `GateStatistics` over all steps that are not masked.
+        choices_kept: `GatingResult.choices_kept` over the same steps.
     """
 
     hidden: tf.Tensor
     h: tf.Tensor
     c: tf.Tensor
     statistics: GateStatistics
+    choices_kept: tuple = ()
 
 
 def lstm_step(
@@ -170,12 +172,14 @@ def moe_lstm(
         2016, "Memory-efficient backpropagation through time".
     """
     functions = activation, recurrent_activation
+    route, has_noise = _observed(route)
     if noise is not None:
         steps = [*inputs.shape[:2], *noise.shape[2:]]
         checks.verify_shape(steps, "with the steps of `inputs`", noise=noise)
     if segment_length is None:
         run = _run_of(route, functions, recompute=not keep_steps)
-        return _result(*run(noise, mask, inputs, h, c, kernels, bias, *weights))
+        found = run(noise, mask, inputs, h, c, kernels, bias, *weights)
+        return _result(has_noise, *found)
     run = _run_of(route, functions, recompute=True)
     num_steps = tf.shape(inputs)[0]
     num_segments = -(-num_steps // segment_length)
@@ -215,21 +219,35 @@ def moe_lstm(
     )
     hidden = _merge_steps(hidden.stack())[:num_steps]
     hidden.set_shape([inputs.shape[0], *h.shape])
-    return _result(hidden, h_last, c_last, *sums)
+    return _result(has_noise, hidden, h_last, c_last, *sums)
 
 
-def _result(hidden, h, c, importance, load, counts):
-    return MoELSTMResult(
-        hidden, h, c, GateStatistics(importance, load, tf.cast(counts, tf.int32))
-    )
+def _observed(route):
+    """The gate, checked; and a list that says of each call whether it had noise."""
+    has_noise = []
+
+    def observed(*arguments):
+        chosen = route(*arguments)
+        verify_recurrent_gating(chosen)
+        has_noise.append(bool(chosen.choices_kept))
+        return chosen
+
+    return observed, has_noise
+
+
+def _result(has_noise, hidden, h, c, importance, load, counts, kept):
+    statistics = GateStatistics(importance, load, tf.cast(counts, tf.int32))
+    kept = tuple(tf.unstack(kept)) if any(has_noise) else ()
+    return MoELSTMResult(hidden, h, c, statistics, kept)
 
 
 def _zero_sums(kernels):
-    """Importance, load, counts before the first step."""
+    """Importance, load, counts and choices kept before the first step."""
     num_experts = kernels.shape[0]
     dtype = at_least_float32(kernels.dtype)
     zeros = tf.zeros([num_experts], dtype)
-    return [zeros, zeros, tf.zeros([num_experts], tf.int64)]
+    counts = tf.zeros([num_experts], tf.int64)
+    return [zeros, zeros, counts, tf.zeros([2], dtype)]
 
 
 def _run_of(route, functions, recompute):
@@ -294,8 +312,8 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
     """Steps of the recurrence, in which kernels are constants.
 
     Returns:
-        `[hidden, h, c, importance, load, counts]` and, of every step, the gates
-        and the experts chosen.
+        `[hidden, h, c, importance, load, counts, choices kept]` and, of every step,
+        the gates and the experts chosen.
     """
     num_steps = tf.shape(x)[0]
     read = [None if each is None else _array_of(each) for each in (noise, mask)]
@@ -305,7 +323,6 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
         noise_t, mask_t = (each if each is None else each.read(t) for each in read)
         u = tf.concat([inputs.read(t), h], axis=-1)
         chosen = route(u, noise_t, mask_t)
-        verify_recurrent_gating(chosen)
         plan = make_plan_here(chosen.expert_indices, kernels.shape[0])
         z = mixed_product(u, tf.stop_gradient(kernels), chosen.gates, plan)
         h_new, c_new = lstm_step(z + added.read(t), c, *functions)
@@ -314,7 +331,7 @@ def _loop(route, functions, x, h, c, kernels, biases, noise, mask):
             c_new = tf.where(mask_t[:, tf.newaxis], c_new, c)
         h_new.set_shape(h.shape)
         c_new.set_shape(c.shape)
-        more = chosen.statistics
+        more = *chosen.statistics, chosen.choices_kept or (0.0, 0.0)
         sums = [a + tf.cast(b, a.dtype) for a, b in zip(sums, more, strict=True)]
         return (
             t + 1,
@@ -387,8 +404,9 @@ def verify_recurrent_gating(chosen: GatingResult) -> None:
     if chosen.is_ragged or chosen.auxiliary_losses:
         raise ValueError(
             "`gating` of a recurrent mixture must give every token the same number "
-            "of experts and have no losses of its own. Received: a gate with "
-            f"gates of rank {chosen.gates.shape.rank} and "
+            "of experts and have no losses of its own, such as the router z-loss. "
+            f"Received: a gate with gates of rank {chosen.gates.shape.rank} and "
             f"{len(chosen.auxiliary_losses)} auxiliary losses. Use NoisyTopKGating, "
-            "TopKGating or SoftmaxGating."
+            "TopKGating or SoftmaxGating, with `z_loss_weight` and "
+            "`switch_loss_weight` left out."
         )

@@ -104,9 +104,16 @@ class StaticDispatcher(Dispatcher):
     XLA gets a slot for every token from each of them, otherwise their rows depend on
     the data. So do those of a gate that gives tokens different numbers of experts in a
     form of its own, which XLA cannot compile.
+
+    Args:
+        k: Experts for each token on average, if the gate says: as many slots are made.
+            None takes the width of the gates. Defaults to `None`.
     """
 
     static_shapes = True
+
+    def __init__(self, k: int | None = None):
+        self._k = k
 
     def mix(self, experts, tokens, result, mask=None):
         is_compiled = ops.is_compiled_by_xla()
@@ -127,9 +134,8 @@ class StaticDispatcher(Dispatcher):
         return _only_real(Dispatcher(), experts, tokens, result, mask)
 
     def make_plan(self, result, mask):
-        return make_slot_plan(
-            result.expert_indices, result.statistics.counts.shape[0], mask
-        )
+        num_experts = result.statistics.counts.shape[0]
+        return make_slot_plan(result.expert_indices, num_experts, mask, k=self._k)
 
 
 def _only_real(dispatcher, experts, tokens, result, mask):
@@ -198,6 +204,7 @@ def make_slot_plan(
     mask: tf.Tensor | None = None,
     capacity: tf.Tensor | int | None = None,
     spill: int | None = None,
+    k: int | None = None,
 ) -> SlotPlan:
     """Gives assignments to the slots of their experts, in the order of the tokens.
 
@@ -210,6 +217,8 @@ def make_slot_plan(
             `slot_sizes`.
         spill: Rows of a block of what exceeds them, at least 1. None takes
             `slot_sizes`.
+        k: Experts for each token on average, of which `slot_sizes` makes slots. None, or
+            more than K, takes K.
 
     Returns:
         A `SlotPlan`. Nothing is dropped, whatever the sizes.
@@ -227,16 +236,16 @@ def make_slot_plan(
     wide = tf.cast(expert_indices, tf.int64)
     if mask is not None:
         wide = tf.where(mask[:, tf.newaxis], wide, tf.constant(-1, tf.int64))
-    shape, k = tf.shape(wide), expert_indices.shape[1]
-    num_assignments = tf.reduce_prod(shape)
-    if expert_indices.shape.is_fully_defined():
-        num_assignments = expert_indices.shape.num_elements()
+    shape, width = tf.shape(wide), expert_indices.shape[1]
+    num_tokens = shape[0] if wide.shape[0] is None else wide.shape[0]
+    num_chosen = shape[1] if width is None else width if k is None else min(k, width)
+    num_assignments = num_tokens * num_chosen
     slots, block = slot_sizes(num_assignments, num_experts)
     if capacity is not None:
         slots = checks.verify_count(capacity, "capacity", 0)
     if spill is not None:
         block = checks.verify_count(spill, "spill", 1)
-    if num_experts <= _MOST_COUNTED and k is not None and k <= MOST_GATHERED:
+    if num_experts <= _MOST_COUNTED and width is not None and width <= MOST_GATHERED:
         order, ranks, counts, starts = _count(wide, num_experts)
     else:
         order, ranks, counts, starts = _sort(wide, num_experts)

@@ -9,7 +9,8 @@ at once, as in batch normalization: a loop of one's own need not ask.
 """
 
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -18,7 +19,15 @@ import tensorflow as tf
 from keras_moe import checks, engine, functional
 from keras_moe.types import GateStatistics
 
-_TOTALS = ("importance", "counts", "overflow", "entropy", "tokens")
+_TOTALS = (
+    "importance",
+    "counts",
+    "overflow",
+    "entropy",
+    "tokens",
+    "choices_kept",
+    "noisy_tokens",
+)
 
 
 class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
@@ -36,7 +45,9 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
     * `importance_cv`: coefficient of variation of the importance;
     * `load_cv`: the same of the number of tokens of each expert;
     * `max_over_mean_load`: tokens of the busiest expert over the mean;
-    * `overflow`: share of assignments dropped, only with a capacity.
+    * `overflow`: share of assignments dropped, only with a capacity;
+    * `choices_kept`: share of a gate's choices that its noise leaves, only in
+      training, of a gate with noise.
 
     Args:
         num_experts: Int. Number of experts.
@@ -54,6 +65,10 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
         self._overflow = self.add_variable((), "zeros", "float64")
         self._entropy = self.add_variable((), "zeros", "float64")
         self._tokens = self.add_variable((), "zeros", "float64")
+        self._choices_kept = self.add_variable((), "zeros", "float64")
+        self._noisy_tokens = self.add_variable((), "zeros", "float64")
+        # The graphs, and those around them, in which a gate's noise was noted.
+        self._noisy_graphs: weakref.WeakSet = weakref.WeakSet()
         # By replica: replicas are threads that share this object.
         self._pending = {}
 
@@ -63,6 +78,7 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
         overflow: tf.Tensor,
         entropy: Callable[[], tuple[tf.Tensor, tf.Tensor]] | None = None,
         training: bool | None = False,
+        choices_kept: Sequence[tf.Tensor] = (),
     ) -> None:
         """Takes note of one call of the layer, in evaluation without writing.
 
@@ -73,16 +89,23 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
                 of single tokens are not known.
             training: That of the call. In training the sums are updated at once.
                 Defaults to `False`.
+            choices_kept: Those of `functional.choices_kept`, if there was noise.
+                Defaults to none.
         """
+        if choices_kept:
+            self._noisy_graphs.update(engine.current_graphs())
 
         def make():
             entropy_sum, num_tokens = (0.0, 0) if entropy is None else entropy()
+            kept, noisy_tokens = choices_kept or (0.0, 0.0)
             return [
                 tf.cast(tf.stop_gradient(statistics.importance), tf.float64),
                 tf.cast(statistics.counts, tf.float64),
                 tf.cast(overflow, tf.float64),
                 tf.cast(tf.stop_gradient(entropy_sum), tf.float64),
                 tf.cast(num_tokens, tf.float64),
+                tf.cast(kept, tf.float64),
+                tf.cast(noisy_tokens, tf.float64),
             ]
 
         if training and not tf.executing_eagerly():
@@ -118,7 +141,19 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
             results["overflow"] = tf.math.divide_no_nan(
                 tf.convert_to_tensor(self._overflow), tf.reduce_sum(counts)
             )
+        if self._has_noise():
+            results["choices_kept"] = tf.math.divide_no_nan(
+                tf.convert_to_tensor(self._choices_kept),
+                tf.convert_to_tensor(self._noisy_tokens),
+            )
         return {f"{self.name}_{k}": tf.cast(v, tf.float32) for k, v in results.items()}
+
+    def _has_noise(self):
+        """Whether what is counted has noise: in a graph, what the graph counts."""
+        graph = engine.current_graph()
+        if graph is not None:
+            return graph in self._noisy_graphs
+        return bool(tf.convert_to_tensor(self._noisy_tokens) > 0)
 
     def counts(self):
         """`(num_experts,)` float64: tokens of each expert since the last reset."""
@@ -133,7 +168,8 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
         Returns:
             Dict of `importance` and `counts`, `(num_experts,)` float64; `overflow`,
             assignments dropped; `entropy`, the sum of the entropies of `tokens`
-            tokens' gates, both 0 where they are not known.
+            tokens' gates, both 0 where they are not known; `choices_kept`, the sum
+            of the shares of the choices that noise leaves `noisy_tokens` tokens.
         """
         self._fold()
         return {
@@ -148,6 +184,8 @@ class BalanceMetric(checks.FromConfig, keras.metrics.Metric):
             self._overflow,
             self._entropy,
             self._tokens,
+            self._choices_kept,
+            self._noisy_tokens,
         )
 
     def reset_state(self):

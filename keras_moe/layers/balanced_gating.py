@@ -48,6 +48,8 @@ class BalancedGating(_Gating):
         gate_initializer: Initial value of `gate_kernel`. None means a normal
             distribution of standard deviation 0.02. Defaults to `None`.
         use_bias: Bool. Whether the logits have a bias. Defaults to `False`.
+        z_loss_weight: Float. Weight of the router z-loss on the logits in training
+            (`functional.router_z_loss`). Defaults to `0.0`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
@@ -68,7 +70,8 @@ class BalancedGating(_Gating):
     Losses and state:
         Weights `gate_kernel` of shape `(features, num_experts)`, `thresholds` and,
         with `use_bias`, `gate_bias` of shape `(num_experts,)`. In training `auxiliary_losses`
-        holds the threshold loss, which the surrounding `MoE` adds; at inference
+        holds the threshold loss, and the router z-loss if it has a weight, which the
+        surrounding `MoE` adds; at inference
         it is empty, since the masks would need the batch: the loss of an
         evaluation is without it. The load is a hard count and constant in
         training, so a load loss has no gradient, and `MoE` adds none unless asked
@@ -76,7 +79,7 @@ class BalancedGating(_Gating):
 
     Raises:
         ValueError: `k` is below 1 or above `num_experts`;
-            `threshold_loss_weight` is negative; `num_experts` is unknown when
+            a weight of a loss is negative; `num_experts` is unknown when
             built; inputs are not `(tokens, features)`. `MoE` refuses a
             `capacity_factor` with this gate.
 
@@ -105,6 +108,7 @@ class BalancedGating(_Gating):
         threshold_loss_weight: float = 1.0,
         gate_initializer: Any = None,
         use_bias: bool = False,
+        z_loss_weight: float = 0.0,
         **kwargs: Any,
     ):
         k = checks.verify_k(k, num_experts)
@@ -114,7 +118,11 @@ class BalancedGating(_Gating):
         if gate_initializer is None:
             gate_initializer = keras.initializers.RandomNormal(stddev=0.02)
         super().__init__(
-            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+            num_experts,
+            gate_initializer=gate_initializer,
+            use_bias=use_bias,
+            z_loss_weight=z_loss_weight,
+            **kwargs,
         )
         self.k = k
         self.threshold_loss_weight = threshold_loss_weight
@@ -155,7 +163,8 @@ class BalancedGating(_Gating):
             self.num_experts,
             token_indices=token_indices,
         )
-        return result._replace(auxiliary_losses=losses)
+        result = result._replace(auxiliary_losses=losses)
+        return self._with_losses(result, logits, None, training)
 
     def _dense(self, inputs, mask, training):
         """The result in static shapes: every expert a choice, -1 if not selected."""
@@ -176,7 +185,8 @@ class BalancedGating(_Gating):
             tf.where(selected, experts, -tf.ones_like(experts)),
             self.num_experts,
         )
-        return result._replace(auxiliary_losses=losses)
+        result = result._replace(auxiliary_losses=losses)
+        return self._with_losses(result, logits, mask, training)
 
     def _select(self, softmax_gates, training, mask=None):
         """The mask `(N, E)` and the losses that come with it."""

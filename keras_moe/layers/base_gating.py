@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_moe import checks
-from keras_moe.types import at_least_float32
+from keras_moe import checks, functional
+from keras_moe.types import GatingResult, at_least_float32
 
 
 class Choice(NamedTuple):
@@ -32,9 +32,11 @@ class _Gating(checks.FromConfig, keras.layers.Layer):
         *,
         gate_initializer: Any = "zeros",
         use_bias: bool = False,
+        z_loss_weight: float = 0.0,
         dtype: Any = None,
         **kwargs: Any,
     ):
+        z_loss_weight = checks.verify_weight(z_loss_weight, "z_loss_weight")
         # Gate maths runs in float32 under every mixed-precision policy: a
         # policy that computes in half precision is replaced by its variables'
         # type, which also keeps Keras from casting the inputs down.
@@ -49,6 +51,7 @@ class _Gating(checks.FromConfig, keras.layers.Layer):
         self.num_experts: Any = num_experts
         self.gate_initializer = keras.initializers.get(gate_initializer)
         self.use_bias = bool(use_bias)
+        self.z_loss_weight = z_loss_weight
         self.supports_masking = True
 
     def quantize(
@@ -92,6 +95,24 @@ class _Gating(checks.FromConfig, keras.layers.Layer):
         logits = tf.matmul(inputs, self.gate_kernel)
         return logits + self.gate_bias if self.use_bias else logits
 
+    def _losses_of(self, logits, result, mask):
+        """What is added in training, of the logits without noise.
+
+        Args:
+            logits: `(N, E)` float.
+            result: The `GatingResult`.
+            mask: `(N,)` bool or None.
+        """
+        weight = self.z_loss_weight
+        return (functional.router_z_loss(logits, mask, weight),) if weight else ()
+
+    def _with_losses(self, result, logits, mask, training) -> GatingResult:
+        """The result of a call, in training with the losses on its logits."""
+        if not training:
+            return result
+        losses = self._losses_of(logits, result, mask)
+        return result._replace(auxiliary_losses=(*result.auxiliary_losses, *losses))
+
     def choices(self):
         """The `Choice`s of a top-k gate."""
         return []
@@ -114,4 +135,5 @@ class _Gating(checks.FromConfig, keras.layers.Layer):
             "num_experts": self.num_experts,
             "gate_initializer": keras.initializers.serialize(self.gate_initializer),
             "use_bias": self.use_bias,
+            "z_loss_weight": self.z_loss_weight,
         }

@@ -68,7 +68,7 @@ class DroppingExperts(KernelExperts):
             "float32",
             self.seed_generator,
             mask=mask,
-            distribution="uniform",
+            kind="uniform",
         )
         keys = tf.cast(keys_of(uniform), rows.dtype)
         if rows.shape.rank > 2:

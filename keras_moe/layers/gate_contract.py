@@ -7,10 +7,11 @@ from typing import Any
 import keras
 
 from keras_moe import checks
-from keras_moe.layers.gating import NoisyTopKGating, k_of
+from keras_moe.layers.gating import k_of
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 from keras_moe.types import CountedStatistics, GateStatistics, GatingResult
 
-_DEFAULT_LOAD_LOSS_WEIGHT = 0.1
+_DEFAULT_LOSS_WEIGHT = 0.1
 
 
 def default_gating(num_experts: int, dtype: Any) -> NoisyTopKGating:
@@ -33,26 +34,33 @@ def default_gating(num_experts: int, dtype: Any) -> NoisyTopKGating:
 def set_loss_weights(layer: Any, importance: Any, load: Any) -> None:
     """Sets `importance_loss_weight`, `load_loss_weight` of a layer with a `gating`.
 
-    A load loss of None is 0.1 where the load is smooth: a count has no gradient.
+    None is 0.1, but 0 where a loss is of no use: no load loss of a load that is not
+    smooth (a count has no gradient), no importance loss with a gate that says
+    `balances_without_loss`.
 
     Raises:
         ValueError: A weight is negative or not finite.
     """
+    layer.importance_loss_is_asked_for = importance is not None
+    if importance is None:
+        balanced = getattr(layer.gating, "balances_without_loss", False)
+        importance = 0.0 if balanced else _DEFAULT_LOSS_WEIGHT
     layer.importance_loss_weight = checks.verify_weight(
         importance, "importance_loss_weight"
     )
     layer.load_loss_is_asked_for = load is not None
     if load is None:
-        load = _DEFAULT_LOAD_LOSS_WEIGHT if _smooth(layer.gating) is not False else 0.0
+        load = _DEFAULT_LOSS_WEIGHT if _smooth(layer.gating) is not False else 0.0
     layer.load_loss_weight = checks.verify_weight(load, "load_loss_weight")
 
 
 def loss_weights_config(layer: Any) -> dict[str, Any]:
     """What `get_config` says of the weights, so that a default stays one."""
-    asked = layer.load_loss_is_asked_for
+    names = ("importance_loss", "load_loss")
+    asked = {name: getattr(layer, f"{name}_is_asked_for") for name in names}
     return {
-        "importance_loss_weight": layer.importance_loss_weight,
-        "load_loss_weight": layer.load_loss_weight if asked else None,
+        f"{name}_weight": getattr(layer, f"{name}_weight") if asked[name] else None
+        for name in names
     }
 
 
@@ -97,8 +105,8 @@ def warn_of_flat_load(layer: Any) -> None:
     gating, num_experts = layer.gating, layer.num_experts
     if _smooth(gating) is not False:
         return
-    noisy = isinstance(gating, NoisyTopKGating)
-    if noisy and 1 < gating.k == num_experts and _load_weight(layer):
+    of_all = isinstance(gating, NoisyTopKGating) and gating.k == num_experts
+    if of_all and gating.has_noise and gating.k > 1 and _load_weight(layer):
         warnings.warn(
             f"{layer.name}: with k={gating.k} of num_experts={num_experts} every "
             "expert takes every token, so there is no load to balance and the load "
@@ -106,11 +114,11 @@ def warn_of_flat_load(layer: Any) -> None:
             "to 0, lower `k` or add experts.",
             stacklevel=4,
         )
-    elif not noisy and layer.load_loss_weight and num_experts > 1:
+    elif not of_all and layer.load_loss_weight and num_experts > 1:
         warnings.warn(
             f"{layer.name}: the load of {type(gating).__name__} is a count, so the "
             f"load loss (load_loss_weight={layer.load_loss_weight}) has no gradient "
-            "and balances nothing. Leave it out, or use NoisyTopKGating.",
+            "and balances nothing. Leave it out, or use NoisyTopKGating with noise.",
             stacklevel=4,
         )
 
@@ -118,7 +126,7 @@ def warn_of_flat_load(layer: Any) -> None:
 def _load_weight(layer):
     """Also where a default was left out: a noisy gate of all experts is a mistake."""
     asked = layer.load_loss_is_asked_for
-    return layer.load_loss_weight if asked else _DEFAULT_LOAD_LOSS_WEIGHT
+    return layer.load_loss_weight if asked else _DEFAULT_LOSS_WEIGHT
 
 
 def verify_gating(gating: Any, argument: str = "gating") -> None:
@@ -130,6 +138,30 @@ def verify_gating(gating: Any, argument: str = "gating") -> None:
         ):
             return
     raise ValueError(_WANTED.format(argument, f"{argument}={gating!r}"))
+
+
+def verify_recurrent_gate(gating: Any) -> None:
+    """Raises of a gate with what has no place in a recurrence, by its name."""
+    for name, why in (
+        ("z_loss_weight", "losses are formed over all steps at once, after the loop"),
+        ("switch_loss_weight", "losses are formed over all steps at once"),
+        ("input_jitter", "random numbers are drawn for all steps before the loop"),
+    ):
+        value = getattr(gating, name, 0.0)
+        if value:
+            raise ValueError(
+                f"`{name}` of the gate of a recurrent mixture must be 0: {why}, and "
+                f"this one belongs to a single step. Received: {name}={value}. Leave "
+                "it out; importance and load losses are those of the mixture."
+            )
+
+    policy = getattr(gating, "second_policy", "all")
+    if policy != "all":
+        raise ValueError(
+            '`second_policy` of the gate of a recurrent mixture must be "all": in every '
+            "step each token has the same number of experts, and random numbers are drawn "
+            f'before the loop. Received: second_policy={policy!r}. Pass "all".'
+        )
 
 
 def verify_gating_result(result: Any, gating: Any, argument: str = "gating") -> None:

@@ -1,4 +1,4 @@
-"""Gates: which experts take a token, and with what weight."""
+"""Gates without noise: which experts take a token, and with what weight."""
 
 from typing import Any
 
@@ -35,12 +35,14 @@ class SoftmaxGating(_Gating):
         gate_initializer: Initial value of `gate_kernel`. Defaults to `"zeros"`:
             all gates are equal at the start.
         use_bias: Bool. Whether the logits have a bias. Defaults to `False`.
+        z_loss_weight: Float. Weight of the router z-loss on the logits in training
+            (`functional.router_z_loss`). Defaults to `0.0`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
         mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
             statistics.
-        training: Not used.
+        training: Bool. True adds the router z-loss.
 
     Input shape:
         `(tokens, features)`.
@@ -51,8 +53,9 @@ class SoftmaxGating(_Gating):
 
     Losses and state:
         Weight `gate_kernel` of shape `(features, num_experts)`, and with
-        `use_bias` `gate_bias` `(num_experts,)`. No losses: the surrounding
-        `MoE` forms them. Every expert's load is the number of tokens.
+        `use_bias` `gate_bias` `(num_experts,)`. In training `auxiliary_losses` holds
+        the router z-loss, if it has a weight; all others the surrounding `MoE` forms.
+        Every expert's load is the number of tokens.
 
     Raises:
         ValueError: `num_experts` is not positive, or unknown when built;
@@ -71,13 +74,15 @@ class SoftmaxGating(_Gating):
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
-        gates = functional.softmax_gating(self._logits(inputs))
+        logits = self._logits(inputs)
+        gates = functional.softmax_gating(logits)
         experts = tf.range(self.num_experts)
         # zeros_like and not tf.broadcast_to: the shape may be dynamic.
         expert_indices = tf.zeros_like(gates, tf.int32) + experts
-        return functional.make_gating_result(
+        result = functional.make_gating_result(
             gates, expert_indices, self.num_experts, mask=mask
         )
+        return self._with_losses(result, logits, mask, training)
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -100,12 +105,24 @@ class TopKGating(_Gating):
             `"glorot_uniform"`: with zeros and no noise all logits tie, and
             every token would go to experts 0 to k-1.
         use_bias: Bool. Whether the logits have a bias. Defaults to `False`.
+        scaling_factor: Float above 0. Every gate is multiplied by it. Defaults to
+            `1.0`.
+        input_jitter: Float below 1. In training the gate sees every feature of a token
+            times a number drawn evenly within `1 - input_jitter` and
+            `1 + input_jitter`; the experts do not. Defaults to `0.0`.
+        switch_loss_weight: Float. Weight of the auxiliary loss of Switch and GShard in
+            training (`functional.switch_loss`), of the probabilities without noise.
+            Defaults to `0.0`.
+        z_loss_weight: Float. Weight of the router z-loss on the logits in training
+            (`functional.router_z_loss`). Defaults to `0.0`.
+        seed: Int, `keras.random.SeedGenerator` or None. Seed of the jitter.
+            Defaults to `None`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
         mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
             statistics.
-        training: Not used.
+        training: Bool. True adds the jitter, and losses that have a weight.
 
     Input shape:
         `(tokens, features)`.
@@ -116,13 +133,14 @@ class TopKGating(_Gating):
 
     Losses and state:
         Weight `gate_kernel` of shape `(features, num_experts)`, and with
-        `use_bias` `gate_bias` `(num_experts,)`. No losses: the surrounding
-        `MoE` forms them.
+        `use_bias` `gate_bias` `(num_experts,)`; with jitter the state of the seed
+        generator. In training `auxiliary_losses` holds the router z-loss and that
+        of Switch, where they have a weight; all others the surrounding `MoE` forms.
 
     Raises:
         ValueError: `k` is below 1 or above `num_experts`; `normalization` is
-            unknown; `num_experts` is unknown when built; inputs are not
-            `(tokens, features)`.
+            unknown; a weight or a factor is out of range; `num_experts` is unknown
+            when built; inputs are not `(tokens, features)`.
 
     Example:
 
@@ -143,15 +161,46 @@ class TopKGating(_Gating):
         normalization: str = "selected",
         gate_initializer: Any = "glorot_uniform",
         use_bias: bool = False,
+        scaling_factor: float = 1.0,
+        input_jitter: float = 0.0,
+        switch_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        seed: Any = None,
         **kwargs: Any,
     ):
         k = checks.verify_k(k, num_experts)
         checks.verify_choice(normalization, "normalization", NORMALIZATIONS)
+        scaling_factor = checks.verify_number(
+            scaling_factor, "scaling_factor", "(0, inf)"
+        )
+        input_jitter = checks.verify_rate(input_jitter, "input_jitter")
+        switch_loss_weight = checks.verify_weight(
+            switch_loss_weight, "switch_loss_weight"
+        )
         super().__init__(
-            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+            num_experts,
+            gate_initializer=gate_initializer,
+            use_bias=use_bias,
+            z_loss_weight=z_loss_weight,
+            **kwargs,
         )
         self.k = k
         self.normalization = normalization
+        self.scaling_factor = scaling_factor
+        self.input_jitter = input_jitter
+        self.switch_loss_weight = switch_loss_weight
+        self.seed = checks.verify_seed(seed)
+        if self._draws:
+            self.seed_generator = (
+                seed
+                if isinstance(seed, keras.random.SeedGenerator)
+                else keras.random.SeedGenerator(self.seed)
+            )
+
+    @property
+    def _draws(self):
+        """Whether a training call may draw random numbers."""
+        return self.input_jitter > 0.0
 
     def choices(self):
         return [Choice(self.k, self.num_experts, self.normalization)]
@@ -161,174 +210,47 @@ class TopKGating(_Gating):
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
-        return self._without_noise(self._logits(inputs), mask)
+        logits = self._logits(self._jittered(inputs, mask, training))
+        return self._with_losses(
+            self._without_noise(logits, mask), logits, mask, training
+        )
+
+    def _jittered(self, inputs, mask, training):
+        """The tokens as the gate sees them."""
+        if not training or not self.input_jitter:
+            return inputs
+        uniform = draw_rows(
+            tf.shape(inputs)[0],
+            inputs.shape[-1],
+            self.compute_dtype,
+            self.seed_generator,
+            mask=mask,
+            kind="uniform",
+        )
+        return inputs * (1.0 + self.input_jitter * (2.0 * uniform - 1.0))
 
     def _without_noise(self, logits, mask):
         gates, experts = functional.top_k_gating(logits, self.k, self.normalization)
         return self._result(gates, experts, mask)
 
     def _result(self, gates, expert_indices, mask, load=None):
+        if self.scaling_factor != 1.0:
+            gates *= self.scaling_factor
         return functional.make_gating_result(
             gates, expert_indices, self.num_experts, load=load, mask=mask
         )
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "k": self.k,
-            "normalization": self.normalization,
-        }
-
-
-@keras.saving.register_keras_serializable(package="keras_moe")
-class NoisyTopKGating(TopKGating):
-    """The paper's gate (router): noisy logits, the k largest kept.
-
-    $G(x) = \\mathrm{Softmax}(\\mathrm{KeepTopK}(H(x), k))$ (3)
-
-    $H(x)_i = (x W_g)_i + \\mathrm{StandardNormal}() \\cdot
-    \\mathrm{Softplus}((x W_{noise})_i)$ (4)
-
-    The noise helps the experts to share the work and makes the load a smooth
-    function of the weights (equation 10), so a load loss can balance it.
-    At inference there is no noise.
-
-    Gate maths runs in float32 under every mixed-precision policy.
-
-    Args:
-        k: Int. Experts for each token. Defaults to `4`.
-        num_experts: Int or None. Number of experts; None takes it from the
-            experts of the surrounding `MoE`. Defaults to `None`.
-        normalization: `"selected"` takes the softmax over the k kept logits
-            (the paper); `"all"` takes it over all logits, so that gates sum to
-            less than 1 and the gate learns from the task even for `k=1`.
-            Defaults to `"selected"`.
-        noise_epsilon: Float. Least standard deviation of the noise, added to
-            the softplus as in the authors' code; 0 is equation 4 as it stands.
-            Defaults to `1e-2`.
-        gate_initializer: Initial value of `gate_kernel`. Defaults to `"zeros"`
-            (appendix A): all experts start with the same chance.
-        noise_initializer: Initial value of `noise_kernel`. Defaults to
-            `"zeros"` (appendix A).
-        use_bias: Bool. Whether the clean logits have a bias. Defaults to `False`.
-        seed: Int, `keras.random.SeedGenerator` or None. Seed of the noise.
-            Defaults to `None`.
-
-    Call arguments:
-        inputs: Float tensor `(tokens, features)`.
-        mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
-            statistics.
-        training: Bool. True adds the noise.
-        noise: Float tensor `(tokens, num_experts)` or None. Standard normal
-            noise to use in training; None draws it.
-
-    Input shape:
-        `(tokens, features)`.
-
-    Output shape:
-        A `GatingResult`: gates `(tokens, k)` float32, the chosen experts, the
-        statistics.
-
-    Losses and state:
-        Weights `gate_kernel` and `noise_kernel`, each `(features,
-        num_experts)`, with `use_bias` `gate_bias` `(num_experts,)`; the state of
-        the seed generator. No losses: the surrounding `MoE` forms them. The load
-        is smooth in training if `k < num_experts`, otherwise a hard count.
-
-    Raises:
-        ValueError: `k` is below 1 or above `num_experts`; `normalization` is
-            unknown; `noise_epsilon` is negative; `num_experts` is unknown when
-            built; inputs are not `(tokens, features)`.
-
-    Example:
-
-    >>> gating = keras_moe.layers.NoisyTopKGating(k=2, num_experts=4)
-    >>> result = gating(np.ones((3, 8), "float32"), training=True)
-    >>> int(sum(result.statistics.counts)), result.gates.shape.as_list()
-    (6, [3, 2])
-
-    Reference:
-        Shazeer et al. 2017, section 2.1 and appendix A.
-    """
-
-    def __init__(
-        self,
-        k: int = 4,
-        num_experts: int | None = None,
-        *,
-        normalization: str = "selected",
-        noise_epsilon: float = 1e-2,
-        gate_initializer: Any = "zeros",
-        noise_initializer: Any = "zeros",
-        use_bias: bool = False,
-        seed: Any = None,
-        **kwargs: Any,
-    ):
-        noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
-        super().__init__(
-            k,
-            num_experts,
-            normalization=normalization,
-            gate_initializer=gate_initializer,
-            use_bias=use_bias,
-            **kwargs,
+    def _losses_of(self, logits, result, mask):
+        losses = super()._losses_of(logits, result, mask)
+        if not self.switch_loss_weight:
+            return losses
+        loss = functional.switch_loss(
+            functional.softmax_gating(logits),
+            result.statistics.counts,
+            mask,
+            self.switch_loss_weight,
         )
-        self.noise_epsilon = noise_epsilon
-        self.noise_initializer = keras.initializers.get(noise_initializer)
-        self.seed = seed = checks.verify_seed(seed)
-        self.seed_generator = (
-            seed
-            if isinstance(seed, keras.random.SeedGenerator)
-            else keras.random.SeedGenerator(seed)
-        )
-
-    @property
-    def has_smooth_load(self) -> bool:  # type: ignore[override]
-        """Whether the load in training has a gradient."""
-        return self.num_experts is None or self.k < self.num_experts
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.noise_kernel = self._add_kernel(
-            "noise_kernel", input_shape[-1], self.noise_initializer
-        )
-
-    def draw_noise(self, num_tokens: Any, mask: Any = None) -> tf.Tensor:
-        """Standard normal noise `(num_tokens, num_experts)` for a call.
-
-        Args:
-            num_tokens: Int or `()` int32.
-            mask: That of the call. Defaults to `None`.
-
-        Returns:
-            `(num_tokens, num_experts)` float32 or float64, new at every call.
-        """
-        return draw_rows(
-            num_tokens,
-            self.num_experts,
-            self.compute_dtype,
-            self.seed_generator,
-            mask=mask,
-        )
-
-    def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
-        mask = self._verify_call(inputs, mask)
-        clean_logits = self._logits(inputs)
-        if not training:
-            return self._without_noise(clean_logits, mask)
-        if noise is None:
-            noise = self.draw_noise(tf.shape(clean_logits)[0], mask)
-        gates, expert_indices, probs = functional.noisy_top_k_gating(
-            clean_logits,
-            tf.matmul(inputs, self.noise_kernel),
-            noise,
-            self.k,
-            self.normalization,
-            self.noise_epsilon,
-        )
-        # Paper: at k = n every expert is always chosen; the load is a count.
-        load = functional.load(probs, mask) if self.k < self.num_experts else None
-        return self._result(gates, expert_indices, mask, load)
+        return (*losses, loss)
 
     def get_config(self):
         seed = self.seed
@@ -336,8 +258,11 @@ class NoisyTopKGating(TopKGating):
             seed = keras.saving.serialize_keras_object(seed)
         return {
             **super().get_config(),
-            "noise_epsilon": self.noise_epsilon,
-            "noise_initializer": keras.initializers.serialize(self.noise_initializer),
+            "k": self.k,
+            "normalization": self.normalization,
+            "scaling_factor": self.scaling_factor,
+            "input_jitter": self.input_jitter,
+            "switch_loss_weight": self.switch_loss_weight,
             "seed": seed,
         }
 

@@ -4,18 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
-from keras_moe.functional.gating import NORMALIZATIONS
 from keras_moe.layers import configs
 from keras_moe.layers.base_gating import Choice, _Gating
-from keras_moe.layers.gate_contract import verify_gating, verify_gating_result
-from keras_moe.layers.gating import NoisyTopKGating
+from keras_moe.layers.gate_contract import verify_gating_result
+from keras_moe.layers.group_checks import (
+    share_num_groups,
+    two_normalizations,
+    verify_groups,
+    verify_two_ks,
+)
 from keras_moe.layers.hierarchical_static import hierarchical_gating
 from keras_moe.layers.initializers import PerExpertInitializer
-from keras_moe.layers.noise import draw_rows
+from keras_moe.layers.noise import LEARNED, NoiseLevel, draw_rows
+from keras_moe.layers.noisy_gating import NoisyTopKGating
+from keras_moe.layers.secondary_gates import SecondaryGates, choose, with_levels
 from keras_moe.types import GatingResult
 
 
@@ -43,6 +48,10 @@ class HierarchicalGating(_Gating):
         normalization: `"selected"` or `"all"`, as for `NoisyTopKGating`, for both
             levels, or two of them, for the primary gate that is left out and for
             the secondary gates. Defaults to `"selected"`.
+        noise_stddev: `"learned"`, a float or a schedule, as for `NoisyTopKGating`: the
+            standard deviation of the noise of the secondary gates, and of a primary
+            gate that is left out. A schedule needs a primary gate with a
+            `gate_kernel`, by which steps are counted. Defaults to `"learned"`.
         noise_epsilon: Float. Least standard deviation of the secondary noise.
             Defaults to `1e-2`.
         gate_initializer: Initial value of the secondary `gate_kernel`. Defaults
@@ -51,13 +60,17 @@ class HierarchicalGating(_Gating):
             Defaults to `"zeros"`.
         use_bias: Bool. Whether the clean logits of the secondary gates, and of a
             primary gate that is left out, have a bias. Defaults to `False`.
+        z_loss_weight: Float. Weight of the router z-loss in training
+            (`functional.router_z_loss`), of the logits of the secondary gates of a
+            token's groups, and of a primary gate that is left out. Defaults to `0.0`.
         seed: Int or None. Seed of the secondary noise. Defaults to `None`.
 
     Call arguments:
         inputs: Float tensor `(tokens, features)`.
         mask: Bool tensor `(tokens,)` or None. False leaves a token out of the
             statistics.
-        training: Bool. True adds the noise, on both levels.
+        training: Bool. True adds the noise, and losses that have a weight, on both
+            levels.
 
     Input shape:
         `(tokens, features)`.
@@ -67,15 +80,18 @@ class HierarchicalGating(_Gating):
         the statistics over all experts.
 
     Losses and state:
-        Weights of the primary gate; `gate_kernel` and `noise_kernel`, each
-        `(num_groups, features, group size)`, and with `use_bias` `gate_bias`
-        `(num_groups, group size)`. No losses. The load is that of
-        equation 14 in training, a hard count otherwise.
+        Weights of the primary gate; `gate_kernel` and, if the noise is learned,
+        `noise_kernel`, each `(num_groups, features, group size)`, and with `use_bias`
+        `gate_bias` `(num_groups, group size)`; with a schedule the number of steps.
+        `auxiliary_losses` holds those of the primary gate and the z-loss of the
+        secondary ones. The load is that of equation 14 in training, a hard count
+        otherwise.
 
     Raises:
         ValueError: `num_experts` is not a multiple of `num_groups`; `k` is not
             two ints within the number of groups and their size; the primary
-            gate has another number of experts than `num_groups`.
+            gate has another number of experts than `num_groups`; `noise_stddev` is
+            negative or of another kind, or a schedule without steps to count.
 
     Example:
 
@@ -96,25 +112,33 @@ class HierarchicalGating(_Gating):
         *,
         primary_gating: keras.layers.Layer | None = None,
         normalization: str | Sequence[str] = "selected",
+        noise_stddev: Any = LEARNED,
         noise_epsilon: float = 1e-2,
         gate_initializer: Any = "zeros",
         noise_initializer: Any = "zeros",
         use_bias: bool = False,
+        z_loss_weight: float = 0.0,
         seed: int | None = None,
         **kwargs: Any,
     ):
         num_groups = checks.verify_positive_int(num_groups, "num_groups")
-        noise_epsilon = checks.verify_weight(noise_epsilon, "noise_epsilon")
+        noise = NoiseLevel(noise_stddev, noise_epsilon)
         k = verify_two_ks(k)
         of_primary, of_secondary = two_normalizations(normalization)
         super().__init__(
-            num_experts, gate_initializer=gate_initializer, use_bias=use_bias, **kwargs
+            num_experts,
+            gate_initializer=gate_initializer,
+            use_bias=use_bias,
+            z_loss_weight=z_loss_weight,
+            **kwargs,
         )
         if primary_gating is None:
             primary_gating = NoisyTopKGating(
                 k[0],
                 normalization=of_primary,
+                noise_stddev=noise.stddev,
                 use_bias=use_bias,
+                z_loss_weight=z_loss_weight,
                 dtype=self.dtype_policy,
             )
         self.num_groups = num_groups
@@ -122,17 +146,26 @@ class HierarchicalGating(_Gating):
         self.normalization = normalization
         self.secondary_normalization = of_secondary
         self.primary_gating = primary_gating
-        self.noise_epsilon = noise_epsilon
+        self._noise = noise
+        self.noise_stddev = noise.stddev
+        self.noise_epsilon = noise.epsilon
         self.noise_initializer = keras.initializers.get(noise_initializer)
         self.seed = seed = checks.verify_seed(seed)
         self.seed_generator = keras.random.SeedGenerator(seed)
-        _share_num_groups(primary_gating, num_groups)
+        share_num_groups(primary_gating, num_groups)
         configs.hold(self, primary_gating)
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether choices in training depend on noise, on either level."""
+        own = not self._noise.is_none
+        return own or getattr(self.primary_gating, "has_noise", False)
 
     @property
     def has_smooth_load(self) -> bool:  # type: ignore[override]
         """Whether the load in training has a gradient, to either level."""
-        if self.num_experts is None or self.k[1] < self.num_experts // self.num_groups:
+        size = (self.num_experts or 2**31) // self.num_groups
+        if not self._noise.is_none and self.k[1] < size:
             return True
         return getattr(self.primary_gating, "has_smooth_load", True)
 
@@ -177,11 +210,14 @@ class HierarchicalGating(_Gating):
 
     def build(self, input_shape):
         super().build(input_shape)
-        self.noise_kernel = self._add_kernel(
-            "noise_kernel", input_shape[-1], self.noise_initializer
-        )
+        if self._noise.is_learned:
+            self.noise_kernel = self._add_kernel(
+                "noise_kernel", input_shape[-1], self.noise_initializer
+            )
         if not self.primary_gating.built:
             self.primary_gating.build(input_shape)
+        # Its own kernel may be spread over devices.
+        self._noise.build(self, getattr(self.primary_gating, "gate_kernel", None))
 
     def call(self, inputs, mask=None, training=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
@@ -193,18 +229,17 @@ class HierarchicalGating(_Gating):
         rows = plan.dispatch(inputs)  # (M, D), sorted by group
         row_mask = None if mask is None else tf.gather(mask, plan.token_indices)
         groups = tf.repeat(tf.range(self.num_groups), plan.counts)
-        gates, indices, load = self.secondary(
-            rows, groups, plan.counts, training, row_mask
-        )
+        secondary = self.secondary(rows, groups, plan.counts, training, row_mask)
         # From rows sorted by group to pairs in the order of the tokens.
         pairs = tf.reshape(plan.positions, [-1])
         gates, expert_indices = functional.hierarchical_gates(
             tf.reshape(primary.gates, [-1]),
             tf.gather(groups, pairs),
-            tf.gather(gates, pairs),
-            tf.gather(indices, pairs),
+            tf.gather(secondary.gates, pairs),
+            tf.gather(secondary.indices, pairs),
             self.num_experts // self.num_groups,
         )
+        load = secondary.load
         if load is not None:
             load = functional.hierarchical_load(
                 primary.statistics.load, load, primary.statistics.counts
@@ -222,7 +257,7 @@ class HierarchicalGating(_Gating):
             load=load,
             mask=mask,
         )
-        return result._replace(auxiliary_losses=primary.auxiliary_losses)
+        return with_levels(result, primary, secondary)
 
     def secondary(
         self,
@@ -232,7 +267,7 @@ class HierarchicalGating(_Gating):
         training: bool | None,
         row_mask: tf.Tensor | None = None,
         first_row: tf.Tensor | int | None = None,
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
+    ) -> SecondaryGates:
         """The secondary gates of rows that are sorted by group.
 
         On several devices it sees the groups that live on this one.
@@ -249,41 +284,38 @@ class HierarchicalGating(_Gating):
                 Defaults to `None`, on one device.
 
         Returns:
-            gates: `(M, k2)` float within the group.
-            indices: `(M, k2)` int32 within the group.
-            load: `(groups here, group size)` smooth load in training, else None.
+            The `SecondaryGates`.
         """
+        with_raw_noise = training and self._noise.is_learned
         kernels = [tf.convert_to_tensor(self.gate_kernel)]
-        if training:
+        if with_raw_noise:
             kernels.append(tf.convert_to_tensor(self.noise_kernel))
         kernel = tf.concat(kernels, axis=-1)
-        num_groups = kernel.shape[0]
         biases = None
         if self.use_bias:  # of the clean logits
             bias = tf.convert_to_tensor(self.gate_bias)
-            biases = [tf.concat([bias, tf.zeros_like(bias)], -1) if training else bias]
+            own = [bias, tf.zeros_like(bias)] if with_raw_noise else [bias]
+            biases = [tf.concat(own, axis=-1)]
         logits = functional.feed_forward_experts(rows, [kernel], biases, counts)
-        k, normalization = self.k[1], self.secondary_normalization
-        if not training:
-            gates, indices = functional.top_k_gating(logits, k, normalization)
-            return gates, indices, None
-        clean, raw_noise = tf.split(logits, 2, axis=-1)
-        noise = draw_rows(
-            tf.shape(clean)[0],
-            clean.shape[-1],
-            self.compute_dtype,
-            self.seed_generator,
-            first_row,
-            row_mask,
-        )
-        # Every expert of a chosen group takes the token if k is their number.
-        gates, indices, probs = functional.noisy_top_k_gating(
-            clean, raw_noise, noise, k, normalization, self.noise_epsilon
-        )
+        clean, raw_noise = tf.split(logits, 2, -1) if with_raw_noise else (logits, None)
+
+        def draw():
+            return draw_rows(
+                tf.shape(clean)[0],
+                clean.shape[-1],
+                self.compute_dtype,
+                self.seed_generator,
+                first_row,
+                row_mask,
+            )
+
+        found, probs = choose(self, clean, raw_noise, draw, row_mask, training)
+        if probs is None:
+            return found
         if row_mask is not None:
             groups = tf.where(row_mask, groups, -1)
-        load = tf.math.unsorted_segment_sum(probs, groups, num_groups)
-        return gates, indices, load
+        load = tf.math.unsorted_segment_sum(probs, groups, kernel.shape[0])
+        return found._replace(load=load)
 
     def get_config(self):
         return {
@@ -294,6 +326,7 @@ class HierarchicalGating(_Gating):
             "normalization": self.normalization
             if isinstance(self.normalization, str)
             else list(self.normalization),
+            "noise_stddev": self._noise.get_config(),
             "noise_epsilon": self.noise_epsilon,
             "noise_initializer": keras.initializers.serialize(self.noise_initializer),
             "seed": self.seed,
@@ -308,55 +341,3 @@ class HierarchicalGating(_Gating):
 def with_primary_gating(config):
     primary = configs.deserialize(config.get("primary_gating"), config["num_groups"])
     return {**config, "primary_gating": primary}
-
-
-def verify_two_ks(k):
-    if np.shape(k) != (2,):
-        raise ValueError(
-            "`k` must be two ints: groups for each token, and experts in each "
-            f"group. Received: k={k!r}."
-        )
-    return (checks.verify_k(k[0]), checks.verify_k(k[1]))
-
-
-def two_normalizations(normalization):
-    """That of the primary gate and that of the secondary gates."""
-    if isinstance(normalization, str):
-        normalization = (normalization, normalization)
-    if not isinstance(normalization, Sequence) or len(normalization) != 2:
-        raise ValueError(
-            '`normalization` must be "selected" or "all", or two of these, for the '
-            "primary gate and for the secondary gates. Received: "
-            f"normalization={normalization!r}."
-        )
-    for each in normalization:
-        checks.verify_choice(each, "normalization", NORMALIZATIONS)
-    return tuple(normalization)
-
-
-def verify_groups(num_experts, num_groups, k):
-    if num_experts % num_groups:
-        raise ValueError(
-            "`num_experts` must be a multiple of `num_groups`. Received: "
-            f"num_experts={num_experts}, num_groups={num_groups}. Every group has "
-            "the same number of experts."
-        )
-    group_size = num_experts // num_groups
-    if k[0] > num_groups or k[1] > group_size:
-        raise ValueError(
-            "`k` must be at most the number of groups and their size. Received: "
-            f"k={tuple(k)}, num_groups={num_groups}, {group_size} experts a group. "
-            "Lower `k` or add experts."
-        )
-
-
-def _share_num_groups(primary_gating, num_groups):
-    verify_gating(primary_gating, "primary_gating")
-    stated = getattr(primary_gating, "num_experts", None)
-    if stated is None:
-        primary_gating.num_experts = num_groups
-    elif stated != num_groups:
-        raise ValueError(
-            "`primary_gating` must gate as many experts as there are groups. "
-            f"Received: primary_gating.num_experts={stated}, num_groups={num_groups}."
-        )

@@ -9,13 +9,15 @@ from keras_moe import checks, engine
 from keras_moe.layers import configs
 from keras_moe.layers.balance_losses import add_balance
 from keras_moe.layers.base_experts import Experts
+from keras_moe.layers.group_checks import verify_groups, verify_two_ks
 from keras_moe.layers.hierarchical_gating import (
     HierarchicalGating,
-    verify_groups,
-    verify_two_ks,
     with_primary_gating,
 )
 from keras_moe.layers.moe import MoE, with_capacity_of_evaluation
+
+# Arguments that both the layer and its gates have.
+_SHARED = ("normalization", "noise_stddev", "z_loss_weight")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -46,8 +48,12 @@ class HierarchicalMoE(MoE):
             only. Defaults to `"selected"`.
         use_gate_bias: Bool. Whether the gates, but for a given `primary_gating`,
             have a bias. Defaults to `False`.
-        importance_loss_weight: Float. Weight of the importance loss. Defaults
-            to `0.1`.
+        noise_stddev: As for `HierarchicalGating`: the standard deviation of the noise
+            of the gates, but for a given `primary_gating`. Defaults to `"learned"`.
+        z_loss_weight: Float. Weight of the router z-loss in training, of the logits of
+            these gates (`functional.router_z_loss`). Defaults to `0.0`.
+        importance_loss_weight: Float or None. Weight of the importance loss. None
+            means 0.1. Defaults to `None`.
         load_loss_weight: Float or None. Weight of the load loss. None means 0.1
             where the load is smooth, else 0, as for `MoE`. Defaults to `None`.
         activation: Activation of the combined output. Defaults to `None`.
@@ -102,7 +108,9 @@ class HierarchicalMoE(MoE):
         primary_gating: keras.layers.Layer | None = None,
         normalization: str | Sequence[str] = "selected",
         use_gate_bias: bool = False,
-        importance_loss_weight: float = 0.1,
+        noise_stddev: Any = "learned",
+        z_loss_weight: float = 0.0,
+        importance_loss_weight: float | None = None,
         load_loss_weight: float | None = None,
         activation: Any = None,
         capacity_factor: float | None = None,
@@ -124,6 +132,8 @@ class HierarchicalMoE(MoE):
             primary_gating=primary_gating,
             normalization=normalization,
             use_bias=use_gate_bias,
+            noise_stddev=noise_stddev,
+            z_loss_weight=z_loss_weight,
             dtype=kwargs.get("dtype"),
         )
         super().__init__(
@@ -143,6 +153,8 @@ class HierarchicalMoE(MoE):
         self.primary_gating = primary_gating
         self.normalization = normalization
         self.use_gate_bias = gating.use_bias
+        self.noise_stddev = gating.noise_stddev
+        self.z_loss_weight = gating.z_loss_weight
 
     def build(self, inputs_shape, gate_inputs_shape=None):
         num_replicas = engine.for_weights().replicas.number
@@ -183,22 +195,22 @@ class HierarchicalMoE(MoE):
                 f"{here.devices}. Record it outside of "
                 "`strategy.run`."
             )
-        outputs, statistics, losses = here.hierarchical_mixture(
+        outputs, statistics, losses, kept = here.hierarchical_mixture(
             self, tokens, gate_tokens, training
         )
-        add_balance(self, statistics, training, losses)
+        add_balance(self, statistics, training, losses, choices_kept=kept)
         return outputs, None
 
     def get_config(self):
         config = super().get_config()
         del config["gating"]
-        primary = self.primary_gating
+        primary, of_gates = self.primary_gating, self.gating.get_config()
         return {
             **config,
             "num_groups": self.num_groups,
             "k": list(self.k),
             "primary_gating": configs.serialize(self.gating, primary),
-            "normalization": self.gating.get_config()["normalization"],
+            **{name: of_gates[name] for name in _SHARED},
             "use_gate_bias": self.use_gate_bias,
         }
 

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import engine, functional
+from keras_moe.layers.secondary_gates import choose, with_levels
 from keras_moe.types import GatingResult
 
 
@@ -42,21 +43,21 @@ def hierarchical_gating(
     if layer.use_bias:
         own = [tf.matmul(member, layer.gate_bias) for member in members]
         clean += tf.stack(own, axis=1)
-    load, k2 = None, layer.k[1]
-    normalization = layer.secondary_normalization
-    if not training:
-        gates, indices = functional.top_k_gating(_rows(clean), k2, normalization)
-    else:
-        raw_noise = every(inputs, layer.noise_kernel, groups, members)
-        noise = _noise(layer, groups, members, size, mask)
-        gates, indices, probs = functional.noisy_top_k_gating(
-            _rows(clean),
-            _rows(raw_noise),
-            _rows(noise),
-            k2,
-            normalization,
-            layer.noise_epsilon,
-        )
+    load, k2, raw_noise = None, layer.k[1], None
+    if training and hasattr(layer, "noise_kernel"):
+        raw_noise = _rows(every(inputs, layer.noise_kernel, groups, members))
+    row_mask = None
+    if mask is not None:
+        row_mask = tf.reshape(tf.stack([mask] * k1, axis=1), [-1])
+    secondary, probs = choose(
+        layer,
+        _rows(clean),
+        raw_noise,
+        lambda: _rows(_noise(layer, groups, members, size, mask)),
+        row_mask,
+        training,
+    )
+    if probs is not None:
         load = _load(tf.reshape(probs, tf.shape(clean)), members, mask)
         load = functional.hierarchical_load(
             primary.statistics.load, load, primary.statistics.counts
@@ -64,8 +65,8 @@ def hierarchical_gating(
     gates, expert_indices = functional.hierarchical_gates(
         tf.reshape(primary.gates, [-1]),
         tf.reshape(groups, [-1]),
-        gates,
-        indices,
+        secondary.gates,
+        secondary.indices,
         size,
     )
     # A group of -1 is none, and so are its experts.
@@ -79,7 +80,7 @@ def hierarchical_gating(
         load=load,
         mask=mask,
     )
-    return result._replace(auxiliary_losses=primary.auxiliary_losses)
+    return with_levels(result, primary, secondary)
 
 
 def _num_tokens(x):

@@ -1,7 +1,6 @@
 """The Mixture-of-Experts layer: gate (router), dispatch, experts, combine, losses."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import keras
@@ -52,9 +51,10 @@ class MoE(keras.layers.Layer):
             `(tokens, features)` to a `GatingResult`. None means
             `NoisyTopKGating(k=4)`; of 3 or 4 experts one is left out, and of 2
             one is picked, with `normalization="all"`. Defaults to `None`.
-        importance_loss_weight: Float. Weight of the squared coefficient of
-            variation of the experts' importance (equation 7). Defaults to
-            `0.1`, the paper's for language models.
+        importance_loss_weight: Float or None. Weight of the squared coefficient of
+            variation of the experts' importance (equation 7). None means 0.1, the
+            paper's for language models, and 0 with a gate that balances without a
+            loss. Defaults to `None`.
         load_loss_weight: Float or None. Weight of the same of their load (equation
             11). None means 0.1 where the load is smooth (`NoisyTopKGating` with
             `k < num_experts`), else 0: counts have no gradient. Defaults to `None`.
@@ -144,7 +144,7 @@ class MoE(keras.layers.Layer):
         experts: keras.layers.Layer,
         gating: keras.layers.Layer | None = None,
         *,
-        importance_loss_weight: float = 0.1,
+        importance_loss_weight: float | None = None,
         load_loss_weight: float | None = None,
         activation: Any = None,
         capacity_factor: float | None = None,
@@ -268,28 +268,35 @@ class MoE(keras.layers.Layer):
             return here.dispatcher(k_of(self.gating))
         factor = self.capacity_factor if training else self.evaluation_capacity_factor
         if factor is not None:
-            return functional.CapacityDispatcher(factor)
+            return functional.CapacityDispatcher(factor, self._most_experts)
         if here.static_shapes:
-            return functional.StaticDispatcher()
+            return functional.StaticDispatcher(k_of(self.gating))
         return functional.Dispatcher()
 
     def _mix(self, dispatcher, tokens, gate_tokens, mask, training):
         """Outputs `(N, output_units)` and the gate's result; losses on the way."""
         result = self.gating(gate_tokens, mask=mask, training=training)
         verify_gating_result(result, self.gating)
-        if self._has_capacity:
+        if self._has_capacity and self._most_experts is None:
             gate = type(self.gating).__name__
             verify_fixed_k(result, k_of(self.gating), f"{self._capacities} with {gate}")
         rows = tokens
         if hasattr(self.experts, "with_keys"):
             rows = self.experts.with_keys(tokens, mask, training)
         outputs, overflow = dispatcher.mix(self.experts, rows, result, mask)
-        entropy = partial(
-            functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask
-        )
-        own_losses = result.auxiliary_losses
-        add_balance(self, result.statistics, training, own_losses, overflow, entropy)
+
+        def entropy():
+            gates = result.gates / getattr(self.gating, "scaling_factor", 1.0)
+            return functional.gate_entropy(gates, tf.shape(tokens)[0], mask)
+
+        own = result.auxiliary_losses, overflow, entropy, result.choices_kept
+        add_balance(self, result.statistics, training, *own)
         return outputs, result
+
+    @property
+    def _most_experts(self):
+        """The most experts of a token, if the gate says that their number varies."""
+        return getattr(self.gating, "most_experts", None)
 
     @property
     def _has_capacity(self):

@@ -36,8 +36,9 @@ class MoELSTM(keras.layers.RNN):
         num_experts: Int. Number of weight matrices.
         gating: The gate, as for `MoELSTMCell`. None means that of `MoE`. Defaults
             to `None`.
-        importance_loss_weight: Float. Weight of the importance loss (equation
-            7). Defaults to `0.1`.
+        importance_loss_weight: Float or None. Weight of the importance loss (equation
+            7). None means 0.1, and 0 with a gate that balances without a loss, as for
+            `MoE`. Defaults to `None`.
         load_loss_weight: Float or None. Weight of the load loss (equation 11).
             None means 0.1 where the load is smooth, else 0, as for `MoE`. Defaults
             to `None`.
@@ -109,7 +110,7 @@ class MoELSTM(keras.layers.RNN):
         num_experts: int,
         gating: keras.layers.Layer | None = None,
         *,
-        importance_loss_weight: float = 0.1,
+        importance_loss_weight: float | None = None,
         load_loss_weight: float | None = None,
         losses_in_evaluation: bool = False,
         segment_length: int | None = None,
@@ -199,6 +200,8 @@ class MoELSTM(keras.layers.RNN):
             inputs = tf.reverse(inputs, [0])
             mask = mask if mask is None else tf.reverse(mask, [0])
         cell = self.cell
+        # Before the gate's state is read: a schedule of its noise looks for a new step.
+        noise = self._noise(inputs, training)
         result = functional.moe_lstm(
             inputs,
             tf.convert_to_tensor(initial_state[0]),
@@ -207,14 +210,17 @@ class MoELSTM(keras.layers.RNN):
             tf.convert_to_tensor(cell.bias),
             self._route(training),
             weights=[tf.convert_to_tensor(v) for v in self.gating.trainable_variables],
-            noise=self._noise(inputs, training),
+            noise=noise,
             mask=mask,
             activation=cell.activation,
             recurrent_activation=cell.recurrent_activation,
             segment_length=self.segment_length,
             keep_steps=bool(training),
         )
-        add_balance(self, result.statistics, training)
+        kept = result.choices_kept
+        add_balance(self, result.statistics, training, choices_kept=kept)
+        if training and hasattr(self.gating, "note_counts"):
+            self.gating.note_counts(result.statistics.counts, inputs)
         outputs = result.hidden
         if mask is not None:
             # As in Keras: zero until the first step that is not masked, and

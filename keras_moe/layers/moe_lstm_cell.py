@@ -7,9 +7,11 @@ import tensorflow as tf
 
 from keras_moe import checks, engine, functional
 from keras_moe.layers import configs
+from keras_moe.layers.causality import verify_causal
 from keras_moe.layers.gate_contract import (
     default_gating,
     share_num_experts,
+    verify_recurrent_gate,
     warn_of_constant_gates,
 )
 from keras_moe.layers.initializers import PerExpertInitializer
@@ -105,7 +107,9 @@ class MoELSTMCell(keras.layers.Layer):
         self.unit_forget_bias = bool(unit_forget_bias)
         if gating is None:
             gating = default_gating(num_experts, self.dtype_policy)
+        verify_causal([gating], "gating", "a recurrent mixture")
         share_num_experts(gating, num_experts)
+        verify_recurrent_gate(gating)
         self.gating = gating
         warn_of_constant_gates(self)
         configs.hold(self, gating)

@@ -50,7 +50,8 @@ def beam_search(
 
     Raises:
         ImportError: tf-models-official is not installed.
-        ValueError: An option is out of range, or `start` is not one token a row.
+        ValueError: An option is out of range, or `start` is not one token for each row
+            of the state.
 
     Reference:
         Wu et al. 2016, "Google's neural machine translation system", section 7.
@@ -68,6 +69,9 @@ def beam_search(
     eos_id = checks.verify_int(eos_id, "eos_id", 0, vocabulary_size - 1)
     start = tf.cast(checks.verify_ids(start, "start", vocabulary_size), tf.int32)
     checks.verify_shape([None], "one token a row", start=start)
+    for part in tf.nest.flatten(state):
+        rows = part.shape[:1]
+        checks.verify_shape(rows, "one token for each row of `state`", start=start)
 
     def symbols_to_logits(ids, _, cache):
         logits, cache = step(ids[:, -1], cache)

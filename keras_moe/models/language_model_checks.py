@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.layers.causality import verify_causal
 from keras_moe.models.parts import as_layers
 
 
@@ -20,6 +21,7 @@ def as_middle(middle):
                 f"return_sequences={layer.return_sequences}, "
                 f"return_state={layer.return_state}."
             )
+    verify_causal(layers, "middle", "MoELanguageModel")
     return layers
 
 

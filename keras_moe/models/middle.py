@@ -8,9 +8,10 @@ import keras
 from keras_moe import checks
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
+from keras_moe.layers.gating import SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 
 KINDS = ("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none")
 _GATES: dict[str, type] = {

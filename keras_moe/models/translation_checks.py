@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.layers.causality import verify_causal
 from keras_moe.models.parts import as_layers
 
 
@@ -18,6 +19,8 @@ def as_middle(middle, name):
                 f"the model's own LSTMs only. Received: layer {layer.name!r}, a "
                 f"{type(layer).__name__}. Raise `encoder_lstms` or `decoder_lstms`."
             )
+    if name == "decoder_middle":
+        verify_causal(layers, name, "MoETranslator")
     return layers
 
 

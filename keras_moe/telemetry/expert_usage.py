@@ -37,8 +37,9 @@ class ExpertUsage(keras.callbacks.Callback):
 
     For every mixture of several experts (`MoE`, `HierarchicalMoE`, `MoELSTM`), in
     training and in validation: coefficients of variation of importance and load,
-    largest over mean load, experts without a token, entropy of the gates, and what
-    a capacity has dropped. Loads are true counts. Under a strategy of several
+    largest over mean load, experts without a token, entropy of the gates, what
+    a capacity has dropped, and in training the share of a gate's choices that its
+    noise leaves. Loads are true counts. Under a strategy of several
     replicas they are those of the global batch.
 
     They go to
@@ -77,9 +78,9 @@ class ExpertUsage(keras.callbacks.Callback):
             `picture` can't be written.
         ImportError: When training begins: a picture is wanted without matplotlib.
 
-    It warns, once for each mixture, if the load is uneven in validation and even in
-    training from the third epoch on (or the last, if there are fewer): the gate then
-    chooses by its noise, see the guide to balancing.
+    It warns, once for each mixture of a noisy gate, if the load is uneven in validation
+    and even in training from the third epoch on (or the last, if there are fewer): the
+    gate then chooses by its noise, see the guide to balancing.
 
     On several workers every worker needs the callback, since reading the sums is a
     collective; give each a `log_dir` of its own.
@@ -183,23 +184,28 @@ class ExpertUsage(keras.callbacks.Callback):
             if hasattr(layer, "balance") and hasattr(layer, "gating")
         }
         for name, metric in self._metrics().items():
-            if name in self._warned or not hasattr(gates.get(metric), "noise_kernel"):
+            gate = gates.get(metric)
+            noisy = getattr(gate, "has_noise", hasattr(gate, "noise_kernel"))
+            if name in self._warned or not noisy:
                 continue
             trained = self._epoch_figures[f"{name}_load_cv"]
             record = self.records[name][VALIDATION][-1]
             validated = record.figures["load_cv"]
+            kept = self._epoch_figures.get(f"{name}_choices_kept")
+            known = "" if kept is None else f", {name}_choices_kept={kept:.2f}"
             # So far apart are the experts of few tokens by chance alone.
             chance = (metric.num_experts / max(record.totals.counts.sum(), 1)) ** 0.5
             if validated > max(_UNEVEN, 4.0 * trained) + 2.0 * chance:
                 self._warned.add(name)
                 warnings.warn(
                     f"{name}: the load of the experts is even in training "
-                    f"(load_cv={trained:.2f}) and uneven in validation without noise "
+                    f"(load_cv={trained:.2f}{known}) and uneven in validation without noise "
                     f"(val_{name}_load_cv={validated:.2f}, val_{name}_max_over_mean_"
                     f"load={record.figures['max_over_mean_load']:.1f}). Either the "
                     "validation data are of another kind, or the gate chooses by its "
                     "noise more than by the token, which meets the balancing losses "
                     "without a choice. Lower `load_loss_weight` and `noise_epsilon`, "
+                    "set or anneal the noise by `noise_stddev`, "
                     'start the gate with `gate_initializer="glorot_uniform"`, or use '
                     "`TopKGating`; train longer if this is an early epoch.",
                     stacklevel=2,

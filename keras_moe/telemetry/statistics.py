@@ -16,6 +16,9 @@ class UsageTotals(NamedTuple):
         overflow: Float. Assignments dropped for want of capacity.
         entropy: Float. Sum of the entropies of the tokens' gates.
         tokens: Float. Tokens in `entropy`, 0 if it is not known.
+        choices_kept: Float. Sum of the shares of their choices that a gate's noise
+            leaves tokens (`functional.choices_kept`).
+        noisy_tokens: Float. Tokens in `choices_kept`, 0 if there was no noise.
     """
 
     importance: np.ndarray
@@ -23,6 +26,8 @@ class UsageTotals(NamedTuple):
     overflow: float = 0.0
     entropy: float = 0.0
     tokens: float = 0.0
+    choices_kept: float = 0.0
+    noisy_tokens: float = 0.0
 
     def since(self, before: "UsageTotals | None") -> "UsageTotals":
         """What was counted after `before`; all of it if counting began again."""
@@ -54,6 +59,9 @@ def usage_statistics(
         * `dead_experts`: number of experts without a single token;
         * `gate_entropy`: mean entropy of a token's gates in nats, from 0 (one
           expert has all the weight) to log k; only if it is known;
+        * `choices_kept`: share of the choices without noise that the noise of the
+          gate leaves, from about k over the number of experts (it draws by lot) to 1;
+          only if there was noise;
         * `overflow`: share of the assignments dropped; only with `has_capacity`.
 
         All are 0 if nothing was counted.
@@ -80,6 +88,8 @@ def usage_statistics(
     }
     if totals.tokens:
         figures["gate_entropy"] = float(totals.entropy / totals.tokens)
+    if totals.noisy_tokens:
+        figures["choices_kept"] = float(totals.choices_kept / totals.noisy_tokens)
     if has_capacity:
         figures["overflow"] = _ratio(totals.overflow, counts.sum())
     return figures

@@ -9,6 +9,7 @@ from keras_moe import writing
 
 _DRAWN = "#2a6f97"
 _SECOND = "#c8553d"
+_THIRD = "#588157"
 
 
 def draw(records: dict[str, dict[str, list[Any]]], path: str | os.PathLike) -> None:
@@ -66,9 +67,12 @@ def _draw_balance(axes, splits):
     for key, label, color in (
         ("max_over_mean_load", "max/mean load", _DRAWN),
         ("load_cv", "CV of the load", _SECOND),
+        ("choices_kept", "choices that noise leaves", _THIRD),
     ):
         for split, style in (("train", "-"), ("validation", "o")):
-            points = [(r.step, r.figures[key]) for r in splits[split]]
+            points = [
+                (r.step, r.figures[key]) for r in splits[split] if key in r.figures
+            ]
             if points:
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, style, color=color, label=f"{label}, {split}", ms=4)

@@ -199,6 +199,73 @@ DESCRIPTORS = [
         **GATE,
     ),
     Descriptor(
+        "LossFreeGating",
+        lambda **kw: layers.LossFreeGating(k=2, num_experts=5, **kw),
+        (7, 4),
+        layers.LossFreeGating,
+        **GATE,
+    ),
+    Descriptor(
+        "LossFreeGating, softmax scores within groups",
+        lambda **kw: layers.LossFreeGating(
+            k=2,
+            num_experts=8,
+            scores="softmax",
+            normalization="none",
+            num_groups=2,
+            num_kept_groups=1,
+            **kw,
+        ),
+        (7, 4),
+        layers.LossFreeGating,
+        **GATE,
+    ),
+    Descriptor(
+        "MoE, second choice by lot",
+        _moe(lambda: layers.GShardGating(seed=1)),
+        (3, 5, 4),
+        layers.GShardGating,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoE, second choice by threshold",
+        _moe(
+            lambda: layers.GShardGating(second_policy="threshold", second_threshold=0.3)
+        ),
+        (3, 5, 4),
+        layers.GShardGating,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoE, loss-free",
+        _moe(lambda: layers.LossFreeGating(k=2)),
+        (3, 5, 4),
+        layers.LossFreeGating,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "NoisyTopKGating, annealed, with every loss and jitter",
+        lambda **kw: _random_gate(
+            num_experts=5,
+            noise_stddev=keras.optimizers.schedules.PolynomialDecay(1.0, 10, 0.0),
+            scaling_factor=2.5,
+            input_jitter=0.01,
+            switch_loss_weight=0.01,
+            z_loss_weight=0.001,
+            **kw,
+        ),
+        (7, 4),
+        layers.NoisyTopKGating,
+        **GATE,
+    ),
+    Descriptor(
+        "SwitchGating",
+        lambda **kw: layers.SwitchGating(num_experts=5, **kw),
+        (7, 4),
+        layers.SwitchGating,
+        **GATE,
+    ),
+    Descriptor(
         "FeedForwardExperts",
         lambda **kw: layers.FeedForwardExperts(3, hidden_units=8, **kw),
         (3, 4, 5),
@@ -272,6 +339,8 @@ DESCRIPTORS = [
             primary_gating=_random_gate(1, normalization="all", use_bias=True),
             normalization="all",
             use_gate_bias=True,
+            noise_stddev=keras.optimizers.schedules.PolynomialDecay(1.0, 10, 0.5),
+            z_loss_weight=0.001,
             **kw,
         ),
         (3, 5, 4),
@@ -327,6 +396,13 @@ DESCRIPTORS = [
     ),
     Descriptor(
         "MoE, top-k", _moe(lambda: layers.TopKGating(k=3)), (3, 5, 4), layers.MoE
+    ),
+    Descriptor(
+        "MoE, switch",
+        _moe(lambda: layers.SwitchGating(z_loss_weight=0.001)),
+        (3, 5, 4),
+        layers.MoE,
+        dynamic_axes=(0, 1),
     ),
     Descriptor(
         "MoE, k=1 of the full softmax",
@@ -435,6 +511,13 @@ DESCRIPTORS = [
         ),
         (3, 5, 4),
         layers.BalancedGating,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "ExpertChoiceGating",
+        _moe(lambda: layers.ExpertChoiceGating(1.5)),
+        (3, 5, 4),
+        layers.ExpertChoiceGating,
         dynamic_axes=(0, 1),
     ),
     Descriptor(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from typing import Any
 
@@ -43,6 +44,7 @@ class Case:
     dtype: str = "float32"
     rules: bool = False
     dropout: float = 0.0
+    later: bool = False  # what gates take besides the paper
 
 
 def start(num_devices: int) -> None:
@@ -83,6 +85,10 @@ def mixture(case: Case, name: str = "moe"):
         **(rules if case.rules else {}),
     )
     options = {"name": name, "losses_in_evaluation": True}
+    schedule = keras.optimizers.schedules.PolynomialDecay(1.0, 10, 0.3)
+    both = {"noise_stddev": schedule, "z_loss_weight": 0.02} if case.later else {}
+    flat = {**both, "switch_loss_weight": 0.1, "input_jitter": 0.1}
+    flat = flat if case.later else {}
     if case.layer == "gated":
         experts = own_layers.GatedExperts(case.num_experts, hidden_units=24)
     if case.layer == "shared":
@@ -95,7 +101,9 @@ def mixture(case: Case, name: str = "moe"):
             case.num_experts, hidden_units=24, lora_rank=3, dropout=0.3, seed=7
         )
     if case.layer in ("flat", "gated", "shared", "low rank"):
-        gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
+        gating = layers.NoisyTopKGating(
+            k=2, gate_initializer="glorot_uniform", seed=5, **flat
+        )
         return layers.MoE(experts, gating, **options)
     if case.layer in OWN_GATES:
         return layers.MoE(experts, OWN_GATES[case.layer](), **options)
@@ -105,16 +113,26 @@ def mixture(case: Case, name: str = "moe"):
             experts, 4, k=(1, 2), primary_gating=primary, **options
         )
     if case.layer == "hierarchical":
-        primary = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=6)
+        primary = layers.NoisyTopKGating(
+            k=2, gate_initializer="glorot_uniform", seed=6, **flat
+        )
         return layers.HierarchicalMoE(
             experts,
             num_groups=4 if case.num_experts % 4 == 0 else case.num_experts,
             k=(2, 1),
             primary_gating=primary,
+            **both,
             **options,
         )
+    if case.layer == "loss-free":
+        gating = layers.LossFreeGating(k=2, num_groups=2)
+        return layers.MoE(experts, gating, **options)
+    if case.layer == "expert choice":
+        return layers.MoE(experts, layers.ExpertChoiceGating(), **options)
+    if case.layer == "second by lot":
+        return layers.MoE(experts, layers.GShardGating(seed=5), **options)
     if case.layer == "balanced":
-        gating = layers.BalancedGating(k=2)
+        gating = layers.BalancedGating(k=2, z_loss_weight=0.02 * case.later)
         return layers.MoE(experts, gating, load_loss_weight=0.0, **options)
     raise ValueError(case.layer)
 
@@ -239,7 +257,8 @@ def state_of(model: keras.Model) -> dict[str, np.ndarray]:
     found = {f"w{i} {v.name}": v.numpy() for i, v in enumerate(model.weights)}
     variables = [v for v in model.optimizer.variables if "iteration" not in v.path]
     found |= {f"o{i} {v.name}": v.numpy() for i, v in enumerate(variables)}
-    return {k: v for k, v in found.items() if "seed_generator" not in k}
+    # A digest of other rounding errors is another number.
+    return {k: v for k, v in found.items() if not re.search("seed_gen|digest", k)}
 
 
 def difference(a: dict, b: dict) -> tuple[float, str]:
@@ -256,15 +275,24 @@ def difference(a: dict, b: dict) -> tuple[float, str]:
     return worst, where
 
 
+def choices_kept(model: keras.Model) -> list[float]:
+    """Of every mixture, in the last step."""
+    found = model.get_metrics_result()
+    return [float(v) for k, v in sorted(found.items()) if k.endswith("choices_kept")]
+
+
 def compare(case: Case, strategy) -> dict[str, Any]:
     model = build(case)
     before = state_of(model)
     expected = train(model, case), state_of(model)
+    kept = choices_kept(model)
     model = build(case, strategy)
     start_apart, _ = difference(before, state_of(model))
     losses = train(model, case)
+    kept_here = choices_kept(model)
     apart, where = difference(expected[1], state_of(model))
-    weights = {k: v for k, v in before.items() if k.startswith("w")}
+    counters = re.compile("o|.*(counts|num_steps)")
+    weights = {k: v for k, v in before.items() if not counters.match(k)}
     for _ in range(case.repeats):  # to the end, or the process that waits says so
         train(model, case)
     moved, _ = difference(weights, {k: expected[1][k] for k in weights})
@@ -274,6 +302,8 @@ def compare(case: Case, strategy) -> dict[str, Any]:
         "weights": apart,
         "where": where,
         "moved": moved,
+        "choices_kept": kept,
+        "choices_kept_here": kept_here,
         "first_and_last": [expected[0][0], expected[0][-1]],
     }
 

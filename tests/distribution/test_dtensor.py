@@ -34,6 +34,8 @@ def assert_equal(cases, results):
         assert result["moved"] > 0.005, case
         assert result["losses"] <= 1e-5, (case, result)
         assert result["weights"] <= 1e-5, (case, result)
+        kept = result["choices_kept"]
+        assert result["choices_kept_here"] == pytest.approx(kept, abs=1e-5), case
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def assert_equal(cases, results):
     [
         pytest.param(2, [SGD, {**ADAM, **SEVEN}], marks=pytest.mark.exhaustive),
         (3, [{**ADAM, **SEVEN}]),
-        (4, [{**SGD, **SHORT}]),
+        (4, [{**SGD, **SHORT, "mask": True, "later": True}]),
         pytest.param(4, [{**SGD, **SEVEN}, ADAM], marks=pytest.mark.exhaustive),
     ],
 )
@@ -53,8 +55,11 @@ def test_other_layers_train_as_on_one_device():
     assert_equal_on_devices(
         2,
         [
-            {**SHORT, **SGD, "layer": "hierarchical"},
-            {**SHORT, **SGD, "layer": "balanced", "mask": True},
+            {**SHORT, **SGD, "layer": "hierarchical", "later": True},
+            {**SHORT, **SGD, "layer": "balanced", "mask": True, "later": True},
+            {**SHORT, **SGD, "layer": "loss-free", "mask": True},
+            {**SHORT, **SGD, "layer": "expert choice", "mask": True},
+            {**SHORT, **SGD, "layer": "second by lot", "mask": True},
             {**SHORT, **SGD, "layer": "gated"},
             {**SHORT, **SGD, "layer": "hierarchical by half", "mask": True},
             {**SHORT, **SGD, "layer": "several gates"},
@@ -180,8 +185,9 @@ def test_a_step_has_four_exchanges_and_gathers_nothing():
     for shape in found["dense"]:  # each gradient is summed over the devices
         assert tuple(shape) in sums
         sums.remove(tuple(shape))
-    # The embedding's squares; importance, load and counts; loss, entropy, most slots.
-    assert sums == [(), (), (), (8,), (8,), (8,), (20, 16)]
+    # The embedding's squares; importance, load and counts; loss, entropy, choices kept,
+    # most slots.
+    assert sums == [(), (), (), (), (8,), (8,), (8,), (20, 16)]
     for parts in found["parts"]:  # weights and both slots of Adam
         assert [part[0] for part in parts] == [4, 4]
 

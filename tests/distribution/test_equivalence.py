@@ -37,6 +37,8 @@ def assert_equal(cases, results):
         assert result["moved"] > 0.01, case
         assert result["losses"] <= 1e-5, (case, result)
         assert result["weights"] <= 1e-5, (case, result)
+        kept = result["choices_kept"]
+        assert result["choices_kept_here"] == pytest.approx(kept, abs=1e-5), case
 
 
 def assert_equal_on_devices(num_devices, cases):
@@ -105,8 +107,18 @@ def test_gates_of_a_user_work_as_on_one_device():
 
 
 def test_balanced_gates_see_the_global_batch():
+    accumulated = {**RATE, "gradient_accumulation_steps": 2}
     assert_equal_on_devices(
-        3, [{**ADAM, **BALANCED}, {**ADAM, **BALANCED, **SEVEN, "mask": True}]
+        3,
+        [
+            {**ADAM, **BALANCED},
+            {**ADAM, **BALANCED, **SEVEN, "mask": True, "later": True},
+            {**SGD, **SEVEN, "layer": "expert choice", "mask": True, "examples": 29},
+            {**SGD, "layer": "second by lot", "mask": True, "examples": 29},
+            # The last batch has 5 rows; steps of two batches.
+            {"layer": "loss-free", "optimizer": "Adam", "options": accumulated}
+            | {"examples": 29, "mask": True},
+        ],
     )
 
 
@@ -149,9 +161,9 @@ def test_synchronized_normalization_before_and_after():
 @pytest.mark.parametrize(
     "case",
     [
-        {"examples": 29, "mask": True, "use_bias": True},
+        {"examples": 29, "mask": True, "use_bias": True, "later": True},
         pytest.param({**SEVEN, "examples": 25}, marks=pytest.mark.exhaustive),
-        {**HIERARCHICAL, "examples": 25},
+        {**HIERARCHICAL, "examples": 25, "later": True},
     ],
 )
 def test_batches_that_do_not_divide(case):

@@ -68,6 +68,24 @@ SLOW = {
         "float32",
         {"masked": True},
     ),
+    "ExpertChoiceGating, masked": (
+        lambda: moe(gating=layers.ExpertChoiceGating()),
+        UNKNOWN,
+        "mixed_bfloat16",
+        {"masked": True},
+    ),
+    "GShardGating": (
+        lambda: moe(gating=layers.GShardGating()),
+        UNKNOWN,
+        "mixed_bfloat16",
+        {},
+    ),
+    "LossFreeGating": (
+        lambda: moe(gating=layers.LossFreeGating(2, num_groups=2)),
+        UNKNOWN,
+        "mixed_bfloat16",
+        {},
+    ),
     "HierarchicalMoE": (
         lambda: layers.HierarchicalMoE(layers.FeedForwardExperts(16, 32), 4),
         UNKNOWN,

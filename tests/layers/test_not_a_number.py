@@ -31,6 +31,10 @@ GATES = {
     ),
     "every expert": lambda: mixture(layers.TopKGating(k=4)),
     "balanced": lambda: mixture(layers.BalancedGating(k=2)),
+    "loss-free": lambda: mixture(layers.LossFreeGating(k=2)),
+    "second by threshold": lambda: mixture(
+        layers.GShardGating(second_policy="threshold", second_threshold=0.4)
+    ),
     "groups": lambda: layers.HierarchicalMoE(
         layers.FeedForwardExperts(12, 5), 4, primary_gating=noisy()
     ),

@@ -60,6 +60,29 @@ def cv_squared(values):
     return variance / mean**2
 
 
+def router_z_loss(logits):
+    """Zoph et al. 2022, equation 5."""
+    return sum(math.log(sum(np.exp(row))) ** 2 for row in logits) / len(logits)
+
+
+def switch_loss(probabilities, counts):
+    """Fedus et al. 2021, equations 4 to 6."""
+    num_experts = len(counts)
+    return num_experts * sum(
+        counts[i] / sum(counts) * sum(probabilities[:, i]) / len(probabilities)
+        for i in range(num_experts)
+    )
+
+
+def choices_kept(clean, experts):
+    """For each token the share of its k best that are among the chosen."""
+    k = len(experts[0])
+    return [
+        len(set(top_k(row, k)) & set(chosen)) / k
+        for row, chosen in zip(clean, experts, strict=True)
+    ]
+
+
 def relu(v):
     return np.maximum(v, 0.0)
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras_moe import functional
 from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
 from keras_moe.distribution.topology import make_shards
+from keras_moe.functional.hierarchical import choices_of_levels
 from keras_moe.types import GateStatistics
 
 
@@ -16,7 +17,7 @@ def mix_at_groups(
     tokens: tf.Tensor,
     gate_tokens: tf.Tensor,
     training: bool | None,
-) -> tuple[tf.Tensor, GateStatistics, tuple]:
+) -> tuple[tf.Tensor, GateStatistics, tuple, tuple]:
     """Runs each secondary mixture where its group lives (section 3.1).
 
     The primary gate runs where the token is. A row travels once for each of its
@@ -34,7 +35,8 @@ def mix_at_groups(
         outputs: `(N, output_units)`.
         statistics: `GateStatistics` whose sum over the replicas is that of the
             global batch: a replica knows its own experts, the rest is zero.
-        losses: Those of the primary gate.
+        losses: Those of both levels.
+        choices_kept: That of the tokens and of the groups that are here.
     """
     gating = layer.gating
     primary = gating.primary_gating(gate_tokens, training=training)
@@ -60,7 +62,7 @@ def mix_at_groups(
         gates = tf.cast(coarse, primary.gates.dtype) + tf.cast(
             fine, primary.gates.dtype
         )
-        outputs, seen["importance"], seen["load"], seen["counts"] = _mix_here(
+        outputs, seen["gates"], *seen["statistics"] = _mix_here(
             layer,
             rows[:, :width],
             rows[:, width:] if seen_apart else rows[:, :features],
@@ -74,18 +76,23 @@ def mix_at_groups(
     dispatcher = MirroredDispatcher(engine)
     answers = dispatcher.at_experts(gating, rows, plan.counts, secondary)
     outputs = plan.combine(answers, tf.ones_like(primary.gates), tf.shape(tokens)[0])
-    statistics = _spread(layer, engine.replicas, primary.statistics, **seen)
-    return outputs, statistics, primary.auxiliary_losses
+    statistics = _spread(
+        layer, engine.replicas, primary.statistics, *seen["statistics"]
+    )
+    own = seen["gates"]
+    losses = (*primary.auxiliary_losses, *own.auxiliary_losses)
+    kept = choices_of_levels(primary.choices_kept, own.choices_kept)
+    return outputs, statistics, losses, kept
 
 
 def _mix_here(layer, rows, gate_rows, gates, first_row, counts, training):
-    """Answers `(M, output_units)` and the statistics of the groups that live here."""
+    """Answers `(M, output_units)`, gates and statistics of the groups that live here."""
     gating = layer.gating
     size = layer.num_experts // layer.num_groups
     num_groups = gating.gate_kernel.shape[0]  # of those here; may be 0
     num_experts = num_groups * size
     groups = tf.repeat(tf.range(num_groups), counts)
-    secondary_gates, indices, load = gating.secondary(
+    secondary = gating.secondary(
         tf.cast(gate_rows, gating.compute_dtype),
         groups,
         counts,
@@ -93,7 +100,7 @@ def _mix_here(layer, rows, gate_rows, gates, first_row, counts, training):
         first_row=first_row,
     )
     gates, expert_indices = functional.hierarchical_gates(
-        gates, groups, secondary_gates, indices, size
+        gates, groups, secondary.gates, secondary.indices, size
     )
     # A replica without groups sees no rows. It runs the same operations, so that
     # its exchanges come in the order of the others'.
@@ -103,9 +110,10 @@ def _mix_here(layer, rows, gate_rows, gates, first_row, counts, training):
     outputs = plan.combine(outputs, gates)
     importance = result.statistics.importance[:num_experts]
     counts = result.statistics.counts[:num_experts]
+    load = secondary.load
     if load is None:
         load = tf.cast(counts, importance.dtype)
-    return outputs, importance, load, counts
+    return outputs, secondary, importance, load, counts
 
 
 def _spread(layer, replicas, primary, importance, load, counts):
