@@ -9,6 +9,7 @@ if _sys.orig_argv[1:3] == ["-m", "keras_moe"]:
     _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from keras_moe import (
+    conversion,
     data,
     distribution,
     functional,
@@ -21,9 +22,11 @@ from keras_moe import (
     types,
 )
 from keras_moe._version import __version__
+from keras_moe.conversion import upcycle
 
 __all__ = [
     "__version__",
+    "conversion",
     "data",
     "distribution",
     "functional",
@@ -34,4 +37,5 @@ __all__ = [
     "serving",
     "telemetry",
     "types",
+    "upcycle",
 ]

@@ -33,6 +33,7 @@ ALLOWED = {
     "telemetry": CORE | {"functional", "layers"},
     "data": CORE,
     "layers": CORE | {"functional"},
+    "conversion": CORE | {"functional", "layers"},
     "models": CORE | {"functional", "layers", "data"},
     "distribution": CORE | {"functional"},
     # Of `distribution` only the arithmetic, see the test below.
@@ -127,6 +128,7 @@ PRIVATE_NAMES = {
     "_called",
     "_flatten_layers",
     "_get_variable_index",
+    "_tracker",
 }
 PRIVATE_NAMES |= {
     "_get_control_flow_context",
