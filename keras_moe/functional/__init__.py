@@ -33,6 +33,7 @@ from keras_moe.functional.experts import (
 from keras_moe.functional.feed_forward import (
     feed_forward_experts,
     feed_forward_network,
+    gated_network,
     mix_feed_forward_experts,
 )
 from keras_moe.functional.gating import (
@@ -110,6 +111,7 @@ __all__ = [
     "feed_forward_experts",
     "feed_forward_network",
     "gate_entropy",
+    "gated_network",
     "gates_of_rows",
     "hierarchical_gates",
     "hierarchical_load",

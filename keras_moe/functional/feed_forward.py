@@ -109,13 +109,47 @@ def feed_forward_network(num_kernels: int, activation: Activation) -> Network:
     """
 
     def network(x, *weights):
-        last = num_kernels - 1
-        for i in range(num_kernels):
+        *hidden, last = _products(weights, num_kernels)
+        for product in hidden:
+            x = activation(product(x))
+        return last(x)
+
+    return network
+
+
+def gated_network(activation: Activation) -> Network:
+    """The network of a gated linear unit (GLU), for `run_experts` and `mix_experts`.
+
+    $E_i(x) = (\\mathrm{act}(x A_i) \\odot x B_i) C_i$
+
+    Args:
+        activation: Function of a tensor; it follows the first kernel.
+
+    Returns:
+        `network(rows, *weights)`, which takes the kernels A and B, `(E, D, H)`, and
+        C, `(E, H, out)`, and none or three biases.
+
+    Reference:
+        Shazeer 2020, "GLU Variants Improve Transformer", equations 5 and 6.
+    """
+
+    def network(x, *weights):
+        activated, linear, output = _products(weights, 3)
+        return output(activation(activated(x)) * linear(x))
+
+    return network
+
+
+def _products(weights, num_kernels):
+    """For each kernel what multiplies rows with it, and adds its bias."""
+
+    def product(i):
+        def run(x):
             x = tf.matmul(x, weights[i])
             if len(weights) > num_kernels:
                 x = x + weights[num_kernels + i][..., tf.newaxis, :]
-            if i < last:
-                x = activation(x)
-        return x
+            return x
 
-    return network
+        return run
+
+    return [product(i) for i in range(num_kernels)]

@@ -5,7 +5,7 @@ from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.expert_list import ExpertList
-from keras_moe.layers.experts import FeedForwardExperts
+from keras_moe.layers.experts import FeedForwardExperts, GatedExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
@@ -21,6 +21,7 @@ __all__ = [
     "ExpertList",
     "Experts",
     "FeedForwardExperts",
+    "GatedExperts",
     "HierarchicalGating",
     "HierarchicalMoE",
     "MoE",

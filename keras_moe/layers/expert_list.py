@@ -1,6 +1,5 @@
 """Any Keras layers as experts."""
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import tensorflow as tf
 
 from keras_moe import checks, engine
 from keras_moe.layers import configs
+from keras_moe.layers.row_layers import run_any_rows, run_rows, verify_takes_rows
 from keras_moe.layers.tracking import track_entries
 
 
@@ -103,9 +103,7 @@ class ExpertList(keras.layers.Layer):
         engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         for expert in self.experts:
-            _verify_rows(expert, features)
-            # A Sequential does not say by itself that its layers support masks.
-            expert.supports_masking = _supports_masks(expert)
+            verify_takes_rows(expert, features, "experts")
         self._output_units(features)
 
     def call(self, inputs, counts=None, training=None):
@@ -117,7 +115,7 @@ class ExpertList(keras.layers.Layer):
                 masks = [slots < n for n in tf.unstack(counts, num=self.num_experts)]
             return tf.stack(
                 [
-                    self._run(expert, part, mask, training)
+                    run_rows(expert, part, mask, training)
                     for expert, part, mask in zip(
                         self.experts, parts, masks, strict=True
                     )
@@ -132,21 +130,8 @@ class ExpertList(keras.layers.Layer):
         counts = checks.verify_counts(counts, self.num_experts, inputs)
         parts = tf.split(inputs, counts, num=self.num_experts)
         for expert, part in zip(self.experts, parts, strict=True):
-            rows = tf.shape(part)[0]
-            missing = tf.cast(rows == 0, tf.int32)
-            part = tf.pad(part, [[0, missing], [0, 0]])
-            real = tf.range(tf.shape(part)[0]) < rows
-            outputs.append(self._run(expert, part, real, training)[:rows])
+            outputs.append(run_any_rows(expert, part, training))
         return tf.concat(outputs, axis=0)
-
-    def _run(self, expert, rows, mask, training):
-        taken = inspect.signature(expert.call).parameters
-        options = {}
-        if "training" in taken:
-            options["training"] = training
-        if "mask" in taken and mask is not None and expert.supports_masking:
-            options["mask"] = mask
-        return expert(rows, **options)
 
     def _output_units(self, features):
         shapes = [
@@ -199,29 +184,3 @@ class ExpertList(keras.layers.Layer):
         checks.verify_config(cls, config)
         experts = configs.deserialize_all(config["experts"])
         return cls(**{**config, "experts": experts})
-
-
-def _verify_rows(expert, features):
-    """Builds an expert, or raises if it does not take rows `(tokens, features)`."""
-    try:
-        spec = keras.KerasTensor((None, features), expert.compute_dtype)
-        if not expert.built:
-            expert.build(spec.shape)
-        expert.compute_output_spec(spec)
-    except Exception as error:
-        raise ValueError(
-            "`experts` must take rows (tokens, features): `MoE` takes all leading axes "
-            f"of its inputs for tokens. Received: {expert!r}, which does not take "
-            f"({features} features): {error} For experts over whole images or "
-            "sequences flatten each example to one row before `MoE`, and begin every "
-            "expert with `Reshape`, e.g. keras.Sequential([keras.layers.Reshape("
-            "(height, width, channels)), keras.layers.Conv2D(...), "
-            "keras.layers.Flatten()])."
-        ) from error
-
-
-def _supports_masks(expert):
-    """Whether a mask of the rows reaches every layer that wants one."""
-    if isinstance(expert, keras.Model):
-        return all(_supports_masks(layer) for layer in expert.layers)
-    return expert.supports_masking or isinstance(expert, keras.layers.InputLayer)

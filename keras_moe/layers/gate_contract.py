@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_moe import checks
-from keras_moe.layers.gating import NoisyTopKGating
+from keras_moe.layers.gating import NoisyTopKGating, k_of
 from keras_moe.types import CountedStatistics, GateStatistics, GatingResult
 
 _DEFAULT_LOAD_LOSS_WEIGHT = 0.1
@@ -146,3 +146,25 @@ _WANTED = (
     "keras_moe.layers.NoisyTopKGating, or build the result of your own layer with "
     "keras_moe.functional.make_gating_result."
 )
+
+
+def share_num_experts(gating: Any, num_experts: int) -> None:
+    """Tells the gate how many experts there are, if it does not say itself.
+
+    Raises:
+        ValueError: They disagree, or what is given is no gate.
+    """
+    verify_gating(gating)
+    stated = getattr(gating, "num_experts", None)
+    if stated is None:
+        gating.num_experts = num_experts
+    elif stated != num_experts:
+        raise ValueError(
+            "`gating` and `experts` must agree on `num_experts`. Received: "
+            f"gating.num_experts={stated}, experts.num_experts={num_experts}. Leave it "
+            "out of the gate, or make them equal; a gate cannot be shared by layers "
+            "with different numbers of experts."
+        )
+    k = k_of(gating)
+    if k is not None:
+        checks.verify_k(k, num_experts)

@@ -54,6 +54,7 @@ class HierarchicalMoE(MoE):
         capacity_factor: Float or None. As for `MoE`. Defaults to `None`.
         evaluation_capacity_factor: Float or None. As for `MoE`. Defaults to `None`.
         losses_in_evaluation: Bool. As for `MoE`. Defaults to `False`.
+        shared_experts: A layer or None. As for `MoE`. Defaults to `None`.
 
     Call arguments:
         inputs: Float tensor `(..., features)`.
@@ -107,6 +108,7 @@ class HierarchicalMoE(MoE):
         capacity_factor: float | None = None,
         evaluation_capacity_factor: float | None = None,
         losses_in_evaluation: bool = False,
+        shared_experts: keras.layers.Layer | None = None,
         **kwargs: Any,
     ):
         num_groups = checks.verify_positive_int(num_groups, "num_groups")
@@ -133,6 +135,7 @@ class HierarchicalMoE(MoE):
             capacity_factor=capacity_factor,
             evaluation_capacity_factor=evaluation_capacity_factor,
             losses_in_evaluation=losses_in_evaluation,
+            shared_experts=shared_experts,
             **kwargs,
         )
         self.num_groups = num_groups
@@ -202,4 +205,5 @@ class HierarchicalMoE(MoE):
         checks.verify_config(cls, config)
         config = with_capacity_of_evaluation(with_primary_gating(config))
         experts = configs.deserialize(config["experts"])
-        return cls(**{**config, "experts": experts})
+        shared = configs.deserialize(config.get("shared_experts"))
+        return cls(**{**config, "experts": experts, "shared_experts": shared})

@@ -17,13 +17,14 @@ from keras_moe.layers.gate_contract import (
     default_gating,
     loss_weights_config,
     set_loss_weights,
-    verify_gating,
+    share_num_experts,
     verify_gating_result,
     warn_of_constant_gates,
     warn_of_flat_load,
 )
 from keras_moe.layers.gating import k_of
 from keras_moe.layers.routing_record import RoutingRecord
+from keras_moe.layers.shared_experts import add_shared, build_shared, verify_shared
 from keras_moe.types import GatingResult
 
 
@@ -69,6 +70,12 @@ class MoE(keras.layers.Layer):
             Defaults to `None`.
         losses_in_evaluation: Bool. Whether the losses are added in evaluation too,
             there from true counts. Defaults to `False`.
+        shared_experts: A layer that maps `(tokens, features)` to `(tokens,
+            output_units)`, such as a `keras.Sequential` of `Dense`, or None. Every
+            token passes it, and its answer is added to the mixture's before
+            `activation`: $y = S(x) + \\sum_i G(x)_i E_i(x)$. Several shared experts
+            are one that is as many times as wide. On several devices each has a
+            copy. Defaults to `None`.
 
     Call arguments:
         inputs: Float tensor `(..., features)`.
@@ -92,7 +99,7 @@ class MoE(keras.layers.Layer):
         learns from them. The balance of the experts appears in the logs of `fit` and
         `evaluate`, under `<name>_importance_cv`, `<name>_load_cv` and
         `<name>_max_over_mean_load`, summed over the epoch. Weights are those
-        of the gate and the experts.
+        of the gate, the experts and the shared experts.
 
     Raises:
         ValueError: Inputs are not floating point, of rank below 2 or without a
@@ -120,7 +127,8 @@ class MoE(keras.layers.Layer):
 
     Reference:
         Shazeer et al. 2017, "Outrageously Large Neural Networks: The
-        Sparsely-Gated Mixture-of-Experts Layer", arXiv 1701.06538.
+        Sparsely-Gated Mixture-of-Experts Layer", arXiv 1701.06538. Shared experts:
+        Dai et al. 2024, "DeepSeekMoE", arXiv 2401.06066, equations 9 to 11.
     """
 
     def __init__(
@@ -134,11 +142,13 @@ class MoE(keras.layers.Layer):
         capacity_factor: float | None = None,
         evaluation_capacity_factor: float | None = None,
         losses_in_evaluation: bool = False,
+        shared_experts: keras.layers.Layer | None = None,
         name: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(name=name or default_name("moe"), **kwargs)
         _verify_experts(experts)
+        verify_shared(shared_experts)
         if capacity_factor is not None:
             capacity_factor = checks.verify_capacity_factor(capacity_factor)
         if evaluation_capacity_factor is not None:
@@ -153,13 +163,14 @@ class MoE(keras.layers.Layer):
         self.capacity_factor = capacity_factor
         self.evaluation_capacity_factor = evaluation_capacity_factor
         self.losses_in_evaluation = bool(losses_in_evaluation)
+        self.shared_experts = shared_experts
         # Set by `recorded_routing`: takes the `RoutingRecord` of every call.
         self.on_routing: Callable[[RoutingRecord], None] | None = None
         self.supports_masking = True
         # Replicas exchange tokens by collectives of sizes that depend on the data.
         self.supports_jit = not engine.for_weights().several_devices
         share_num_experts(gating, experts.num_experts)
-        configs.hold(self, experts, gating)
+        configs.hold(self, experts, gating, shared_experts)
         set_loss_weights(self, importance_loss_weight, load_loss_weight)
         warn_of_constant_gates(self)
         warn_of_flat_load(self)
@@ -183,6 +194,8 @@ class MoE(keras.layers.Layer):
             self.gating.build((None, features))
         if not self.experts.built:
             self.experts.build((None, features))
+        units = self.compute_output_shape((None, features))[-1]
+        build_shared(self.shared_experts, features, units)
         if self.num_experts > 1:  # a single expert has nothing to balance
             self.balance = BalanceMetric(
                 self.num_experts, self._has_capacity, name=self.name
@@ -197,21 +210,28 @@ class MoE(keras.layers.Layer):
             engine.verify_not_compiled(type(self).__name__, " on several devices")
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
         mask = None if mask is None else _flatten_mask(mask, inputs)
-        real = None
-        if mask is None:
-            outputs, result = self._mix(dispatcher, tokens, None, training)
-        elif dispatcher.static_shapes:
+        num_tokens, real = tf.shape(tokens, tf.int64)[0], None
+        if mask is not None and dispatcher.static_shapes:
             # What padding holds, NaN too, is in no sum, nor in a gradient.
             tokens = tf.where(mask[:, tf.newaxis], tokens, tf.zeros_like(tokens))
-            outputs, result = self._mix(dispatcher, tokens, mask, training)
+        elif mask is not None:
+            # Padding leaves before the gate sees it, and zeros come back in its place.
+            real, mask = tf.where(mask), None
+            tokens = tf.gather_nd(tokens, real)
+        outputs, result = self._mix(dispatcher, tokens, mask, training)
+        outputs = add_shared(
+            self.shared_experts,
+            outputs,
+            tokens,
+            mask,
+            training,
+            dispatcher.static_shapes,
+        )
+        if mask is not None:
             result = without_padding(result, mask)
-        else:
-            # Padding leaves before the gate sees it, and zeros come back in
-            # its place. Indices are unique: the scatter is deterministic.
-            real = tf.where(mask)
-            tokens_left = tf.gather_nd(tokens, real)
-            outputs, result = self._mix(dispatcher, tokens_left, None, training)
-            shape = tf.stack([tf.shape(tokens, tf.int64)[0], outputs.shape[-1]])
+        if real is not None:
+            # Indices are unique: the scatter is deterministic.
+            shape = tf.stack([num_tokens, outputs.shape[-1]])
             outputs = tf.scatter_nd(real, outputs, shape)
         leading = tf.shape(inputs)[:-1]
         if self.on_routing is not None:
@@ -301,6 +321,7 @@ class MoE(keras.layers.Layer):
             "capacity_factor": self.capacity_factor,
             "evaluation_capacity_factor": self.evaluation_capacity_factor,
             "losses_in_evaluation": self.losses_in_evaluation,
+            "shared_experts": configs.serialize(self, self.shared_experts),
         }
 
     @classmethod
@@ -310,7 +331,9 @@ class MoE(keras.layers.Layer):
         experts = configs.deserialize(config["experts"])
         num_experts = getattr(experts, "num_experts", None)
         gating = configs.deserialize(config.get("gating"), num_experts)
-        return cls(**{**config, "experts": experts, "gating": gating})
+        shared = configs.deserialize(config.get("shared_experts"))
+        parts = {"experts": experts, "gating": gating, "shared_experts": shared}
+        return cls(**{**config, **parts})
 
 
 def mixtures_of(layers: Any) -> list[MoE]:
@@ -343,24 +366,6 @@ def _verify_experts(experts):
             "`experts` must be a layer with a `num_experts` attribute, such as "
             f"keras_moe.layers.FeedForwardExperts. Received: experts={experts!r}."
         )
-
-
-def share_num_experts(gating, num_experts):
-    """Tells the gate how many experts there are, if it does not say itself."""
-    verify_gating(gating)
-    stated = getattr(gating, "num_experts", None)
-    if stated is None:
-        gating.num_experts = num_experts
-    elif stated != num_experts:
-        raise ValueError(
-            "`gating` and `experts` must agree on `num_experts`. Received: "
-            f"gating.num_experts={stated}, experts.num_experts={num_experts}. Leave it "
-            "out of the gate, or make them equal; a gate cannot be shared by layers "
-            "with different numbers of experts."
-        )
-    k = k_of(gating)
-    if k is not None:
-        checks.verify_k(k, num_experts)
 
 
 def _flatten_mask(mask, inputs):

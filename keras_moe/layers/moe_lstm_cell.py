@@ -7,9 +7,12 @@ import tensorflow as tf
 
 from keras_moe import checks, engine, functional
 from keras_moe.layers import configs
-from keras_moe.layers.gate_contract import default_gating, warn_of_constant_gates
+from keras_moe.layers.gate_contract import (
+    default_gating,
+    share_num_experts,
+    warn_of_constant_gates,
+)
 from keras_moe.layers.initializers import PerExpertInitializer
-from keras_moe.layers.moe import share_num_experts
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

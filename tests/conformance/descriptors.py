@@ -78,6 +78,19 @@ def _moe_of(experts, **fixed):
     return make
 
 
+def _moe_with_shared_experts(**kwargs):
+    dtype = kwargs.get("dtype")
+    shared = keras.Sequential(
+        [
+            keras.layers.Dense(5, "silu", dtype=dtype),
+            keras.layers.Dropout(0.1, dtype=dtype),
+            keras.layers.Dense(4, dtype=dtype),
+        ]
+    )
+    experts = layers.GatedExperts(6, hidden_units=8, dtype=dtype)
+    return layers.MoE(experts, _random_gate(), shared_experts=shared, **kwargs)
+
+
 def _expert_list(kind=layers.ExpertList, **kwargs):
     dense = keras.layers.Dense(6, dtype=kwargs.get("dtype"))
     deep = keras.Sequential(
@@ -214,6 +227,22 @@ DESCRIPTORS = [
         (3, 4, 5),
         layers.FeedForwardExperts,
         dynamic_axes=(1,),
+    ),
+    Descriptor(
+        "GatedExperts, with bias",
+        lambda **kw: layers.GatedExperts(
+            3, hidden_units=8, output_units=2, activation="gelu", use_bias=True, **kw
+        ),
+        (3, 4, 5),
+        layers.GatedExperts,
+        dynamic_axes=(1,),
+    ),
+    Descriptor(
+        "MoE of GatedExperts with shared experts",
+        _moe_with_shared_experts,
+        (3, 5, 4),
+        layers.MoE,
+        dynamic_axes=(0, 1),
     ),
     Descriptor(
         "HierarchicalMoE, k=1 of both full softmaxes, with bias",

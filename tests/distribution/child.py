@@ -83,7 +83,12 @@ def mixture(case: Case, name: str = "moe"):
     options = {"name": name, "losses_in_evaluation": True}
     if case.layer == "gated":
         experts = own_layers.GatedExperts(case.num_experts, hidden_units=24)
-    if case.layer in ("flat", "gated"):
+    if case.layer == "shared":
+        experts = layers.GatedExperts(case.num_experts, hidden_units=24, use_bias=True)
+        options["shared_experts"] = keras.Sequential(
+            [keras.layers.Dense(8, "silu"), keras.layers.Dense(WIDTH)]
+        )
+    if case.layer in ("flat", "gated", "shared"):
         gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
         return layers.MoE(experts, gating, **options)
     if case.layer in OWN_GATES:

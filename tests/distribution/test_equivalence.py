@@ -64,7 +64,14 @@ def test_mixtures_train_as_on_one_device(num_devices):
 
 
 def test_experts_of_a_user_are_sharded_too():
-    assert_equal_on_devices(2, [{**ADAM, **SEVEN, "layer": "gated", "steps": 6}])
+    short = {**ADAM, **SEVEN, "steps": 6}
+    assert_equal_on_devices(2, [{**short, "layer": "gated"}])
+
+
+def test_gated_experts_beside_shared_ones():
+    # In the last batch one device has no row.
+    short = {**ADAM, **SEVEN, "steps": 6, "mask": True, "examples": 25}
+    assert_equal_on_devices(2, [{**short, "layer": "shared"}])
 
 
 def test_gates_of_a_user_work_as_on_one_device():

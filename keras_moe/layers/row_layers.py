@@ -1,0 +1,78 @@
+"""Any Keras layer, called on rows of tokens."""
+
+import inspect
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def verify_takes_rows(layer: Any, features: int, argument: str) -> tuple:
+    """Builds a layer, and returns the shape of its outputs.
+
+    Args:
+        layer: The Keras layer.
+        features: Of its inputs `(tokens, features)`.
+        argument: Name of the argument that it is, for the message.
+
+    Raises:
+        ValueError: It does not take rows.
+    """
+    try:
+        spec = keras.KerasTensor((None, features), layer.compute_dtype)
+        if not layer.built:
+            layer.build(spec.shape)
+        outputs = layer.compute_output_spec(spec)
+    except Exception as error:
+        raise ValueError(
+            f"`{argument}` must take rows (tokens, features): `MoE` takes all leading "
+            f"axes of its inputs for tokens. Received: {layer!r}, which does not take "
+            f"({features} features): {error} For experts over whole images or "
+            "sequences flatten each example to one row before `MoE`, and begin every "
+            "expert with `Reshape`, e.g. keras.Sequential([keras.layers.Reshape("
+            "(height, width, channels)), keras.layers.Conv2D(...), "
+            "keras.layers.Flatten()])."
+        ) from error
+    # A Sequential does not say by itself that its layers support masks.
+    layer.supports_masking = _supports_masks(layer)
+    return tuple(outputs.shape)
+
+
+def run_rows(
+    layer: Any, rows: tf.Tensor, mask: tf.Tensor | None, training: bool | None
+) -> tf.Tensor:
+    """Calls a layer on rows, with `mask` and `training` if it takes them.
+
+    Args:
+        layer: The Keras layer.
+        rows: `(R, features)`.
+        mask: `(R,)` bool or None. False where a row is not real.
+        training: Whether the call trains.
+    """
+    taken = inspect.signature(layer.call).parameters
+    options: dict[str, Any] = {}
+    if "training" in taken:
+        options["training"] = training
+    if "mask" in taken and mask is not None and layer.supports_masking:
+        options["mask"] = mask
+    return layer(rows, **options)
+
+
+def run_any_rows(layer: Any, rows: tf.Tensor, training: bool | None) -> tf.Tensor:
+    """The same for rows of which there may be none.
+
+    Many layers fail on an empty batch: they get one row of zeros, whose answer is
+    thrown away, and are told by a mask that it is not real.
+    """
+    number = tf.shape(rows)[0]
+    missing = tf.cast(number == 0, tf.int32)
+    padded = tf.pad(rows, [[0, missing], [0, 0]])
+    real = tf.range(tf.shape(padded)[0]) < number
+    return run_rows(layer, padded, real, training)[:number]
+
+
+def _supports_masks(layer):
+    """Whether a mask of the rows reaches every layer that wants one."""
+    if isinstance(layer, keras.Model):
+        return all(_supports_masks(part) for part in layer.layers)
+    return layer.supports_masking or isinstance(layer, keras.layers.InputLayer)
