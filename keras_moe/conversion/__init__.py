@@ -1,5 +1,6 @@
 """Dense models made sparse, and back; published weights."""
 
+from keras_moe.conversion.published import load_mixtral, load_switch
 from keras_moe.conversion.upcycling import upcycle
 
-__all__ = ["upcycle"]
+__all__ = ["load_mixtral", "load_switch", "upcycle"]
