@@ -22,7 +22,7 @@ from keras_moe import (
     types,
 )
 from keras_moe._version import __version__
-from keras_moe.conversion import upcycle
+from keras_moe.conversion import merge_experts, prune_experts, upcycle
 
 __all__ = [
     "__version__",
@@ -31,9 +31,11 @@ __all__ = [
     "distribution",
     "functional",
     "layers",
+    "merge_experts",
     "models",
     "optimizers",
     "planning",
+    "prune_experts",
     "serving",
     "telemetry",
     "types",

@@ -24,6 +24,7 @@ class Pair(NamedTuple):
         second: The layer that takes all that the first gives.
         between: `Activation`, `ReLU` and `Dropout` layers on the way.
         num_calls: How often the pair is called in the model.
+        shape: Of its inputs in the first call, with nothing but the features known.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Pair(NamedTuple):
     second: keras.layers.Dense
     between: tuple[keras.layers.Layer, ...]
     num_calls: int
+    shape: tuple[int | None, ...]
 
     @property
     def activations(self) -> list[Callable]:
@@ -197,7 +199,9 @@ def _pair_of(label, first, seen: Trace):
     for layer in way:
         if len(seen.of(layer)) != len(ways):
             return None, f"feeds {layer.name!r}, which others feed too"
-    pair = Pair(label, first, second, tuple(between), len(ways))
+    rank = seen.of(first)[0].inputs.shape.rank
+    shape = (*[None] * (rank - 1), first.kernel.shape[0])
+    pair = Pair(label, first, second, tuple(between), len(ways), shape)
     reason = _no_expert(pair)
     return (None, reason) if reason else (pair, "")
 

@@ -215,7 +215,7 @@ def _verify_k(gate, k, num_experts, split):
 def _mixture_of(pair: Pair, gate, mixture, num_experts, split, noise, generator):
     """A built mixture of copies of a pair."""
     first, second = pair.first, pair.second
-    features, hidden = first.kernel.shape
+    hidden = first.units
     if hidden % split:
         raise ValueError(
             "`split` must divide the hidden units. Received: "
@@ -240,7 +240,7 @@ def _mixture_of(pair: Pair, gate, mixture, num_experts, split, noise, generator)
         activation=second.activation,
         dtype=second.dtype_policy,
     )
-    layer.build((None, features))
+    layer.build(pair.shape)
     layer.built = True
     copies = num_experts // split
     parts = [_Part(pair, split, p) for p in range(split)]
