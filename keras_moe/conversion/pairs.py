@@ -129,9 +129,15 @@ def chosen(
 
 
 def _listed(found, others):
-    names = ", ".join(repr(label) for label, _ in found) or "none"
-    refused = "".join(f" {label!r} {reason}." for label, reason in others.items())
-    return f"There are: {names}.{refused}"
+    names = [repr(label) for label, _ in found]
+    reasons = [f"{label!r} {reason}." for label, reason in others.items()]
+    listed = ", ".join(_first(names, 16)) or "none"
+    return " ".join([f"There are: {listed}.", *_first(reasons, 4)])
+
+
+def _first(texts, number):
+    more = len(texts) - number
+    return [*texts[:number], *([f"and {more} more"] if more > 0 else [])]
 
 
 def find_pairs(model: Any, inputs: Any) -> tuple[list[Pair], dict[str, str]]:
