@@ -67,6 +67,20 @@ def load_mixtral(
             another shape; `mixture` has other sizes, experts or biases.
         ImportError: safetensors is not installed (`keras-moe[weights]`).
 
+    Example:
+
+    >>> import safetensors.numpy, tempfile
+    >>> name = "model.layers.0.block_sparse_moe"
+    >>> tensors = {f"{name}.gate.weight": np.ones((4, 8))}
+    >>> for e in range(4):
+    ...     for w, shape in {"w1": (16, 8), "w2": (8, 16), "w3": (16, 8)}.items():
+    ...         tensors[f"{name}.experts.{e}.{w}.weight"] = np.ones(shape)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     safetensors.numpy.save_file(tensors, f"{folder}/model.safetensors")
+    ...     layer = keras_moe.conversion.load_mixtral(folder, block=0)
+    >>> layer.num_experts, layer.experts.hidden_units
+    (4, 16)
+
     Reference:
         Jiang et al. 2024, "Mixtral of Experts", arXiv 2401.04088, section 2.1.
     """
@@ -122,6 +136,20 @@ def load_switch(
         FileNotFoundError: There is no such file.
         ValueError: As for `load_mixtral`; `stack` is unknown.
         ImportError: safetensors is not installed (`keras-moe[weights]`).
+
+    Example:
+
+    >>> import safetensors.numpy, tempfile
+    >>> name = "encoder.block.1.layer.1.mlp"
+    >>> tensors = {f"{name}.router.classifier.weight": np.ones((4, 8))}
+    >>> for e in range(4):
+    ...     for w, shape in {"wi": (16, 8), "wo": (8, 16)}.items():
+    ...         tensors[f"{name}.experts.expert_{e}.{w}.weight"] = np.ones(shape)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     safetensors.numpy.save_file(tensors, f"{folder}/model.safetensors")
+    ...     layer = keras_moe.conversion.load_switch(folder, block=1)
+    >>> layer.num_experts, layer.gating.k
+    (4, 1)
 
     Reference:
         Fedus et al. 2022, "Switch Transformers", arXiv 2101.03961, section 2.1.
