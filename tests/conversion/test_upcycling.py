@@ -214,7 +214,13 @@ def test_shared_pairs_become_one_mixture_that_is_called_as_often():
 
 @pytest.mark.parametrize("make", [sequential, nested])
 def test_models_of_layers_alone_are_saved_and_loaded(make, tmp_path):
-    sparse = keras_moe.upcycle(randomized(make()), num_experts=4, k=2)
+    dense = randomized(make())
+    dense.save(tmp_path / "dense.keras")
+    try:
+        keras.saving.load_model(tmp_path / "dense.keras")
+    except ValueError:  # Keras 3.6 mistakes its nodes
+        pytest.skip("this Keras does not load the dense model either")
+    sparse = keras_moe.upcycle(dense, num_experts=4, k=2)
     sparse.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(X), sparse(X))
@@ -223,9 +229,13 @@ def test_models_of_layers_alone_are_saved_and_loaded(make, tmp_path):
 @pytest.mark.filterwarnings("ignore:Dropout between")
 def test_mixtures_in_layers_of_a_class_come_back_by_upcycling_again(tmp_path):
     dense = randomized(composite())
-    sparse = keras_moe.upcycle(dense, num_experts=4, k=2, noise=0.1, seed=0)
+    # Keras 3.6 saves no layers of lists in dicts, dense or not.
+    make = functools.partial(
+        keras_moe.upcycle, dense, ["block/up", "network_up"], num_experts=4, k=2
+    )
+    sparse = make(noise=0.1, seed=0)
     sparse.save_weights(tmp_path / "model.weights.h5")
-    again = keras_moe.upcycle(dense, num_experts=4, k=2)
+    again = make()
     again.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(again(X), sparse(X))
     sparse.save(tmp_path / "model.keras")  # their config says `Dense`
