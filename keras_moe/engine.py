@@ -31,6 +31,7 @@ class Weights:
         initializer: Any,
         name: str,
         together: int = 1,
+        **options: Any,
     ) -> Any:
         """Adds a weight stacked over experts to a layer.
 
@@ -40,11 +41,14 @@ class Weights:
             initializer: Keras initializer of the whole stack.
             name: Name of the weight.
             together: Experts that must live on one replica. Divides E.
+            **options: `dtype` and `trainable`, as for `keras.Variable`.
 
         Returns:
             The Keras variable. In Python it reads and is set as all experts.
         """
-        return layer.add_weight(name=name, shape=shape, initializer=initializer)
+        return layer.add_weight(
+            name=name, shape=shape, initializer=initializer, **options
+        )
 
     def add_group_weight(
         self, layer: Any, shape: tuple, initializer: Any, name: str

@@ -128,7 +128,10 @@ PRIVATE_NAMES = {
     "_called",
     "_flatten_layers",
     "_get_variable_index",
+    "_non_trainable_variables",
     "_tracker",
+    "_trainable_variables",
+    "_untrack_variable",
 }
 PRIVATE_NAMES |= {
     "_get_control_flow_context",

@@ -29,7 +29,12 @@ import tensorflow as tf
 from keras_moe import checks, runtime
 from keras_moe.functional.blocks import mix_in_blocks, run_in_blocks
 from keras_moe.functional.dispatching import SortedPlan
-from keras_moe.functional.recomputation import Network, recomputed
+from keras_moe.functional.recomputation import (
+    Network,
+    float_type,
+    gradients_of,
+    recomputed,
+)
 from keras_moe.functional.slot_runs import run_in_slots
 from keras_moe.functional.static_slots import SlotPlan
 from keras_moe.types import DispatchPlan
@@ -183,7 +188,7 @@ def mix_experts(
         )
         return plan.combine(rows, gates, tf.shape(inputs)[0])
     num_experts = weights[0].shape[0]
-    gates = tf.cast(gates, weights[0].dtype)
+    gates = tf.cast(gates, float_type(inputs, weights))
     if (computation or default_computation(num_experts)) == "blocks":
         run = recomputed(network) if recompute else network
         return mix_in_blocks(run, inputs, gates, plan, *weights)
@@ -245,16 +250,12 @@ def _run_each_recomputed(network, parts, weights):
                 # An expert waits for the gradients of the one before it.
                 with tf.control_dependencies(before):
                     inputs = [tf.identity(each) for each in own]
-                with tf.GradientTape() as tape:
-                    tape.watch(inputs)
-                    outputs = network(*inputs)
-                before = tape.gradient(
-                    outputs, inputs, dy[tf.newaxis], unconnected_gradients="zero"
-                )
-                gradients.append(before)
+                found = gradients_of(network, inputs[0], inputs[1:], dy[tf.newaxis])
+                before = [each for each in found if each is not None]
+                gradients.append(found)
             d_parts, *d_weights = zip(*gradients, strict=True)
             return *(each[0] for each in d_parts), *(
-                _concat(list(each)) for each in d_weights
+                None if each[0] is None else _concat(list(each)) for each in d_weights
             )
 
         return tuple(network(*own)[0] for own in _of_each(parts, weights)), grad

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from keras_moe.functional.experts import mix_experts, run_experts
+from keras_moe.functional.kernels import product
 from keras_moe.functional.recomputation import Network
 from keras_moe.types import DispatchPlan
 
@@ -110,8 +111,8 @@ def feed_forward_network(num_kernels: int, activation: Activation) -> Network:
 
     def network(x, *weights):
         *hidden, last = _products(weights, num_kernels)
-        for product in hidden:
-            x = activation(product(x))
+        for layer in hidden:
+            x = activation(layer(x))
         return last(x)
 
     return network
@@ -143,13 +144,13 @@ def gated_network(activation: Activation) -> Network:
 def _products(weights, num_kernels):
     """For each kernel what multiplies rows with it, and adds its bias."""
 
-    def product(i):
+    def layer(i):
         def run(x):
-            x = tf.matmul(x, weights[i])
+            x = product(x, weights[i])
             if len(weights) > num_kernels:
                 x = x + weights[num_kernels + i][..., tf.newaxis, :]
             return x
 
         return run
 
-    return [product(i) for i in range(num_kernels)]
+    return [layer(i) for i in range(num_kernels)]

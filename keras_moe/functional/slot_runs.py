@@ -5,7 +5,13 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from keras_moe.functional import ops
-from keras_moe.functional.recomputation import Network, recomputed
+from keras_moe.functional.recomputation import (
+    Network,
+    float_type,
+    gradients_on,
+    recomputed,
+    watch,
+)
 from keras_moe.functional.static_slots import MOST_GATHERED, SlotPlan
 
 
@@ -43,14 +49,14 @@ def run_in_slots(
     is_summed = gates is not None
     slots, spill = _Slots(plan, is_summed), _Spill(plan)
     if gates is None:
-        gates = tf.ones(tf.shape(plan.positions), weights[0].dtype)
+        gates = tf.ones(tf.shape(plan.positions), float_type(inputs, weights))
 
     @tf.custom_gradient
     def run(x, gates, *weights):
         flat_gates = tf.reshape(gates, [-1, 1])
         rows = slots.filled_from(x)
         with tf.GradientTape(persistent=True) as tape:
-            tape.watch([rows, *weights])
+            watch(tape, rows, weights)
             of_slots = recomputed(network) if recompute else network
             answers = of_slots(rows, *weights)
 
@@ -69,29 +75,32 @@ def run_in_slots(
             d_gates = tf.reduce_sum(upstream * answers, axis=-1)
             d_gates = tf.reshape(slots.at_assignments(d_gates), [-1])
             upstream = slots.only_filled(upstream * slots.gates_of(flat_gates))
-            d_rows, *d_weights = tape.gradient(
-                answers, [rows, *weights], upstream, unconnected_gradients="zero"
+            d_rows, *d_weights = gradients_on(tape, answers, rows, weights, upstream)
+            # The loop adds to the gradients that there are.
+            trained = [i for i, d in enumerate(d_weights) if d is not None]
+            state = slots.per_token(d_rows), d_gates, *(d_weights[i] for i in trained)
+            d_x, d_gates, *totals = spill.loop(
+                lambda b, *state: add_gradients(dy, trained, b, *state), state
             )
-            state = slots.per_token(d_rows), d_gates, *d_weights
-            d_x, d_gates, *d_weights = spill.loop(
-                lambda b, *state: add_gradients(dy, b, *state), state
-            )
+            for i, total in zip(trained, totals, strict=True):
+                d_weights[i] = total
             return d_x, tf.reshape(d_gates, tf.shape(gates)), *d_weights
 
-        def add_gradients(dy, b, d_x, d_gates, *d_weights):
+        def add_gradients(dy, trained, b, d_x, d_gates, *d_weights):
             owner, which, valid = spill.block(b)
             tokens = slots.token(which)
             own = [tf.gather(x, tokens)[tf.newaxis]]
             own += [_of(owner, weight) for weight in weights]
+            sources = [own[0], *(own[1 + i] for i in trained)]
             with tf.GradientTape() as tape:
-                tape.watch(own)
+                tape.watch(sources)
                 y = network(*own)
             upstream = tf.gather(dy, slots.target(which))
             upstream = _where(valid[:, tf.newaxis], upstream)
             d_of_gates = tf.reduce_sum(upstream * y[0], axis=-1)
             d_own = tape.gradient(
                 y,
-                own,
+                sources,
                 (upstream * tf.gather(flat_gates, which))[tf.newaxis],
                 unconnected_gradients="zero",
             )
@@ -106,7 +115,7 @@ def run_in_slots(
 
         return outputs, grad
 
-    outputs = run(inputs, tf.cast(gates, weights[0].dtype), *weights)
+    outputs = run(inputs, tf.cast(gates, float_type(inputs, weights)), *weights)
     if is_summed:
         return outputs
     shape = tf.concat([tf.shape(plan.positions), [outputs.shape[-1]]], axis=0)

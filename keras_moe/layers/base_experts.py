@@ -157,6 +157,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         *,
         regularizer: Any = None,
         constraint: Any = None,
+        **options: Any,
     ) -> Any:
         """Adds a weight to every expert; to be called in `build`.
 
@@ -167,6 +168,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             initializer: Initial value. Defaults to `"glorot_uniform"`.
             regularizer: Of one expert's weight. Defaults to `None`.
             constraint: Of one expert's weight. Defaults to `None`.
+            **options: `dtype` and `trainable`, as for `keras.Variable`.
 
         Returns:
             The Keras variable `(num_experts, *shape)`. `network` gets all of them
@@ -174,12 +176,16 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         """
         initializer = keras.initializers.get(initializer)
         is_kernel = len(shape) >= 2
-        variable = engine.for_weights().weights.add_expert_weight(
+        here = engine.for_weights()
+        if here is engine.ONE_DEVICE and self.stacked_weights:
+            here = engine.of_weight(self.stacked_weights[0])  # outside of its scope
+        variable = here.weights.add_expert_weight(
             self,
             (self.num_experts, *shape),
             PerExpertInitializer(initializer) if is_kernel else initializer,
             name,
             self.group_size,
+            **options,
         )
         # Optimizers may keep less state for kernels, see `FactoredAdam`.
         variable.is_expert_weight = is_kernel
@@ -201,7 +207,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             `(E, ...)` of the experts that are here, in the compute type.
         """
         value = tf.convert_to_tensor(weight)
-        if not self.frozen_experts:
+        if not self.frozen_experts or not weight.trainable:
             return value
         frozen = engine.current().weights.entries_here(weight, self._frozen)
         # Not what a policy makes of it.
@@ -219,6 +225,10 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             `(e, R, output_units)`.
         """
         raise NotImplementedError
+
+    def compute(self, rows: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
+        """`network` of rows and all `stacked_weights`, as dispatchers call it."""
+        return self.network(rows, *weights)
 
     def verify_inputs(self, input_shape: Sequence[int | None]) -> int:
         """Returns the features of inputs, or raises if experts cannot take them."""
@@ -244,7 +254,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         weights = [self.read(weight) for weight in self.stacked_weights]
         if plan is None:
             return functional.run_experts(
-                self.network,
+                self.compute,
                 inputs,
                 weights,
                 counts,
@@ -252,7 +262,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
                 computation=self.computation,
             )
         return functional.mix_experts(
-            self.network,
+            self.compute,
             inputs,
             gates,
             plan,

@@ -51,6 +51,11 @@ class _Gating(checks.FromConfig, keras.layers.Layer):
         self.use_bias = bool(use_bias)
         self.supports_masking = True
 
+    def quantize(
+        self, mode: str | None = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        """Does nothing: gates choose by float32, where `Model.quantize` asks all layers."""
+
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         if len(input_shape) != 2:

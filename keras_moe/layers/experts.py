@@ -44,6 +44,10 @@ class FeedForwardExperts(KernelExperts):
             less memory, more operations. Defaults to `False`.
         computation: `"unrolled"`, `"blocks"` or None, see `Experts`. Defaults to
             `None`.
+        lora_rank: Int or None. Rank of low-rank additions to the kernels, which are
+            then not trained, as by `enable_lora`. Defaults to `None`.
+        lora_alpha: Float or None. The additions are multiplied by `lora_alpha /
+            lora_rank`. None means `lora_rank`. Defaults to `None`.
 
     Call arguments:
         inputs: Float tensor, `(rows, features)` sorted by expert, or
@@ -97,6 +101,8 @@ class FeedForwardExperts(KernelExperts):
         frozen_experts: Sequence[int] = (),
         recompute: bool = False,
         computation: str | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
         **kwargs: Any,
     ):
         units = checks.verify_units(hidden_units, "hidden_units")
@@ -114,6 +120,8 @@ class FeedForwardExperts(KernelExperts):
             frozen_experts=frozen_experts,
             recompute=recompute,
             computation=computation,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
             **kwargs,
         )
         self.hidden_units = list(units) if np.ndim(hidden_units) else units[0]
@@ -128,6 +136,8 @@ class FeedForwardExperts(KernelExperts):
     def network(self, rows, *weights):
         run = functional.feed_forward_network(len(self.kernels), self.activation)
         return run(rows, *self.kernels_first(weights))
+
+    network.takes_kernels = True  # type: ignore[attr-defined]
 
     def get_config(self):
         return {**super().get_config(), "hidden_units": self.hidden_units}
@@ -168,6 +178,10 @@ class GatedExperts(KernelExperts):
             to `False`.
         computation: `"unrolled"`, `"blocks"` or None, see `Experts`. Defaults to
             `None`.
+        lora_rank: Int or None. Rank of low-rank additions to the kernels, which are
+            then not trained, as by `enable_lora`. Defaults to `None`.
+        lora_alpha: Float or None. The additions are multiplied by `lora_alpha /
+            lora_rank`. None means `lora_rank`. Defaults to `None`.
 
     Call arguments:
         inputs: Float tensor, `(rows, features)` sorted by expert, or
@@ -222,6 +236,8 @@ class GatedExperts(KernelExperts):
         frozen_experts: Sequence[int] = (),
         recompute: bool = False,
         computation: str | None = None,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
         **kwargs: Any,
     ):
         hidden_units = checks.verify_positive_int(hidden_units, "hidden_units")
@@ -239,6 +255,8 @@ class GatedExperts(KernelExperts):
             frozen_experts=frozen_experts,
             recompute=recompute,
             computation=computation,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
             **kwargs,
         )
         self.hidden_units = hidden_units
@@ -256,6 +274,8 @@ class GatedExperts(KernelExperts):
     def network(self, rows, *weights):
         run = functional.gated_network(self.activation)
         return run(rows, *self.kernels_first(weights))
+
+    network.takes_kernels = True  # type: ignore[attr-defined]
 
     def get_config(self):
         return {**super().get_config(), "hidden_units": self.hidden_units}

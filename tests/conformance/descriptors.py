@@ -238,6 +238,15 @@ DESCRIPTORS = [
         dynamic_axes=(1,),
     ),
     Descriptor(
+        "FeedForwardExperts, low-rank",
+        lambda **kw: layers.FeedForwardExperts(
+            3, hidden_units=8, use_bias=True, lora_rank=2, lora_alpha=4.0, **kw
+        ),
+        (3, 4, 5),
+        layers.FeedForwardExperts,
+        dynamic_axes=(1,),
+    ),
+    Descriptor(
         "MoE of GatedExperts with shared experts",
         _moe_with_shared_experts,
         (3, 5, 4),

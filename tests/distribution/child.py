@@ -88,7 +88,9 @@ def mixture(case: Case, name: str = "moe"):
         options["shared_experts"] = keras.Sequential(
             [keras.layers.Dense(8, "silu"), keras.layers.Dense(WIDTH)]
         )
-    if case.layer in ("flat", "gated", "shared"):
+    if case.layer == "low rank":
+        experts = layers.GatedExperts(case.num_experts, hidden_units=24, lora_rank=3)
+    if case.layer in ("flat", "gated", "shared", "low rank"):
         gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
         return layers.MoE(experts, gating, **options)
     if case.layer in OWN_GATES:

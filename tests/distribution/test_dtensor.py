@@ -57,6 +57,7 @@ def test_other_layers_train_as_on_one_device():
             {**SHORT, **SGD, "layer": "balanced", "mask": True},
             {**SHORT, **SGD, "layer": "gated"},
             {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True},
+            {**SHORT, **SGD, **SEVEN, "layer": "low rank"},
             # A last batch that the devices do not divide.
             {**SHORT, **SGD, "normalized": True, "examples": 31},
         ],

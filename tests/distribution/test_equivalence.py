@@ -71,7 +71,9 @@ def test_experts_of_a_user_are_sharded_too():
 def test_gated_experts_beside_shared_ones():
     # In the last batch one device has no row.
     short = {**ADAM, **SEVEN, "steps": 6, "mask": True, "examples": 25}
-    assert_equal_on_devices(2, [{**short, "layer": "shared"}])
+    assert_equal_on_devices(
+        2, [{**short, "layer": "shared"}, {**short, "layer": "low rank"}]
+    )
 
 
 def test_gates_of_a_user_work_as_on_one_device():

@@ -21,3 +21,20 @@ def mixture(x, dense_gates, expert):
         answers = [g * expert(e, token) for e, g in enumerate(gates) if g != 0.0]
         rows.append(np.sum(answers, axis=0))
     return np.array(rows)
+
+
+def low_rank(kernel, a, b, factor):
+    """W + f A B, element by element: Hu et al. 2021, equation 3."""
+    result = np.array(kernel, dtype="float64")
+    for i, j in np.ndindex(result.shape):
+        result[i, j] += factor * sum(a[i, r] * b[r, j] for r in range(a.shape[1]))
+    return result
+
+
+def eight_bits(kernel):
+    """Whole numbers and scales of one expert's kernel, column by column."""
+    numbers, scales = np.zeros(kernel.shape, "int8"), np.zeros(kernel.shape[1])
+    for j in range(kernel.shape[1]):
+        scales[j] = 127.0 / (np.max(np.abs(kernel[:, j])) + 1e-7)
+        numbers[:, j] = np.round(kernel[:, j] * scales[j])
+    return numbers, scales

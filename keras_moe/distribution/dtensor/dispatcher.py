@@ -51,7 +51,7 @@ class MeshDispatcher(functional.Dispatcher):
         )
         gates = tf.where(real, gates, tf.zeros_like(gates))
         outputs = exchange.mix(
-            tokens, gates, choice, experts.network, weights, self._mesh, slots
+            tokens, gates, choice, experts.compute, weights, self._mesh, slots
         )
         outputs = tf.reshape(outputs, [-1, outputs.shape[-1]])
         if missing:

@@ -38,7 +38,7 @@ class _Weights(engine.Weights):
     def __init__(self, mesh):
         self._mesh = mesh
 
-    def add_expert_weight(self, layer, shape, initializer, name, together=1):
+    def add_expert_weight(self, layer, shape, initializer, name, together=1, **options):
         if in_step():
             raise ValueError(
                 "A layer with experts must be built before `strategy.run`, in the "
@@ -46,8 +46,9 @@ class _Weights(engine.Weights):
                 "step. Use `keras.Input`, or call `build` in `strategy.scope()`."
             )
         with compatibility.layer_name_scope(layer):
+            options = {"dtype": layer.variable_dtype, **options}
             variable = LaidOutExperts(
-                initializer, shape, self._mesh, dtype=layer.variable_dtype, name=name
+                initializer, shape, self._mesh, name=name, **options
             )
         return compatibility.track_weight(layer, variable)
 

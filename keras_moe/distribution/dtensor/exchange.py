@@ -245,7 +245,9 @@ class _Slots:
         with tf.GradientTape() as tape:
             tape.watch([inputs, *weights])
             outputs = network(inputs, *weights)
-        d_inputs, *d_weights = tape.gradient(outputs, [inputs, *weights], gate * d_sum)
+        d_inputs, *d_weights = tape.gradient(
+            outputs, [inputs, *weights], gate * d_sum, unconnected_gradients="zero"
+        )
         d_gate = tf.reduce_sum(outputs * d_sum, axis=-1, keepdims=True)
         back = self.to_groups(tf.concat([d_inputs, d_gate], axis=-1))
         rows = [tf.gather(back, place, batch_dims=1) for place in self.places]

@@ -48,7 +48,7 @@ class _Weights(engine.Weights):
     def __init__(self, owner):
         self._engine = owner
 
-    def add_expert_weight(self, layer, shape, initializer, name, together=1):
+    def add_expert_weight(self, layer, shape, initializer, name, together=1, **options):
         shards = make_shards(shape[0], self._engine.replicas.number, together)
         self._engine.has_experts = True
         with compatibility.layer_name_scope(layer):
@@ -57,8 +57,8 @@ class _Weights(engine.Weights):
                 shape,
                 self._engine.strategy,
                 shards,
-                dtype=layer.variable_dtype,
                 name=name,
+                **{"dtype": layer.variable_dtype, **options},
             )
         return compatibility.track_weight(layer, variable)
 
