@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
+from keras_moe.functional.expert_dropout import drop
 from keras_moe.functional.experts import mix_experts, run_experts
 from keras_moe.functional.kernels import product
 from keras_moe.functional.recomputation import Network
@@ -112,7 +113,7 @@ def feed_forward_network(num_kernels: int, activation: Activation) -> Network:
     def network(x, *weights):
         *hidden, last = _products(weights, num_kernels)
         for layer in hidden:
-            x = activation(layer(x))
+            x = drop(activation(layer(x)))
         return last(x)
 
     return network
@@ -136,7 +137,7 @@ def gated_network(activation: Activation) -> Network:
 
     def network(x, *weights):
         activated, linear, output = _products(weights, 3)
-        return output(activation(activated(x)) * linear(x))
+        return output(drop(activation(activated(x)) * linear(x)))
 
     return network
 

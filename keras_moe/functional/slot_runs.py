@@ -238,6 +238,11 @@ def _where(condition, values):
 
 def _of(owner, weight):
     """`(E, ...)` -> `(1, ...)`, that of one expert."""
+    if weight.dtype == tf.int8 and not ops.is_compiled_by_xla():
+        # A GPU gathers no int8; it slices them where the host says.
+        rest = weight.shape.rank - 1
+        begin = tf.pad(tf.cast(owner, tf.int32)[tf.newaxis], [[0, rest]])
+        return tf.slice(weight, begin, [1, *weight.shape[1:]])
     return tf.gather(weight, owner[tf.newaxis])
 
 

@@ -214,6 +214,14 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         self._before.note(weight.path, tf.convert_to_tensor(weight._value))
         return stop_gradients(value, frozen)
 
+    def values(self, rows: tf.Tensor) -> list[tf.Tensor]:
+        """What `compute` takes beside rows: `stacked_weights`, and what else there is.
+
+        Args:
+            rows: The inputs of a call.
+        """
+        return [self.read(weight) for weight in self.stacked_weights]
+
     def network(self, rows: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
         """What experts compute, row by row.
 
@@ -227,7 +235,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         raise NotImplementedError
 
     def compute(self, rows: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
-        """`network` of rows and all `stacked_weights`, as dispatchers call it."""
+        """`network` of rows and `values`, as dispatchers call it."""
         return self.network(rows, *weights)
 
     def verify_inputs(self, input_shape: Sequence[int | None]) -> int:
@@ -251,7 +259,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
                 f"`{missing}` of {type(self).__name__} must come with `{given}`. "
                 f"Received: {missing}=None. Pass both, or neither."
             )
-        weights = [self.read(weight) for weight in self.stacked_weights]
+        weights = self.values(inputs)
         if plan is None:
             return functional.run_experts(
                 self.compute,

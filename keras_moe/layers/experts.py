@@ -8,11 +8,11 @@ import keras
 import numpy as np
 
 from keras_moe import checks, functional
-from keras_moe.layers.kernel_experts import KernelExperts
+from keras_moe.layers.dropping_experts import DroppingExperts
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class FeedForwardExperts(KernelExperts):
+class FeedForwardExperts(DroppingExperts):
     """A stack of feed-forward networks of one shape, each with its own weights.
 
     $E_i(x) = \\mathrm{act}(x W_{i,1}) W_{i,2}$, without bias unless asked for,
@@ -44,6 +44,10 @@ class FeedForwardExperts(KernelExperts):
             less memory, more operations. Defaults to `False`.
         computation: `"unrolled"`, `"blocks"` or None, see `Experts`. Defaults to
             `None`.
+        dropout: Float. Share of the hidden units that are dropped in training; the
+            others are scaled up. On several devices, recomputed, and with a capacity
+            the same are dropped. Defaults to `0.0`.
+        seed: Int or None. Seed of `dropout`. Defaults to `None`.
         lora_rank: Int or None. Rank of low-rank additions to the kernels, which are
             then not trained, as by `enable_lora`. Defaults to `None`.
         lora_alpha: Float or None. The additions are multiplied by `lora_alpha /
@@ -57,6 +61,7 @@ class FeedForwardExperts(KernelExperts):
         gates: Float tensor, the gates that go with the plan.
         plan: A `keras_moe.types.DispatchPlan`, by which the tokens go to their
             experts and the answers are summed, `(tokens, output_units)`.
+        training: Bool. Whether hidden units are dropped.
 
     Input shape:
         `(rows, features)` or `(num_experts, capacity, features)`.
@@ -101,6 +106,8 @@ class FeedForwardExperts(KernelExperts):
         frozen_experts: Sequence[int] = (),
         recompute: bool = False,
         computation: str | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         **kwargs: Any,
@@ -120,6 +127,8 @@ class FeedForwardExperts(KernelExperts):
             frozen_experts=frozen_experts,
             recompute=recompute,
             computation=computation,
+            dropout=dropout,
+            seed=seed,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             **kwargs,
@@ -133,6 +142,11 @@ class FeedForwardExperts(KernelExperts):
         shapes = itertools.pairwise(sizes)
         self.add_kernels({f"kernel_{i}": shape for i, shape in enumerate(shapes)})
 
+    @property
+    def num_dropped_units(self) -> int:
+        """Hidden units of one expert, of all hidden layers."""
+        return sum(checks.verify_units(self.hidden_units, "hidden_units"))
+
     def network(self, rows, *weights):
         run = functional.feed_forward_network(len(self.kernels), self.activation)
         return run(rows, *self.kernels_first(weights))
@@ -144,7 +158,7 @@ class FeedForwardExperts(KernelExperts):
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class GatedExperts(KernelExperts):
+class GatedExperts(DroppingExperts):
     """A stack of gated linear units (GLU) of one shape, each with its own weights.
 
     $E_i(x) = (\\mathrm{act}(x A_i) \\odot x B_i) C_i$, without bias unless asked for:
@@ -178,6 +192,10 @@ class GatedExperts(KernelExperts):
             to `False`.
         computation: `"unrolled"`, `"blocks"` or None, see `Experts`. Defaults to
             `None`.
+        dropout: Float. Share of the hidden units that are dropped in training; the
+            others are scaled up. On several devices, recomputed, and with a capacity
+            the same are dropped. Defaults to `0.0`.
+        seed: Int or None. Seed of `dropout`. Defaults to `None`.
         lora_rank: Int or None. Rank of low-rank additions to the kernels, which are
             then not trained, as by `enable_lora`. Defaults to `None`.
         lora_alpha: Float or None. The additions are multiplied by `lora_alpha /
@@ -191,6 +209,7 @@ class GatedExperts(KernelExperts):
         gates: Float tensor, the gates that go with the plan.
         plan: A `keras_moe.types.DispatchPlan`, by which the tokens go to their
             experts and the answers are summed, `(tokens, output_units)`.
+        training: Bool. Whether hidden units are dropped.
 
     Input shape:
         `(rows, features)` or `(num_experts, capacity, features)`.
@@ -236,6 +255,8 @@ class GatedExperts(KernelExperts):
         frozen_experts: Sequence[int] = (),
         recompute: bool = False,
         computation: str | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
         lora_rank: int | None = None,
         lora_alpha: float | None = None,
         **kwargs: Any,
@@ -255,6 +276,8 @@ class GatedExperts(KernelExperts):
             frozen_experts=frozen_experts,
             recompute=recompute,
             computation=computation,
+            dropout=dropout,
+            seed=seed,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             **kwargs,
@@ -270,6 +293,11 @@ class GatedExperts(KernelExperts):
                 "output_kernel": (hidden, self.output_units or features),
             }
         )
+
+    @property
+    def num_dropped_units(self) -> int:
+        """Hidden units of one expert."""
+        return self.hidden_units
 
     def network(self, rows, *weights):
         run = functional.gated_network(self.activation)

@@ -260,7 +260,10 @@ class MoE(keras.layers.Layer):
         if self._has_capacity:
             gate = type(self.gating).__name__
             verify_fixed_k(result, k_of(self.gating), f"{self._capacities} with {gate}")
-        outputs, overflow = dispatcher.mix(self.experts, tokens, result, mask)
+        rows = tokens
+        if hasattr(self.experts, "with_keys"):
+            rows = self.experts.with_keys(tokens, mask, training)
+        outputs, overflow = dispatcher.mix(self.experts, rows, result, mask)
         entropy = partial(
             functional.gate_entropy, result.gates, tf.shape(tokens)[0], mask
         )

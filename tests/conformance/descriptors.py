@@ -247,6 +247,13 @@ DESCRIPTORS = [
         dynamic_axes=(1,),
     ),
     Descriptor(
+        "FeedForwardExperts, with dropout",
+        lambda **kw: layers.FeedForwardExperts(3, [8, 6], dropout=0.2, seed=1, **kw),
+        (3, 4, 5),
+        layers.FeedForwardExperts,
+        dynamic_axes=(1,),
+    ),
+    Descriptor(
         "MoE of GatedExperts with shared experts",
         _moe_with_shared_experts,
         (3, 5, 4),

@@ -42,6 +42,7 @@ class Case:
     mask: bool = False
     dtype: str = "float32"
     rules: bool = False
+    dropout: float = 0.0
 
 
 def start(num_devices: int) -> None:
@@ -78,6 +79,7 @@ def mixture(case: Case, name: str = "moe"):
         case.num_experts,
         hidden_units=24,
         use_bias=case.use_bias,
+        dropout=case.dropout,
         **(rules if case.rules else {}),
     )
     options = {"name": name, "losses_in_evaluation": True}
@@ -89,7 +91,9 @@ def mixture(case: Case, name: str = "moe"):
             [keras.layers.Dense(8, "silu"), keras.layers.Dense(WIDTH)]
         )
     if case.layer == "low rank":
-        experts = layers.GatedExperts(case.num_experts, hidden_units=24, lora_rank=3)
+        experts = layers.GatedExperts(
+            case.num_experts, hidden_units=24, lora_rank=3, dropout=0.3, seed=7
+        )
     if case.layer in ("flat", "gated", "shared", "low rank"):
         gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
         return layers.MoE(experts, gating, **options)

@@ -72,7 +72,12 @@ def test_gated_experts_beside_shared_ones():
     # In the last batch one device has no row.
     short = {**ADAM, **SEVEN, "steps": 6, "mask": True, "examples": 25}
     assert_equal_on_devices(
-        2, [{**short, "layer": "shared"}, {**short, "layer": "low rank"}]
+        2,
+        [
+            {**short, "layer": "shared"},
+            {**short, "layer": "low rank"},  # with dropout
+            {**short, **HIERARCHICAL, "dropout": 0.3},
+        ],
     )
 
 

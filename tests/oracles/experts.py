@@ -38,3 +38,21 @@ def eight_bits(kernel):
         scales[j] = 127.0 / (np.max(np.abs(kernel[:, j])) + 1e-7)
         numbers[:, j] = np.round(kernel[:, j] * scales[j])
     return numbers, scales
+
+
+def kept_units(key_digits, function_parts, rate):
+    """Which units of an expert keep a token: `(4,)` and `(4, U)` -> `(U,)` bool."""
+    key = 0
+    for digit in key_digits:
+        key = key * 256 + int(digit)
+    kept = []
+    for a_high, a_low, b_high, b_low in np.asarray(function_parts).T:
+        a = 2 * (int(a_high) * 65536 + int(a_low)) + 1
+        b = int(b_high) * 65536 + int(b_low)
+        kept.append((key * a + b) % 2**32 >= round(rate * 2**32))
+    return np.array(kept)
+
+
+def dropped(hidden, kept, rate):
+    """Inverted dropout of one token's hidden units."""
+    return np.where(kept, hidden / (1.0 - rate), 0.0)

@@ -32,7 +32,7 @@ class MeshDispatcher(functional.Dispatcher):
                 f"expert. Received: gates of shape {result.gates.shape} with "
                 "`token_indices`. Use `tf.distribute.MirroredStrategy` or one device."
             )
-        weights = self._weights_of(experts)
+        weights = self._weights_of(experts, tokens)
         gates, chosen = result.gates, result.expert_indices
         num_tokens, k = chosen.shape
         real = chosen >= 0
@@ -58,7 +58,7 @@ class MeshDispatcher(functional.Dispatcher):
             outputs = replicated(replicated(outputs, self._mesh)[:num_tokens])
         return functional.Mixed(outputs, tf.constant(0))
 
-    def _weights_of(self, experts: Any) -> list:
+    def _weights_of(self, experts: Any, tokens: tf.Tensor) -> list:
         variables = getattr(experts, "stacked_weights", ())
         if not variables:
             raise ValueError(
@@ -73,7 +73,18 @@ class MeshDispatcher(functional.Dispatcher):
                     "step on a mesh"
                 )
         dtype = tf.as_dtype(experts.compute_dtype)
-        return [tf.cast(experts.read(v), dtype) for v in variables]
+        values = experts.values(tokens)
+        own, others = values[: len(variables)], values[len(variables) :]
+        padded = own[0].shape[0]
+        others = [self._by_experts(value, padded) for value in others]
+        return [*(tf.cast(value, dtype) for value in own), *others]
+
+    def _by_experts(self, value, num_experts):
+        """`(E, ...)`, whole on every device -> each device has its experts'."""
+        missing = num_experts - value.shape[0]
+        rest = [[0, 0]] * (value.shape.rank - 1)
+        value = replicated(tf.pad(value, [[0, missing], *rest]))
+        return dtensor.relayout(value, sharded_layout(self._mesh, value.shape.rank))
 
     def _grouped(self, value, missing):
         """`(N, ...)` -> `(R, n, ...)`, a group on every device."""

@@ -34,7 +34,10 @@ def mix_at_groups(
     gating = layer.gating
     primary = gating.primary_gating(tokens, training=training)
     plan = functional.make_plan(primary)
-    rows = plan.dispatch(tokens)
+    rows = tokens
+    if hasattr(layer.experts, "with_keys"):
+        rows = layer.experts.with_keys(tokens, None, training)
+    rows = plan.dispatch(rows)
     gates = plan.gates_of_rows(primary.gates)
     # The gate travels in two columns: in half precision one would round it.
     coarse = tf.cast(gates, rows.dtype)
@@ -48,7 +51,7 @@ def mix_at_groups(
             fine, primary.gates.dtype
         )
         outputs, seen["importance"], seen["load"], seen["counts"] = _mix_here(
-            layer, rows, gates[:, 0], first_row, counts, training
+            layer, rows, tokens.shape[1], gates[:, 0], first_row, counts, training
         )
         return outputs
 
@@ -59,7 +62,7 @@ def mix_at_groups(
     return outputs, statistics, primary.auxiliary_losses
 
 
-def _mix_here(layer, rows, gates, first_row, counts, training):
+def _mix_here(layer, rows, features, gates, first_row, counts, training):
     """Answers `(M, output_units)` and the statistics of the groups that live here."""
     gating = layer.gating
     size = layer.num_experts // layer.num_groups
@@ -67,7 +70,7 @@ def _mix_here(layer, rows, gates, first_row, counts, training):
     num_experts = num_groups * size
     groups = tf.repeat(tf.range(num_groups), counts)
     secondary_gates, indices, load = gating.secondary(
-        tf.cast(rows, gating.compute_dtype),
+        tf.cast(rows[:, :features], gating.compute_dtype),
         groups,
         counts,
         training,
