@@ -131,6 +131,7 @@ def merge_experts(
     """
 
     def merged(label, layer):
+        _verify_plain(label, layer.experts)
         own = _own(groups, label)
         everything = [list(range(layer.num_experts))]
         own = everything if own is None else _verify_groups(own, layer.num_experts)
@@ -210,6 +211,17 @@ def _usage_of(layer, label, usage):
     return counts
 
 
+def _verify_plain(label, experts):
+    lora = getattr(experts, "lora_enabled", False)
+    mode = getattr(experts, "quantization_mode", None)
+    if lora or mode:
+        raise ValueError(
+            "`model` must have experts of plain kernels to be averaged. Received: "
+            f"lora_enabled={lora}, quantization_mode={mode} of {label!r}. Merge them "
+            "before `quantize`; saving and loading adds what low-rank weights learned."
+        )
+
+
 def _verify_indices(value, name, num_experts):
     indices = np.asarray(value)
     whole = indices.ndim == 1 and indices.dtype.kind in "iu" and len(indices)
@@ -280,11 +292,10 @@ def _resized(layer: MoE, weights: np.ndarray, k: Any, kept: Sequence[int] = ()) 
     new.build(_input_shape(layer))
     new.built = True
     if isinstance(layer.experts, Experts):
-        pairs = zip(
-            layer.experts.stacked_weights, new.experts.stacked_weights, strict=True
-        )
-        for old_weight, weight in pairs:
-            weight.assign(_summed(weights, old_weight))
+        # By name: what was added later, as by `enable_lora`, may stand elsewhere.
+        stacks = {weight.name: weight for weight in layer.experts.stacked_weights}
+        for weight in new.experts.stacked_weights:
+            weight.assign(_summed(weights, stacks[weight.name]))
     _fill_gate(gate, new_gate, weights, layer.name)
     new.trainable = layer.trainable
     return new

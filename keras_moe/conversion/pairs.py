@@ -1,5 +1,6 @@
 """Feed-forward pairs of a model: a hidden `Dense` and the `Dense` that it feeds."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,16 +49,16 @@ class Pair(NamedTuple):
 
     @property
     def dropout(self) -> float:
-        """The largest rate of the dropouts between the two."""
+        """Share of hidden units that the dropouts between the two drop, all in all."""
         dropouts = (x for x in self.between if isinstance(x, keras.layers.Dropout))
-        return max((layer.rate for layer in dropouts), default=0.0)
+        return 1.0 - math.prod(1.0 - layer.rate for layer in dropouts)
 
 
 def named_layers(model: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
     """Layers inside a model, each with the names of those around it before its own."""
 
     def walk(layer, around):
-        for inner in layer._flatten_layers(recursive=False, include_self=False):
+        for inner in _inner(layer):
             if id(inner) not in seen:
                 seen.add(id(inner))
                 name = inner.name
@@ -152,8 +153,10 @@ def find_pairs(model: Any, inputs: Any) -> tuple[list[Pair], dict[str, str]]:
         others: Why other `Dense` layers begin none, by label.
     """
     named = list(named_layers(model))
-    noted = [layer for _, layer in named if _is_of_pairs(layer)]
-    seen = trace(model, inputs, noted)
+    # Also those that may not stand in a pair: in inference they may pass on their
+    # input as it is, as noise does.
+    alone = [layer for _, layer in named if not _inner(layer)]
+    seen = trace(model, inputs, alone)
     pairs, others = [], {}
     for label, layer in named:
         if type(layer) is keras.layers.Dense:
@@ -177,9 +180,13 @@ def without_overlap(pairs: Iterable[Pair]) -> list[Pair]:
     return kept
 
 
+def _inner(layer):
+    return layer._flatten_layers(recursive=False, include_self=False)
+
+
 def _is_of_pairs(layer):
     if isinstance(layer, keras.layers.Dropout):
-        return True
+        return getattr(layer, "noise_shape", None) is None
     if type(layer) is keras.layers.ReLU:
         simple = layer.max_value is None and not layer.threshold
         return simple and not layer.negative_slope
@@ -219,6 +226,8 @@ def _way_from(call: Call, seen: Trace):
     while following is not None:
         following = seen.next_after(following.outputs, following)
         if following is not None:
+            if not _is_of_pairs(following.layer):
+                return None
             way.append(following.layer)
             if type(following.layer) is keras.layers.Dense:
                 return way

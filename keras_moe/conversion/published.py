@@ -213,6 +213,7 @@ def _verify_fits(mixture, kind, num_experts, hidden_units, features):
         "hidden_units": hidden,
         "output_units": getattr(experts, "output_units", None) or features,
         "use_bias": getattr(experts, "use_bias", None),
+        "quantization_mode": getattr(experts, "quantization_mode", None),
         "features": features,
         "gate's use_bias": getattr(getattr(mixture, "gating", None), "use_bias", None),
     }
@@ -224,6 +225,7 @@ def _verify_fits(mixture, kind, num_experts, hidden_units, features):
         "hidden_units": hidden_units,
         "output_units": features,
         "use_bias": False,
+        "quantization_mode": None,
         "features": features,
         "gate's use_bias": False,
     }

@@ -6,6 +6,7 @@ alike, and who takes a tensor.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -123,12 +124,12 @@ def _noted(layers, calls, instead) -> Iterator[None]:
 
 
 def _noting(layer, call, calls, instead):
-    def noting(inputs, *args, **kwargs):
+    @functools.wraps(call)
+    def noting(*args, **kwargs):
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
         graph = tf.compat.v1.get_default_graph()
         first = len(graph.get_operations())
-        outputs = (
-            call(inputs, *args, **kwargs) if instead is None else instead(layer, inputs)
-        )
+        outputs = instead(layer, inputs) if instead else call(*args, **kwargs)
         last = len(graph.get_operations())
         calls.append(Call(len(calls), layer, inputs, outputs, first, last))
         return outputs

@@ -92,8 +92,8 @@ def upcycle(
             `split`; parts of a copy would not be chosen together; the model's inputs
             are not known; a layer that holds a pair cannot be made from its config.
 
-    It warns of what changes: dropout between the two layers is left out, experts have
-    none. A mixture leaves out tokens that a mask marks as padding, whose output is zero.
+    Dropout between the two layers is that of the experts' hidden units. A mixture leaves
+    out tokens that a mask marks as padding, whose output is zero.
 
     A model that was rebuilt of layers only (`Sequential`, functional) is saved and
     loaded as any other. A layer of a class of its own holds a mixture where its config
@@ -147,7 +147,6 @@ def upcycle(
             "`layers` must name pairs that share no layer. Received: "
             f"layers={layers!r}, where {lost} overlap with those before. Leave these out."
         )
-    _warn_of_dropout(apart)
     generator = np.random.default_rng(seed)
     made = {}
     for pair in apart:
@@ -229,6 +228,7 @@ def _mixture_of(pair: Pair, gate, mixture, num_experts, split, noise, generator)
         output_units=second.units,
         activation=pair.activations[0] if pair.activations else None,
         use_bias=use_bias,
+        dropout=pair.dropout,
         dtype=second.dtype_policy,
         **rules_of(pair),
     )
@@ -337,17 +337,6 @@ def _verify_same(pair, layer, split):
         'it in training; gates with normalization="selected" change nothing.',
         stacklevel=4,
     )
-
-
-def _warn_of_dropout(pairs):
-    rates = {pair.label: pair.dropout for pair in pairs if pair.dropout}
-    if rates:
-        listed = ", ".join(f"{label!r}: {rate}" for label, rate in rates.items())
-        warnings.warn(
-            f"Dropout between the layers of a pair is left out ({listed}): experts have "
-            "none. Put a Dropout layer after the mixture if it overfits.",
-            stacklevel=3,
-        )
 
 
 def _verify_calls(new_model, pairs, made, inputs):

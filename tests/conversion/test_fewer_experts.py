@@ -112,6 +112,20 @@ def test_rules_options_shared_and_frozen_experts_stay():
     np.testing.assert_array_equal(all_kept(X), model(X))
 
 
+def test_low_rank_additions_and_eight_bits_are_pruned_but_not_averaged():
+    model = away_from(model_of(mixture()), 1, 4)
+    experts = model.layers[0].experts
+    experts.enable_lora(2)
+    for b in experts.lora_kernels_b:
+        b.assign(np.random.default_rng(3).normal(size=b.shape))
+    experts.quantize("int8")
+    pruned = keras_moe.prune_experts(model, [0, 2, 3, 5])
+    assert pruned.layers[0].experts.kernels[0].dtype == "int8"
+    np.testing.assert_array_equal(pruned(X), model(X))
+    with pytest.raises(ValueError, match="lora_enabled=True, quantization_mode=int8"):
+        keras_moe.merge_experts(model)
+
+
 def test_lists_of_layers_are_pruned():
     experts = [keras.layers.Dense(FEATURES, "tanh", name=f"e{i}") for i in range(4)]
     layer = layers.MoE(

@@ -151,7 +151,6 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Dropout between")
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
 def test_outputs_are_those_of_the_dense_model(make):
     dense = randomized(make())
@@ -173,7 +172,6 @@ def test_outputs_are_those_of_the_dense_model(make):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Dropout between")
 def test_mixtures_inside_of_layers_of_a_class_learn():
     dense = composite()
     sparse = keras_moe.upcycle(dense, "block/up", num_experts=4, k=2)
@@ -226,7 +224,6 @@ def test_models_of_layers_alone_are_saved_and_loaded(make, tmp_path):
     np.testing.assert_array_equal(loaded(X), sparse(X))
 
 
-@pytest.mark.filterwarnings("ignore:Dropout between")
 def test_mixtures_in_layers_of_a_class_come_back_by_upcycling_again(tmp_path):
     dense = randomized(composite())
     # Keras 3.6 saves no layers of lists in dicts, dense or not.
@@ -379,12 +376,31 @@ def test_rules_types_freezing_and_options_of_the_mixture_are_taken_over():
     assert not layer.experts.trainable
 
 
-def test_dropout_that_is_left_out_is_warned_of():
+def test_dropout_between_becomes_that_of_hidden_units():
     up, down = pair()
-    model = keras.Sequential(
-        [keras.Input((FEATURES,)), up, keras.layers.Dropout(0.3), down]
-    )
-    with pytest.warns(UserWarning, match=r"left out \('up': 0.3\)"):
+    dropouts = [keras.layers.Dropout(0.5, seed=i) for i in range(2)]
+    model = keras.Sequential([keras.Input((FEATURES,)), up, *dropouts, down])
+    sparse = keras_moe.upcycle(model, num_experts=4, k=2)
+    (mixture,) = mixtures_of(sparse)
+    assert mixture.experts.dropout == 0.75
+    x = np.repeat(X[0, :1], 50, axis=0)
+    assert np.std(sparse(x, training=True), axis=0).min() > 0.01
+    np.testing.assert_allclose(sparse(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda: keras.layers.Dropout(0.5, noise_shape=(None, 1)),
+        lambda: keras.layers.GaussianNoise(0.1),
+        lambda: keras.layers.ReLU(max_value=6.0),
+        lambda: keras.layers.LayerNormalization(),
+    ],
+)
+def test_layers_between_that_experts_do_not_have_make_no_pair(between):
+    up, down = pair()
+    model = keras.Sequential([keras.Input((FEATURES,)), up, between(), down])
+    with pytest.raises(ValueError, match="'up' does not feed one Dense layer alone"):
         keras_moe.upcycle(model, num_experts=4, k=2)
 
 
