@@ -9,6 +9,7 @@ if _sys.orig_argv[1:3] == ["-m", "keras_moe"]:
     _os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from keras_moe import (
+    conversion,
     data,
     distribution,
     functional,
@@ -21,17 +22,22 @@ from keras_moe import (
     types,
 )
 from keras_moe._version import __version__
+from keras_moe.conversion import merge_experts, prune_experts, upcycle
 
 __all__ = [
     "__version__",
+    "conversion",
     "data",
     "distribution",
     "functional",
     "layers",
+    "merge_experts",
     "models",
     "optimizers",
     "planning",
+    "prune_experts",
     "serving",
     "telemetry",
     "types",
+    "upcycle",
 ]

@@ -33,6 +33,7 @@ ALLOWED = {
     "telemetry": CORE | {"functional", "layers"},
     "data": CORE,
     "layers": CORE | {"functional"},
+    "conversion": CORE | {"functional", "layers"},
     "models": CORE | {"functional", "layers", "data"},
     "distribution": CORE | {"functional"},
     # Of `distribution` only the arithmetic, see the test below.

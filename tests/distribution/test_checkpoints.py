@@ -47,6 +47,10 @@ def test_training_goes_on_with_other_numbers_of_devices(stages, tmp_path):
 def test_a_checkpoint_of_the_model_alone_holds_its_experts(engine, tmp_path):
     settings = {"engine": engine, "directory": str(tmp_path)}
     # From two devices to two, to one, and from one to two.
-    for off in children.run("tracking_child", settings):
+    *checkpoints, conversions = children.run("tracking_child", settings)
+    for off in checkpoints:
         assert len(off) > 30
         assert max(off) == 0
+    # `upcycle`, `prune_experts` and others make on two devices what they make on one.
+    assert len(conversions) >= 18
+    assert max(conversions) == 0

@@ -1,9 +1,10 @@
-"""Checkpoints of a model alone, from several devices and back.
+"""Checkpoints of a model alone, from several devices and back; conversions on them.
 
 `python -m tests.distribution.tracking_child SETTINGS`: SETTINGS is JSON with `engine`
 and `directory`. Prints for each way how far weights and slots are off.
 """
 
+import importlib.util
 import json
 import sys
 
@@ -11,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_moe
 from keras_moe import distribution
 from tests.distribution import child
 
@@ -51,7 +53,35 @@ def main():
         off += apart(first.weights, third.weights)
         off += apart(optimizer.variables, other.variables)
         found.append(off)
+    found.append(apart(conversions(strategy, path), conversions(None, path)))
     print("RESULT " + json.dumps(found), flush=True)
+
+
+def conversions(strategy, path):
+    """Weights of mixtures that were made from dense layers, mixtures and files."""
+    with child.scope_of(strategy):
+        keras.utils.set_random_seed(3)
+        pair = [keras.layers.Dense(6, "relu"), keras.layers.Dense(child.WIDTH)]
+        dense = keras.Sequential([keras.Input((child.WIDTH,)), *pair])
+        sparse = keras_moe.upcycle(dense, num_experts=5, k=2, noise=0.1, seed=0)
+        pruned = keras_moe.prune_experts(sparse, [4, 0, 2])
+        merged = keras_moe.merge_experts(sparse, [[0, 3], [1, 2, 4]])
+        models = [sparse, pruned, merged]
+        if importlib.util.find_spec("safetensors"):
+            import safetensors.numpy
+
+            safetensors.numpy.save_file(published_tensors(), f"{path}.safetensors")
+            models.append(keras_moe.conversion.load_switch(f"{path}.safetensors", 0))
+    return [weight for model in models for weight in model.weights]
+
+
+def published_tensors():
+    rng, layer = np.random.default_rng(0), "encoder.block.0.layer.1.mlp"
+    shapes = {"router.classifier": (5, 6)}
+    for e in range(5):
+        shapes[f"experts.expert_{e}.wi"] = (4, 6)
+        shapes[f"experts.expert_{e}.wo"] = (6, 4)
+    return {f"{layer}.{name}.weight": rng.normal(size=s) for name, s in shapes.items()}
 
 
 def apart(first, second):
