@@ -20,8 +20,9 @@ from keras_moe.conversion.pairs import (
 from keras_moe.conversion.rebuilding import is_graph, rebuild
 from keras_moe.conversion.tracing import trace
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import NoisyTopKGating, k_of
+from keras_moe.layers.gating import k_of
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.noisy_gating import NoisyTopKGating
 
 # How far outputs may be from those of before, relative to their size.
 _TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}
