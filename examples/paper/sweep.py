@@ -66,6 +66,7 @@ class LanguageModelArm:
     hidden_units: int = HIDDEN
     units: int = UNITS
     gating: str = "noisy_top_k"
+    noise: str = "learned"
     activation: str = "linear"
     loss_weight: float = 0.01
     dropout: float = 0.0
@@ -229,7 +230,8 @@ def twin(mixture, kind="dense"):
         else:
             sizes = {"middle": "moe_1_deep", "hidden_units": size}
         # What a dense model has no use for is not to tell its records apart.
-        rest = {"num_experts": 0, "gating": "noisy_top_k", "loss_weight": 0.0}
+        rest = {"num_experts": 0, "loss_weight": 0.0}
+        rest |= {"gating": "noisy_top_k", "noise": "learned"}
         return dataclasses.replace(mixture, **sizes, **rest)
 
     sizes = range(1, 8 * mixture.k * mixture.hidden_units)

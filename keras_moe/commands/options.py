@@ -35,6 +35,7 @@ class TrainOptions:
     BEFORE: ClassVar[dict[str, Any]] = {
         "activation": "sigmoid",
         "gating": "noisy_top_k",
+        "noise": "learned",
         "decay": "inverse_square_root",
         "num_groups": None,
         "tokens": None,
@@ -51,9 +52,12 @@ class TrainOptions:
     dropout: float = _option(0.3, "fraction of each layer's output that is dropped")
     gating: str = _option(
         "noisy_top_k",
-        "gate of the mixtures: noisy top-k, the same without noise, or strictly "
-        "balanced (appendix F)",
+        "gate of the mixtures: noisy top-k, the same without noise, balanced by a bias "
+        "without a loss, that of Switch (k 1), or strictly balanced (appendix F)",
         choices=GATINGS,
+    )
+    noise: str = _option(
+        "learned", "standard deviation of a noisy gate's noise, learned or a number"
     )
     num_groups: int | None = _option(
         None,
@@ -85,6 +89,11 @@ class TrainOptions:
     verbose: int = _option(
         1, "0 silent, 1 progress bar, 2 a line an epoch", choices=(0, 1, 2)
     )
+
+    @property
+    def noise_stddev(self) -> Any:
+        """That of noisy gates."""
+        return self.noise if self.noise == "learned" else float(self.noise)
 
     def settings(self) -> dict:
         """The options that make a run what it is; kept with its checkpoints."""

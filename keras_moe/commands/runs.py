@@ -39,8 +39,17 @@ def verify_numbers(options, names):
         )
 
 
-def verify_activation(options):
-    """Raises unless Keras knows the activation."""
+def verify_mixture(options):
+    """Raises unless Keras knows the activation, and the noise is one."""
+    try:
+        stddev = options.noise_stddev
+    except ValueError:
+        stddev = -1.0
+    if stddev != "learned" and not 0 <= stddev < math.inf:
+        raise ValueError(
+            "`noise` must be learned or a number of at least 0. Received: "
+            f"noise={options.noise!r}. Pass 0 for none."
+        )
     try:
         keras.activations.get(options.activation)
     except ValueError as error:

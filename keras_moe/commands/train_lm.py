@@ -40,7 +40,7 @@ def run(options: TrainLMOptions) -> dict:
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
     runs.verify_numbers(options, _COUNTS)
-    runs.verify_activation(options)
+    runs.verify_mixture(options)
     _verify_tokens(options)
     _verify_baseline(options)
     if devices.launch_workers(options):
@@ -235,6 +235,7 @@ def _middle(options, kind):
             num_groups=options.num_groups,
             gating=options.gating,
             loss_weight=options.loss_weight,
+            noise=options.noise_stddev,
             **common,
         )
     ]

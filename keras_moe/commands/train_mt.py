@@ -148,6 +148,7 @@ def build_model(
             k=k,
             gating=options.gating,
             loss_weight=options.loss_weight,
+            noise=options.noise_stddev,
             activation=options.activation,
             name=f"{side}_moe",
         )
@@ -170,7 +171,7 @@ def build_model(
 
 def _verify_options(options):
     runs.verify_numbers(options, _COUNTS)
-    runs.verify_activation(options)
+    runs.verify_mixture(options)
     for name in ("steps_per_epoch", "test_sentences"):
         if getattr(options, name) is not None:
             checks.verify_positive_int(getattr(options, name), name)

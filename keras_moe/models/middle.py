@@ -10,16 +10,13 @@ from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
+from keras_moe.layers.loss_free_gating import LossFreeGating
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.noisy_gating import NoisyTopKGating
+from keras_moe.layers.switch_gating import SwitchGating
 
 KINDS = ("moe", "moe_1_wide", "moe_1_deep", "4xlstm", "none")
-_GATES: dict[str, type] = {
-    "noisy_top_k": NoisyTopKGating,
-    "top_k": TopKGating,
-    "balanced": BalancedGating,
-}
-GATINGS = tuple(_GATES)
+GATINGS = ("noisy_top_k", "top_k", "loss_free", "switch", "balanced")
 
 
 def verify_levels(k, num_groups):
@@ -39,6 +36,7 @@ def make_mixture(
     num_groups: int | None = None,
     gating: str = "noisy_top_k",
     loss_weight: float = 0.1,
+    noise: Any = "learned",
     activation: Any = "sigmoid",
     recompute: bool = False,
     name: str = "moe",
@@ -54,7 +52,9 @@ def make_mixture(
         gating: One of `GATINGS`; in a hierarchical mixture that of the groups, and
             within them gates are noisy top-k. Defaults to `"noisy_top_k"`.
         loss_weight: Float. Weight of the importance loss, and of the load loss where
-            the load has a gradient. Defaults to `0.1`.
+            the load has a gradient; that of its own loss for `"switch"`; not used by
+            `"loss_free"`. Defaults to `0.1`.
+        noise: `noise_stddev` of noisy gates. Defaults to `"learned"`.
         activation: Activation of the combined output. Defaults to `"sigmoid"`.
         recompute: Bool. See `FeedForwardExperts`. Defaults to `False`.
         name: Str. Name of the layer. Defaults to `"moe"`.
@@ -65,9 +65,9 @@ def make_mixture(
     """
     checks.verify_choice(gating, "gating", GATINGS)
     verify_levels(k, num_groups)
-    gate = _GATES[gating](k[0])
+    gate = _make_gate(gating, k[0], loss_weight, noise)
     options: dict[str, Any] = {
-        "importance_loss_weight": loss_weight,
+        "importance_loss_weight": 0.0 if gating in _OWN_BALANCE else loss_weight,
         "load_loss_weight": loss_weight if gating == "noisy_top_k" else 0.0,
         "activation": activation,
         "name": name,
@@ -76,7 +76,27 @@ def make_mixture(
     if num_groups is None:
         return MoE(experts, gate, **options)
     primary = None if gating == "noisy_top_k" else gate
-    return HierarchicalMoE(experts, num_groups, k=k, primary_gating=primary, **options)
+    return HierarchicalMoE(
+        experts, num_groups, k=k, primary_gating=primary, noise_stddev=noise, **options
+    )
+
+
+# Gates that need no importance loss: they have a loss or a bias of their own.
+_OWN_BALANCE = ("loss_free", "switch")
+
+
+def _make_gate(gating, k, loss_weight, noise):
+    if gating == "noisy_top_k":
+        return NoisyTopKGating(k, noise_stddev=noise)
+    if gating == "switch":
+        if k != 1:
+            raise ValueError(
+                f"`k` must be 1 with gating='switch'. Received: k={k}. Pass 1, or "
+                "another gate."
+            )
+        return SwitchGating(switch_loss_weight=loss_weight)
+    kinds = {"top_k": TopKGating, "loss_free": LossFreeGating}
+    return kinds.get(gating, BalancedGating)(k)
 
 
 def middle_layers(
@@ -88,6 +108,7 @@ def middle_layers(
     k: int = 4,
     loss_weight: float = 0.1,
     gating: str = "noisy_top_k",
+    noise: Any = "learned",
     activation: Any = "sigmoid",
 ) -> list[keras.layers.Layer]:
     """Layers for `MoELanguageModel(middle=...)`, mixture or dense baseline.
@@ -112,6 +133,7 @@ def middle_layers(
         loss_weight: Weight of the importance loss, and of the load loss where the
             load has a gradient. Defaults to `0.1`.
         gating: Gate of `"moe"`, see `make_mixture`. Defaults to `"noisy_top_k"`.
+        noise: `noise_stddev` of noisy gates. Defaults to `"learned"`.
         activation: Activation of the output of a mixture, or of one expert.
             Defaults to `"sigmoid"`.
 
@@ -135,6 +157,7 @@ def middle_layers(
                 (k,),
                 gating=gating,
                 loss_weight=loss_weight,
+                noise=noise,
                 activation=activation,
             )
         ]

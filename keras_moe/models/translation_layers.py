@@ -26,6 +26,7 @@ def translation_middle(
     num_groups: int | None = None,
     gating: str = "noisy_top_k",
     loss_weight: float = 0.01,
+    noise: Any = "learned",
     activation: Any = "sigmoid",
     name: str = "moe",
 ) -> list[keras.layers.Layer]:
@@ -49,6 +50,7 @@ def translation_middle(
         gating: See `make_mixture`. Defaults to `"noisy_top_k"`.
         loss_weight: Float. Weight of the importance loss, and of the load loss where
             the load has a gradient. Defaults to `0.01`.
+        noise: `noise_stddev` of noisy gates. Defaults to `"learned"`.
         activation: Activation of the output of a mixture, or of one expert.
             Defaults to `"sigmoid"`.
         name: Str. Name of the layer. Defaults to `"moe"`.
@@ -80,6 +82,7 @@ def translation_middle(
             num_groups=num_groups,
             gating=gating,
             loss_weight=loss_weight,
+            noise=noise,
             activation=activation,
             name=name,
         )

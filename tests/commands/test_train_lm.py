@@ -272,6 +272,7 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
         data_dir,
         tmp_path,
         gating="top_k",
+        noise="0.5",
         num_groups=2,
         activation="linear",
         decay="cosine",
@@ -282,6 +283,7 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
     assert isinstance(moe, keras_moe.layers.HierarchicalMoE)
     assert (moe.num_groups, moe.k) == (2, (2, 2))
     assert type(moe.primary_gating) is keras_moe.layers.TopKGating
+    assert moe.noise_stddev == 0.5
     assert moe.activation is keras.activations.linear
     assert moe.importance_loss_weight == 0.25
     # 5 steps of rise to 0.03, then half a cosine over 100 to 0.
@@ -301,9 +303,14 @@ def test_training_text_can_be_cut(data_dir, tmp_path):
     )
     np.testing.assert_array_equal(cut.train, whole.train[:100])
     assert cut.vocabulary == whole.vocabulary
-    for tokens, activation in ((0, "relu"), (None, "no such")):
-        options = small(data_dir, tmp_path / "a", tokens=tokens, activation=activation)
-        with pytest.raises(ValueError, match="tokens=0|activation='no such'"):
+    for changes, message in (
+        ({"tokens": 0}, "tokens=0"),
+        ({"activation": "no such"}, "activation='no such'"),
+        ({"noise": "loud"}, "noise='loud'"),
+        ({"gating": "switch"}, "k=2"),
+    ):
+        options = small(data_dir, tmp_path / "a", **changes)
+        with pytest.raises(ValueError, match=message):
             train_lm.run(options)
     assert not (tmp_path / "a").exists()
 
