@@ -65,9 +65,8 @@ def run_in_slots(
         outputs = spill.loop(add_block, [total])[0]
 
         def grad(dy):
+            d_gates = tf.reshape(slots.gradient_of_gates(answers, dy), [-1])
             upstream = tf.gather(dy, slots.targets)  # (E, C, out)
-            d_gates = tf.reduce_sum(upstream * answers, axis=-1)
-            d_gates = tf.reshape(slots.at_assignments(d_gates), [-1])
             upstream = slots.only_filled(upstream * slots.gates_of(flat_gates))
             d_rows, *d_weights = tape.gradient(
                 answers, [rows, *weights], upstream, unconnected_gradients="zero"
@@ -152,14 +151,19 @@ class _Slots:
 
     def at_assignments(self, values):
         """`(E, C, ...)` -> `(N, K, ...)`, zeros where an assignment has no slot."""
+        chosen, has_slot = self._chosen(values)
+        return _where(
+            has_slot if values.shape.rank == 2 else has_slot[..., tf.newaxis], chosen
+        )
+
+    def _chosen(self, values):
+        """The same with anything in place of the zeros, and where there is a slot."""
         rest = values.shape[2:]
-        if self._plan.assignments.shape[1] == 0:
-            return tf.zeros([*tf.unstack(self._shape), *rest], values.dtype)
-        values = tf.reshape(values, [-1, *rest])
         has_slot = self._plan.positions >= 0
-        has_slot = has_slot if rest.rank == 0 else has_slot[..., tf.newaxis]
-        positions = tf.maximum(self._plan.positions, 0)
-        return _where(has_slot, tf.gather(values, positions))
+        if self._plan.assignments.shape[1] == 0:
+            return tf.zeros([*tf.unstack(self._shape), *rest], values.dtype), has_slot
+        values = tf.reshape(values, [-1, *rest])
+        return tf.gather(values, tf.maximum(self._plan.positions, 0)), has_slot
 
     def combined(self, answers, gates, flat_gates):
         """The result as far as it comes from slots."""
@@ -169,6 +173,18 @@ class _Slots:
                 return tf.reduce_sum(chosen, axis=1)
             return tf.reshape(chosen, [-1, answers.shape[-1]])
         return self._scattered(answers * self.gates_of(flat_gates))
+
+    def gradient_of_gates(self, answers, dy):
+        """`(N, K)`, the products of answers with the gradients of their rows."""
+        if not self._is_summed:  # the gates are ones, whose gradient nobody wants
+            return tf.zeros(self._shape, answers.dtype)
+        if self._has_few:
+            # By token, since XLA then writes no product of all answers.
+            chosen, has_slot = self._chosen(answers)
+            of_each = tf.matmul(chosen, dy[..., tf.newaxis])
+            return _where(has_slot, tf.squeeze(of_each, axis=-1))
+        products = tf.gather(dy, self.targets) * answers
+        return self.at_assignments(tf.reduce_sum(products, axis=-1))
 
     def per_token(self, values):
         """`(E, C, D)` -> `(N, D)`, the sum over a token's slots."""
