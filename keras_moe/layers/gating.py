@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, engine, functional
 from keras_moe.functional.gating import NORMALIZATIONS
 from keras_moe.layers.base_gating import Choice, _Gating
 from keras_moe.layers.noise import draw_rows
@@ -313,14 +313,16 @@ class NoisyTopKGating(TopKGating):
 
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
-        clean_logits = self._logits(inputs)
         if not training:
-            return self._without_noise(clean_logits, mask)
+            return self._without_noise(self._logits(inputs), mask)
+        kernels = [self.gate_kernel, self.noise_kernel]
+        clean_logits, raw_noise = engine.current().operations.products(inputs, kernels)
+        clean_logits = self._with_bias(clean_logits)
         if noise is None:
             noise = self.draw_noise(tf.shape(clean_logits)[0], mask)
         gates, expert_indices, probs = functional.noisy_top_k_gating(
             clean_logits,
-            tf.matmul(inputs, self.noise_kernel),
+            raw_noise,
             noise,
             self.k,
             self.normalization,
