@@ -6,7 +6,8 @@ import tensorflow as tf
 
 from keras_moe.functional import ops
 from keras_moe.functional.recomputation import Network, recomputed
-from keras_moe.functional.static_slots import MOST_GATHERED, SlotPlan
+from keras_moe.functional.sorting import MOST_GATHERED
+from keras_moe.functional.static_slots import SlotPlan
 
 
 def run_in_slots(

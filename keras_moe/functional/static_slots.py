@@ -6,14 +6,10 @@ a loop runs blocks of `spill` rows of one expert each. How often it turns is dat
 where routing is balanced. So no shape depends on the data, XLA compiles a mixture, no
 size has to leave the GPU, and the worst batch costs time instead of tokens. The graph
 does not grow with the number of experts.
-
-Whole numbers are int64 within: TensorFlow computes with int32 in the memory of the host
-even where the rest is on a GPU, since shapes are int32.
 """
 
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
@@ -24,17 +20,11 @@ from keras_moe.functional.dispatching import (
     make_dispatch_plan,
     without_padding,
 )
+from keras_moe.functional.sorting import long_range, sort_by_expert, take
 from keras_moe.types import DispatchPlan
 
 # Slots of all experts over assignments of all tokens.
 CAPACITY_FACTOR = 1.25
-# From so many experts on assignments are sorted: counting takes time and memory
-# proportional to experts times assignments.
-_MOST_COUNTED = 512
-# Tokens that are counted at once, by a product with a triangular matrix.
-_COUNTED_TOGETHER = 128
-# Up to so many experts a token its answers lie side by side before they are summed.
-MOST_GATHERED = 16
 
 
 class _SlotFields(NamedTuple):
@@ -80,7 +70,7 @@ class SlotPlan(_SlotFields, DispatchPlan):
     ) -> tf.Tensor:
         """The assignments at some ranks among those of an expert, 0 if not valid."""
         rows = tf.gather(self.starts, experts) + ranks
-        return _take(self.order, rows, valid)
+        return take(self.order, rows, valid)
 
     def dispatch(self, inputs):
         raise ValueError(
@@ -227,7 +217,7 @@ def make_slot_plan(
     wide = tf.cast(expert_indices, tf.int64)
     if mask is not None:
         wide = tf.where(mask[:, tf.newaxis], wide, tf.constant(-1, tf.int64))
-    shape, k = tf.shape(wide), expert_indices.shape[1]
+    shape = tf.shape(wide)
     num_assignments = tf.reduce_prod(shape)
     if expert_indices.shape.is_fully_defined():
         num_assignments = expert_indices.shape.num_elements()
@@ -236,13 +226,10 @@ def make_slot_plan(
         slots = checks.verify_count(capacity, "capacity", 0)
     if spill is not None:
         block = checks.verify_count(spill, "spill", 1)
-    if num_experts <= _MOST_COUNTED and k is not None and k <= MOST_GATHERED:
-        order, ranks, counts, starts = _count(wide, num_experts)
-    else:
-        order, ranks, counts, starts = _sort(wide, num_experts)
-    at = _range(slots)[tf.newaxis, :]
+    order, ranks, counts, starts = sort_by_expert(wide, num_experts)
+    at = long_range(slots)[tf.newaxis, :]
     filled = at < counts[:, tf.newaxis]
-    assignments = _take(order, starts[:, tf.newaxis] + at, filled)
+    assignments = take(order, starts[:, tf.newaxis] + at, filled)
     wide_slots, nothing = tf.cast(slots, tf.int64), tf.constant(-1, tf.int64)
     positions = tf.where(
         (wide >= 0) & (ranks < wide_slots), wide * wide_slots + ranks, nothing
@@ -255,7 +242,7 @@ def make_slot_plan(
         assignments=tf.where(filled, assignments, nothing),
         order=order,
         starts=starts,
-        spill_rows=_range(block),
+        spill_rows=long_range(block),
     )
 
 
@@ -264,72 +251,3 @@ def make_plan_here(expert_indices: tf.Tensor, num_experts: int) -> DispatchPlan:
     if ops.shapes_are_static():
         return make_slot_plan(expert_indices, num_experts)
     return make_dispatch_plan(expert_indices, num_experts)
-
-
-def _range(size):
-    # A range of int32 is made on the host, from sizes that are there, and sent.
-    return tf.cast(tf.range(tf.cast(size, tf.int32)), tf.int64)
-
-
-def _take(order, rows, valid):
-    """Entries of `order`, 0 where not valid. `order` may be empty."""
-    nothing = tf.zeros([], tf.int64)
-    if not order.shape[0]:  # unknown, or none
-        order = tf.concat([order, [nothing]], axis=0)
-    return tf.where(valid, tf.gather(order, tf.where(valid, rows, nothing)), nothing)
-
-
-def _count(expert_indices, num_experts):
-    """A counting sort: order of assignments `(N * K,)`, ranks `(N, K)` among those of
-    the same expert, and for each expert how many there are and where they start.
-
-    Running sums over tokens are products with a triangular matrix of ones, which
-    tensor cores compute, and exact: sums of ones in float32.
-    """
-    num_tokens, k = tf.shape(expert_indices)[0], expert_indices.shape[1]
-    chosen = tf.one_hot(expert_indices, num_experts, dtype=tf.float32)  # (N, K, E)
-    chosen = tf.reduce_sum(chosen, axis=1)
-    together = _COUNTED_TOGETHER
-    padding = [[0, -num_tokens % together], [0, 0]]
-    blocks = tf.reshape(tf.pad(chosen, padding), [-1, together, num_experts])
-    of_blocks = tf.reduce_sum(blocks, axis=1)  # (blocks, E)
-    before = tf.matmul(_earlier(together)[tf.newaxis], blocks)
-    before += tf.cumsum(of_blocks, exclusive=True)[:, tf.newaxis]
-    before = tf.reshape(before, [-1, num_experts])[:num_tokens]
-    ranks = tf.cast(ops.pick(before, tf.maximum(expert_indices, 0)), tf.int64)
-    if k != 1:  # an own gate may choose an expert twice
-        same = expert_indices[:, :, tf.newaxis] == expert_indices[:, tf.newaxis, :]
-        same = tf.cast(same, tf.float32) * _earlier(k)
-        ranks += tf.cast(tf.reduce_sum(same, axis=2), tf.int64)
-    counts = tf.cast(tf.reduce_sum(of_blocks, axis=0), tf.int64)
-    has_expert = expert_indices >= 0
-    starts = tf.cumsum(counts, exclusive=True)
-    rows = tf.gather(starts, tf.maximum(expert_indices, 0))
-    rows = tf.reshape(rows + ranks, [-1])
-    # Rows are unique, but for one behind all: that of assignments without expert.
-    num_rows = tf.size(rows)
-    rows = tf.where(tf.reshape(has_expert, [-1]), rows, tf.cast(num_rows, tf.int64))
-    one_more = tf.concat([rows, [tf.zeros([], tf.int64)]], axis=0)
-    order = tf.scatter_nd(
-        rows[:, tf.newaxis], _range(num_rows), tf.shape(one_more, tf.int64)
-    )
-    return order[:-1], ranks, counts, starts
-
-
-def _earlier(size):
-    """Matrix with ones at those columns that come before the row."""
-    return tf.constant(np.tri(size, k=-1, dtype="float32"))
-
-
-def _sort(expert_indices, num_experts):
-    """The same by a sort, for any number of experts."""
-    flat = tf.reshape(expert_indices, [-1])
-    flat = tf.where(flat < 0, tf.constant(num_experts, tf.int64), flat)
-    order = tf.cast(tf.argsort(flat, stable=True), tf.int64)
-    rows = tf.scatter_nd(
-        order[:, tf.newaxis], _range(tf.size(order)), tf.shape(order, tf.int64)
-    )
-    counts = tf.cast(ops.count_by_expert(expert_indices, num_experts), tf.int64)
-    starts = tf.cumsum(counts, exclusive=True)
-    ranks = rows - tf.gather(tf.concat([starts, [0]], axis=0), flat)
-    return order, tf.reshape(ranks, tf.shape(expert_indices)), counts, starts

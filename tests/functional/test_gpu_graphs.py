@@ -36,11 +36,16 @@ def unexplained(graph, is_recurrent=False):
     return {text for text in found if not text.startswith(allowed)}
 
 
+def with_capacity():
+    return moe(capacity_factor=1.5, evaluation_capacity_factor=2.0)
+
+
 # Name: how to make it, input shape, policy, options of the trace.
 ROWS = {
     "default": (moe, KNOWN, "float32", {}),
     "half precision, unknown batch": (moe, UNKNOWN, "mixed_bfloat16", {}),
     "masked": (moe, UNKNOWN, "float32", {"masked": True}),
+    "capacity, masked": (with_capacity, UNKNOWN, "mixed_bfloat16", {"masked": True}),
 }
 SLOW = {
     "unknown batch": (moe, UNKNOWN, "float32", {}),
@@ -55,6 +60,8 @@ SLOW = {
     ),
     "512 experts": (lambda: moe(512), UNKNOWN, "mixed_bfloat16", {}),
     "1024 experts": (lambda: moe(1024), UNKNOWN, "mixed_bfloat16", {}),
+    "capacity": (with_capacity, UNKNOWN, "float32", {}),
+    "capacity, known batch": (with_capacity, KNOWN, "mixed_bfloat16", {}),
     "recomputed": (lambda: moe(recompute=True), UNKNOWN, "mixed_bfloat16", {}),
     "BalancedGating": (
         lambda: moe(gating=layers.BalancedGating(k=2), load_loss_weight=0.0),
