@@ -17,10 +17,12 @@ from keras_moe.functional import ops
 from keras_moe.functional.capacity import CapacityDispatcher
 from keras_moe.functional.dispatching import (
     Dispatcher,
+    Mixed,
     make_dispatch_plan,
     without_padding,
 )
 from keras_moe.functional.sorting import long_range, sort_by_expert, take
+from keras_moe.functional.static_rows import gather_rows, sum_rows
 from keras_moe.types import DispatchPlan
 
 # Slots of all experts over assignments of all tokens.
@@ -91,9 +93,10 @@ class StaticDispatcher(Dispatcher):
     """Static shapes, and nothing dropped: a `SlotPlan` for every call.
 
     Experts that are not stacked, an `ExpertList` say, cannot be a loop over weights:
-    XLA gets a slot for every token from each of them, otherwise their rows depend on
-    the data. So do those of a gate that gives tokens different numbers of experts in a
-    form of its own, which XLA cannot compile.
+    XLA gets a slot for every token from each of them, otherwise they get their rows,
+    whose numbers the host asks for once. The shapes of a gate that gives tokens
+    different numbers of experts in a form of its own depend on the data; XLA cannot
+    compile them.
     """
 
     static_shapes = True
@@ -114,7 +117,9 @@ class StaticDispatcher(Dispatcher):
         if is_compiled:
             of_each = CapacityDispatcher(result.statistics.counts.shape[0])
             return of_each.mix(experts, tokens, result, mask)
-        return _only_real(Dispatcher(), experts, tokens, result, mask)
+        if result.is_ragged:
+            return _only_real(Dispatcher(), experts, tokens, result, mask)
+        return Mixed(_mix_rows(experts, tokens, result), tf.constant(0, tf.int32))
 
     def make_plan(self, result, mask):
         return make_slot_plan(
@@ -122,19 +127,39 @@ class StaticDispatcher(Dispatcher):
         )
 
 
+def _mix_rows(experts, tokens, result):
+    """Rows sorted by expert on the GPU, and split where the host says.
+
+    Their number is static, and what has no expert, padding say, is at their end.
+    """
+    indices = tf.cast(result.expert_indices, tf.int64)
+    order, ranks, counts, starts = sort_by_expert(
+        indices, result.statistics.counts.shape[0]
+    )
+    nothing = tf.constant(-1, tf.int64)
+    rows = tf.gather(starts, tf.maximum(indices, 0)) + ranks
+    positions = tf.where(indices >= 0, rows, nothing)
+    k = tf.shape(indices, tf.int64)[1]
+    is_real = long_range(tf.size(order)) < tf.reduce_sum(counts)
+    token_indices = tf.where(is_real, order // k, nothing)
+    rows = gather_rows(tokens, token_indices, positions)
+    with tf.device("CPU:0"):  # all that waits for it, at once
+        counts = tf.identity(tf.cast(counts, tf.int32))
+    num_real = tf.reduce_sum(counts)
+    answers = experts(rows[:num_real], counts=counts)
+    answers = tf.pad(answers, [[0, tf.shape(rows)[0] - num_real], [0, 0]])
+    gates = tf.cast(result.gates, answers.dtype)
+    return sum_rows(answers, gates, token_indices, positions)
+
+
 def _only_real(dispatcher, experts, tokens, result, mask):
     """Dispatch in shapes that depend on the data, where padding is among the tokens."""
     if mask is not None:
-        if result.is_ragged:
-            kept = tf.gather(mask, result.token_indices)
-            token_indices = tf.boolean_mask(result.token_indices, kept)
-        else:
-            kept = tf.broadcast_to(mask[:, tf.newaxis], tf.shape(result.expert_indices))
-            token_indices = tf.cast(tf.where(kept)[:, 0], tf.int32)
+        kept = tf.gather(mask, result.token_indices)
         result = result._replace(
             gates=tf.boolean_mask(result.gates, kept),
             expert_indices=tf.boolean_mask(result.expert_indices, kept),
-            token_indices=token_indices,
+            token_indices=tf.boolean_mask(result.token_indices, kept),
         )
     return dispatcher.mix(experts, tokens, result)
 

@@ -111,9 +111,11 @@ class ExpertList(keras.layers.Layer):
     def call(self, inputs, counts=None, training=None):
         if inputs.shape.rank == 3:
             parts = tf.unstack(inputs, num=self.num_experts)
-            slots = tf.range(tf.shape(inputs)[1])
+            # In int64, which a GPU compares; int32 would be compared by the host.
+            slots = tf.cast(tf.range(tf.shape(inputs)[1]), tf.int64)
             masks: list[Any] = [None] * self.num_experts
             if counts is not None:
+                counts = tf.cast(counts, tf.int64)
                 masks = [slots < n for n in tf.unstack(counts, num=self.num_experts)]
             return tf.stack(
                 [
@@ -133,7 +135,8 @@ class ExpertList(keras.layers.Layer):
         parts = tf.split(inputs, counts, num=self.num_experts)
         for expert, part in zip(self.experts, parts, strict=True):
             rows = tf.shape(part)[0]
-            missing = tf.cast(rows == 0, tf.int32)
+            # In whole numbers alone, which the host has: a GPU would cast a bool.
+            missing = 1 - tf.minimum(rows, 1)
             part = tf.pad(part, [[0, missing], [0, 0]])
             real = tf.range(tf.shape(part)[0]) < rows
             outputs.append(self._run(expert, part, real, training)[:rows])
