@@ -42,7 +42,9 @@ def run_in_slots(
         Shazeer et al. 2017, equation 1.
     """
     is_summed = gates is not None
-    slots, spill = _Slots(plan, is_summed), _Spill(plan)
+    # The backward pass may be traced elsewhere, and is compiled if this is.
+    is_compiled = ops.is_compiled_by_xla()
+    slots, spill = _Slots(plan, is_summed, is_compiled), _Spill(plan, is_compiled)
     if gates is None:
         gates = tf.ones(tf.shape(plan.positions), weights[0].dtype)
 
@@ -60,7 +62,7 @@ def run_in_slots(
             own = [_of(owner, weight) for weight in weights]
             y = network(tf.gather(x, slots.token(which))[tf.newaxis], *own)[0]
             y = _where(valid[:, tf.newaxis], y * tf.gather(flat_gates, which))
-            return (_add_rows(total, slots.target(which), y),)
+            return (slots.add_rows(total, slots.target(which), y),)
 
         total = slots.combined(answers, gates, flat_gates)
         outputs = spill.loop(add_block, [total])[0]
@@ -96,10 +98,10 @@ def run_in_slots(
                 unconnected_gradients="zero",
             )
             return (
-                _add_rows(d_x, tokens, d_own[0][0]),
-                _add_rows(d_gates, which, d_of_gates),
+                slots.add_rows(d_x, tokens, d_own[0][0]),
+                slots.add_rows(d_gates, which, d_of_gates),
                 *(
-                    _add_rows(total, owner[tf.newaxis], part)
+                    slots.add_rows(total, owner[tf.newaxis], part)
                     for total, part in zip(d_weights, d_own[1:], strict=True)
                 ),
             )
@@ -123,8 +125,9 @@ class _Slots:
             or its assignment where answers are not summed.
     """
 
-    def __init__(self, plan, is_summed):
+    def __init__(self, plan, is_summed, is_compiled):
         self._plan, self._is_summed = plan, is_summed
+        self._is_compiled = is_compiled
         self._shape = tf.shape(plan.positions)
         self._k = tf.cast(self._shape[1], tf.int64)
         k = plan.expert_indices.shape[1]
@@ -195,14 +198,24 @@ class _Slots:
 
     def _scattered(self, values):
         total = tf.zeros([self._shape[0], values.shape[-1]], values.dtype)
-        return _add_rows(total, self._plan.token_indices, self.only_filled(values))
+        return self.add_rows(total, self._plan.token_indices, self.only_filled(values))
+
+    def add_rows(self, total, indices, rows):
+        """`total` with rows added at indices."""
+        indices = indices[..., tf.newaxis]
+        if self._is_compiled:
+            return tf.tensor_scatter_nd_add(total, indices, rows)
+        # The same, with kernels of half precision for GPUs.
+        return tf.raw_ops.ScatterNdNonAliasingAdd(
+            input=total, indices=indices, updates=rows
+        )
 
 
 class _Spill:
     """The blocks of rows beyond the slots of their expert."""
 
-    def __init__(self, plan):
-        self._plan = plan
+    def __init__(self, plan, is_compiled):
+        self._plan, self._is_compiled = plan, is_compiled
         # None of an empty batch.
         self._rows = tf.cast(tf.maximum(tf.size(plan.spill_rows), 1), tf.int64)
         self._capacity = tf.cast(tf.shape(plan.assignments)[1], tf.int64)
@@ -227,7 +240,7 @@ class _Spill:
             lambda b, *_: b < number,
             lambda b, *state: (b + 1, *body(b, *state)),
             (tf.constant(0), *state),
-            maximum_iterations=self._most() if ops.is_compiled_by_xla() else None,
+            maximum_iterations=self._most() if self._is_compiled else None,
         )[1:]
 
     def _most(self):
@@ -247,12 +260,3 @@ def _where(condition, values):
 def _of(owner, weight):
     """`(E, ...)` -> `(1, ...)`, that of one expert."""
     return tf.gather(weight, owner[tf.newaxis])
-
-
-def _add_rows(total, indices, rows):
-    if ops.is_compiled_by_xla():
-        return tf.tensor_scatter_nd_add(total, indices[..., tf.newaxis], rows)
-    # The same, with kernels of half precision for GPUs.
-    return tf.raw_ops.ScatterNdNonAliasingAdd(
-        input=total, indices=indices[..., tf.newaxis], updates=rows
-    )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, runtime
 from keras_moe.functional import ops
 from keras_moe.functional.capacity import CapacityDispatcher
 from keras_moe.functional.dispatching import (
@@ -113,6 +113,13 @@ class StaticDispatcher(Dispatcher):
             )
         result = without_padding(result, mask)
         if hasattr(experts, "stacked_weights") and not result.is_ragged:
+            if runtime.compiles_mixtures() and not (
+                # Their values are noted for the step around.
+                is_compiled
+                or tf.executing_eagerly()
+                or getattr(experts, "frozen_experts", ())
+            ):
+                return _mix_compiled(super().mix, experts, tokens, result)
             return super().mix(experts, tokens, result, mask)
         if is_compiled:
             of_each = CapacityDispatcher(result.statistics.counts.shape[0])
@@ -125,6 +132,18 @@ class StaticDispatcher(Dispatcher):
         return make_slot_plan(
             result.expert_indices, result.statistics.counts.shape[0], mask
         )
+
+
+def _mix_compiled(mix, experts, tokens, result):
+    """The gate has left padding without experts, and stays outside with its state."""
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(tokens, gates, expert_indices):
+        own = result._replace(gates=gates, expert_indices=expert_indices)
+        return mix(experts, tokens, own).outputs
+
+    outputs = run(tokens, result.gates, result.expert_indices)
+    return Mixed(outputs, tf.constant(0, tf.int32))
 
 
 def _mix_rows(experts, tokens, result):
