@@ -3,7 +3,8 @@
 An engine has one of these (`keras_moe.engine`); that of meshes overrides more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -11,6 +12,10 @@ import tensorflow as tf
 
 class Operations:
     """Operations in their stock form."""
+
+    def products(self, x: tf.Tensor, kernels: Sequence[Any]) -> list[tf.Tensor]:
+        """`(N, D)` by each of some kernels `(D, ...)` of rank 2."""
+        return [tf.matmul(x, kernel) for kernel in kernels]
 
     def top_k(self, values: tf.Tensor, k: int) -> tuple[tf.Tensor, tf.Tensor]:
         """As `tf.math.top_k`."""
@@ -96,6 +101,12 @@ class StaticOperations(Operations):
     # experts there is a column for each.
     most_passes = 16
     most_columns = 1024
+
+    def products(self, x, kernels):
+        # One product: x is read once, and its gradient written once.
+        kernels = [tf.convert_to_tensor(kernel) for kernel in kernels]
+        widths = [kernel.shape[1] for kernel in kernels]
+        return tf.split(tf.matmul(x, tf.concat(kernels, axis=1)), widths, axis=1)
 
     def top_k(self, values, k):
         width = values.shape[-1]

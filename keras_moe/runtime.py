@@ -8,6 +8,7 @@ import tensorflow as tf
 
 # "plain", "GPU", or None for this machine.
 _chosen: ContextVar[str | None] = ContextVar("runtime", default=None)
+_compiled: ContextVar[bool] = ContextVar("compiled_mixtures", default=False)
 
 
 @contextlib.contextmanager
@@ -55,12 +56,58 @@ def gpu_operations() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compiled_mixtures() -> Iterator[None]:
+    """Traces mixtures inside the `with` block so that XLA compiles their experts.
+
+    For a model that Keras leaves uncompiled on a GPU, one with a cuDNN `LSTM` say: moving
+    tokens, experts and combination become one program, forward and backward. It makes
+    no difference on a processor, and where XLA compiles the whole anyway.
+
+    XLA compiles again, for seconds, for every new number of tokens: pad sequences to few
+    lengths. Not for a model that is exported by Keras or TensorFlow, since TensorFlow
+    Serving does without XLA; `serving.export` takes no notice of it. Experts with
+    `frozen_experts`, and layers that are not `Experts`, are not compiled. A `network`
+    of your own must not add losses.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(4, hidden_units=8)
+    >>> layer = keras_moe.layers.MoE(experts, keras_moe.layers.TopKGating(k=2))
+    >>> model = keras.Sequential([layer])
+    >>> model.compile("adam", "mse", jit_compile=False)
+    >>> x = np.ones((3, 8), "float32")
+    >>> with keras_moe.serving.compiled_mixtures():
+    ...     outputs = model.predict(x, verbose=0)
+    >>> bool(np.allclose(outputs, layer(x), atol=1e-6))
+    True
+    """
+    with _set(_compiled, True):
+        yield
+
+
+@contextlib.contextmanager
+def uncompiled_mixtures() -> Iterator[None]:
+    """Takes back `compiled_mixtures`."""
+    with _set(_compiled, False):
+        yield
+
+
+def compiles_mixtures() -> bool:
+    """Whether the code runs within `compiled_mixtures`."""
+    return _compiled.get()
+
+
 def _traced_for(kind):
-    token = _chosen.set(kind)
+    return _set(_chosen, kind)
+
+
+@contextlib.contextmanager
+def _set(variable, value):
+    token = variable.set(value)
     try:
         yield
     finally:
-        _chosen.reset(token)
+        variable.reset(token)
 
 
 def only_plain() -> bool:

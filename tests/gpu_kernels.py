@@ -142,10 +142,13 @@ class _Node:
         outputs = list(_arguments(node, definition.output_arg))
         on_host = _host_arguments(node, self.types)
         self.has_kernel = on_host is not None or node.op in FREE
+        placed_on_host = "CPU" in node.device
 
         def place(argument, kind):
             if node.op in FREE or kind in (types_pb2.DT_RESOURCE, types_pb2.DT_VARIANT):
                 return None
+            if placed_on_host:
+                return "host"
             if node.op in LOOPS and kind == types_pb2.DT_INT32:
                 return "host"  # as those of the loop's own operations
             return "host" if argument in (on_host or ()) else "device"

@@ -10,7 +10,9 @@ and the text of the compiled program is counted.
   a slice or a scatter the rows it touches. Against `experts`: the products of the experts
   alone, compiled and counted alike, for rows that lie in order and as many for each
   expert. Also against every weight and activation that the mathematics needs, once
-  written and once read by each product, as if all else were fused into the products.
+  written and once read by each product, as if all else were fused into the products;
+  and against the same where the activation function and its gradient are passes of their
+  own over the hidden units, since XLA for the processor fuses nothing into a product.
 * The loop for rows beyond an expert's slots turns zero times where routing is even; so the
   multiply-adds of a turn stand in a column of their own, and none in the others.
 * Instructions that talk to the host (infeed, outfeed, send, receive, custom calls).
@@ -24,6 +26,7 @@ import math
 import os
 import re
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -71,6 +74,7 @@ class Program:
     """The text of a compiled program, taken apart.
 
     Attributes:
+        text: As XLA gives it.
         computations: Its functions, each a dict of instructions by name.
         entry: The name of the one that runs.
     """
@@ -80,6 +84,7 @@ class Program:
     )
 
     def __init__(self, text):
+        self.text = text
         self.computations = {}
         instructions = {}
         for line in text.splitlines():
@@ -212,12 +217,13 @@ def compiled_layer(call, layer, x, step):
         call: Gives outputs and losses for inputs and `training`.
         layer: The layer, built where variables have no values.
         x: `tf.TensorSpec` of the inputs.
-        step: `"forward"`, or `"training"`: all gradients, that of the inputs too.
+        step: `"forward"`, or `"training"`: all gradients, that of the inputs too, for
+            the gradient of the outputs, which is given.
     """
     state = [*layer.variables, *getattr(layer, "metrics_variables", ())]
     learnt = [i for i, v in enumerate(state) if v.trainable]
 
-    def run(x, *values):
+    def run(x, upstream, *values):
         with keras.StatelessScope(state_mapping=list(zip(state, values, strict=True))):
             if step == "forward":
                 return call(x, False)[0]
@@ -225,10 +231,12 @@ def compiled_layer(call, layer, x, step):
             with tf.GradientTape() as tape:
                 tape.watch(sources)
                 outputs, losses = call(x, True)
-                total = tf.reduce_mean(tf.square(outputs)) + sum(losses)
-            return tape.gradient(total, sources)
+            ones = [tf.ones_like(loss) for loss in losses]
+            gradients = tape.gradient([outputs, *losses], sources, [upstream, *ones])
+            # Outputs too: otherwise what only they need would be left out.
+            return outputs, gradients
 
-    return compiled(run, [x, *(tf.TensorSpec(v.shape, v.dtype) for v in state)])
+    return compiled(run, [x, x, *(tf.TensorSpec(v.shape, v.dtype) for v in state)])
 
 
 def without_values(layer, units):
@@ -270,7 +278,7 @@ def compiled_experts(a, num_experts, step):
             outputs = tf.matmul(tf.nn.relu(tf.matmul(x, first)), last)
         if step == "forward":
             return outputs
-        # An output, as in the layer: otherwise that product would be left out.
+        # As in the layer.
         return outputs, tape.gradient(outputs, [x, first, last], upstream)
 
     rows_of = (num_experts, rows, a.units)
@@ -279,8 +287,12 @@ def compiled_experts(a, num_experts, step):
     return compiled(run, [tf.TensorSpec(shape) for shape in shapes])
 
 
-def least_bytes(a, num_experts, step):
-    """Weights and activations, float32, each written once and read by each product."""
+def least_bytes(a, num_experts, step, own_passes=False):
+    """Weights and activations, float32, each written once and read by each product.
+
+    With `own_passes` the activation function reads and writes all hidden units, and
+    its gradient reads them and their gradients, and writes the latter.
+    """
     weights = 2 * num_experts * a.units * a.hidden_units
     tokens, rows = a.tokens * a.units, a.tokens * a.k * a.units
     hidden = a.tokens * a.k * a.hidden_units
@@ -290,6 +302,8 @@ def least_bytes(a, num_experts, step):
         # Weights read again, gradients written. Upstream gradients of tokens to rows;
         # rows and hidden units again, their gradients, each for two products.
         total += 2 * weights + 2 * tokens + (3 + 1 + 2) * rows + (1 + 3) * hidden
+    if own_passes:
+        total += (2 + 3 * (step == "training")) * hidden
     return 4 * total
 
 
@@ -302,6 +316,7 @@ def main():
         "--hidden-units", type=int, default=4096, help="hidden units of an expert"
     )
     parser.add_argument("--k", type=int, default=2, help="experts for each token")
+    parser.add_argument("--texts", help="folder for the programs of the mixture")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:
@@ -313,8 +328,8 @@ def main():
         f"float32, TensorFlow {tf.__version__}, Keras {keras.__version__}, keras_moe "
         f"{keras_moe.__version__}\n\n| experts | step | multiply-adds / dense "
         "| of a turn of the loop / dense | GB | bytes / experts | bytes / least "
-        "| to the host | seconds to compile |"
-        "\n|---|---|---|---|---|---|---|---|---|",
+        "| bytes / least, activation by itself | to the host | seconds to compile |"
+        "\n|---|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )
     for step, passes in (("forward", 1), ("training", 3)):
@@ -329,11 +344,15 @@ def main():
             mixture = compiled_layer(*make_mixture(a, num_experts), x, step)
             seconds = time.perf_counter() - begin
             experts = compiled_experts(a, num_experts, step)
+            if a.texts:
+                name = f"{num_experts}_{step}.hlo"
+                (Path(a.texts) / name).write_text(mixture.text)
             print(
                 f"| {num_experts} | {step} | {mixture.multiply_adds() / dense:.3f} "
                 f"| {mixture.turns() / dense:.4f} | {mixture.bytes() / 1e9:.2f} "
                 f"| {mixture.bytes() / experts.bytes():.2f} "
                 f"| {mixture.bytes() / least_bytes(a, num_experts, step):.2f} "
+                f"| {mixture.bytes() / least_bytes(a, num_experts, step, True):.2f} "
                 f"| {mixture.num_to_host()} | {seconds:.0f} |",
                 flush=True,
             )

@@ -3,18 +3,21 @@
 All shapes are static, as XLA wants; what does not fit is dropped and counted.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_moe import checks
-from keras_moe.functional import losses
+from keras_moe.functional import losses, ops
 from keras_moe.functional.dispatching import (
     Dispatcher,
     in_columns,
     inverse_permutation,
     without_padding,
 )
+from keras_moe.functional.sorting import long_range, sort_by_expert, take
+from keras_moe.functional.static_rows import gather_rows, sum_rows
 from keras_moe.runtime import only_plain
 from keras_moe.types import DispatchPlan, GatingResult
 
@@ -42,10 +45,14 @@ class CapacityPlan(_CapacityFields, DispatchPlan):
     __slots__ = ()
 
     def dispatch(self, inputs):
+        if ops.shapes_are_static():
+            return gather_rows(inputs, self.token_indices, self.positions)
         return _gather_or_zero(inputs, self.token_indices)
 
     def combine(self, expert_outputs, gates, num_tokens=None):
         gates = tf.cast(gates, expert_outputs.dtype)
+        if ops.shapes_are_static():
+            return sum_rows(expert_outputs, gates, self.token_indices, self.positions)
         rows = tf.reshape(expert_outputs, [-1, expert_outputs.shape[-1]])
         chosen = _gather_or_zero(rows, self.positions)  # (N, K, D)
         return tf.reduce_sum(chosen * gates[..., tf.newaxis], axis=1)
@@ -79,17 +86,19 @@ class CapacityDispatcher(Dispatcher):
             result, None, f"capacity_factor={self.capacity_factor} with a gate"
         )
         num_experts = result.statistics.counts.shape[0]
-        capacity = self._slots(result, tf.shape(result.expert_indices)[0])
+        capacity = self._slots(result, tf.shape(result.gates)[0])
         limit = None
         if mask is not None:
-            limit = self._slots(result, tf.reduce_sum(tf.cast(mask, tf.int32)))
+            # GPUs count in int64, TensorFlow Lite knows int32.
+            whole = tf.int64 if ops.shapes_are_static() else tf.int32
+            limit = self._slots(result, tf.reduce_sum(tf.cast(mask, whole)))
         return make_capacity_plan(
             result.expert_indices, num_experts, capacity, mask, limit
         )
 
     def _slots(self, result, num_tokens):
         num_experts, k = result.statistics.counts.shape[0], result.gates.shape[-1]
-        return expert_capacity(num_tokens, num_experts, k, self.capacity_factor)
+        return _capacity(num_tokens, num_experts, k, self.capacity_factor)
 
 
 def expert_capacity(
@@ -114,8 +123,15 @@ def expert_capacity(
     capacity_factor = checks.verify_capacity_factor(capacity_factor)
     k = checks.verify_k(k, num_experts)
     num_tokens = tf.cast(num_tokens, tf.int32)
-    slots = rounded_up(num_tokens, capacity_factor * k / num_experts)
-    return tf.maximum(tf.minimum(tf.cast(slots, tf.int32), num_tokens), 1)
+    return _capacity(num_tokens, num_experts, k, capacity_factor)
+
+
+def _capacity(num_tokens, num_experts, k, capacity_factor):
+    """The same for a checked factor, in the type of `num_tokens`."""
+    with _on_host() if num_tokens.dtype == tf.int32 else contextlib.nullcontext():
+        slots = rounded_up(num_tokens, capacity_factor * k / num_experts)
+        slots = tf.cast(slots, num_tokens.dtype)
+    return tf.maximum(tf.minimum(slots, num_tokens), 1)
 
 
 def rounded_up(num_tokens: tf.Tensor, share: float) -> tf.Tensor:
@@ -124,6 +140,12 @@ def rounded_up(num_tokens: tf.Tensor, share: float) -> tf.Tensor:
         # In single precision a whole number may come out as slightly more.
         return tf.math.ceil(tf.cast(num_tokens, tf.float32) * (share * (1 - 1e-6)))
     return tf.math.ceil(tf.cast(num_tokens, tf.float64) * share)
+
+
+def _on_host():
+    """Where a size is computed from shapes: floats would go to the GPU and back."""
+    on_gpu = ops.shapes_are_static() and not ops.is_compiled_by_xla()
+    return tf.device("CPU:0") if on_gpu else contextlib.nullcontext()
 
 
 def make_capacity_plan(
@@ -163,8 +185,10 @@ def make_capacity_plan(
             f"Received: expert_indices.shape={expert_indices.shape}. A gate that "
             "gives tokens different numbers of experts needs a dropless plan."
         )
-    num_tokens, k = tf.unstack(tf.shape(expert_indices))
     limit = capacity if limit is None else limit
+    if ops.shapes_are_static():
+        return _static_plan(expert_indices, num_experts, capacity, mask, limit)
+    num_tokens, k = tf.unstack(tf.shape(expert_indices))
     # An id past the last expert: sorted to the end, and in no count.
     routed = tf.where(expert_indices < 0, num_experts, expert_indices)
     if mask is not None:
@@ -194,6 +218,34 @@ def make_capacity_plan(
         positions=positions,
         expert_indices=expert_indices,
         overflow=tf.reduce_sum(wanted) - tf.reduce_sum(counts),
+    )
+
+
+def _static_plan(expert_indices, num_experts, capacity, mask, limit):
+    """The same by operations of static shapes that GPUs have."""
+    wide = tf.cast(expert_indices, tf.int64)
+    num_tokens, k = tf.unstack(tf.shape(wide))
+    nothing = tf.constant(-1, tf.int64)
+    if mask is not None:
+        wide = tf.where(mask[:, tf.newaxis], wide, nothing)
+    by_choice = tf.reshape(tf.transpose(wide), [-1, 1])  # (N, K) -> (K * N, 1)
+    order, ranks, wanted, starts = sort_by_expert(by_choice, num_experts)
+    ranks = tf.transpose(tf.reshape(ranks, [k, num_tokens]))
+    slots, limit = tf.cast(capacity, tf.int64), tf.cast(limit, tf.int64)
+    positions = tf.where((wide >= 0) & (ranks < limit), wide * slots + ranks, nothing)
+    counts = tf.minimum(wanted, limit)
+    # Without tokens there is none that an empty slot could point at.
+    at = long_range(capacity * tf.minimum(num_tokens, 1))[tf.newaxis, :]
+    filled = at < counts[:, tf.newaxis]
+    tokens = take(order, starts[:, tf.newaxis] + at, filled)
+    tokens %= tf.cast(tf.maximum(num_tokens, 1), tf.int64)
+    positions.set_shape(expert_indices.shape)
+    return CapacityPlan(
+        token_indices=tf.cast(tf.where(filled, tokens, nothing), tf.int32),
+        counts=tf.cast(counts, tf.int32),
+        positions=tf.cast(positions, tf.int32),
+        expert_indices=expert_indices,
+        overflow=tf.cast(tf.reduce_sum(wanted - counts), tf.int32),
     )
 
 

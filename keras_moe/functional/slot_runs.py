@@ -12,7 +12,8 @@ from keras_moe.functional.recomputation import (
     recomputed,
     watch,
 )
-from keras_moe.functional.static_slots import MOST_GATHERED, SlotPlan
+from keras_moe.functional.sorting import MOST_GATHERED
+from keras_moe.functional.static_slots import SlotPlan
 
 
 def run_in_slots(
@@ -47,7 +48,9 @@ def run_in_slots(
         Shazeer et al. 2017, equation 1.
     """
     is_summed = gates is not None
-    slots, spill = _Slots(plan, is_summed), _Spill(plan)
+    # The backward pass may be traced elsewhere, and is compiled if this is.
+    is_compiled = ops.is_compiled_by_xla()
+    slots, spill = _Slots(plan, is_summed, is_compiled), _Spill(plan, is_compiled)
     if gates is None:
         gates = tf.ones(tf.shape(plan.positions), float_type(inputs, weights))
 
@@ -65,15 +68,14 @@ def run_in_slots(
             own = [_of(owner, weight) for weight in weights]
             y = network(tf.gather(x, slots.token(which))[tf.newaxis], *own)[0]
             y = _where(valid[:, tf.newaxis], y * tf.gather(flat_gates, which))
-            return (_add_rows(total, slots.target(which), y),)
+            return (slots.add_rows(total, slots.target(which), y),)
 
         total = slots.combined(answers, gates, flat_gates)
         outputs = spill.loop(add_block, [total])[0]
 
         def grad(dy):
+            d_gates = tf.reshape(slots.gradient_of_gates(answers, dy), [-1])
             upstream = tf.gather(dy, slots.targets)  # (E, C, out)
-            d_gates = tf.reduce_sum(upstream * answers, axis=-1)
-            d_gates = tf.reshape(slots.at_assignments(d_gates), [-1])
             upstream = slots.only_filled(upstream * slots.gates_of(flat_gates))
             d_rows, *d_weights = gradients_on(tape, answers, rows, weights, upstream)
             # The loop adds to the gradients that there are.
@@ -105,10 +107,10 @@ def run_in_slots(
                 unconnected_gradients="zero",
             )
             return (
-                _add_rows(d_x, tokens, d_own[0][0]),
-                _add_rows(d_gates, which, d_of_gates),
+                slots.add_rows(d_x, tokens, d_own[0][0]),
+                slots.add_rows(d_gates, which, d_of_gates),
                 *(
-                    _add_rows(total, owner[tf.newaxis], part)
+                    slots.add_rows(total, owner[tf.newaxis], part)
                     for total, part in zip(d_weights, d_own[1:], strict=True)
                 ),
             )
@@ -132,8 +134,9 @@ class _Slots:
             or its assignment where answers are not summed.
     """
 
-    def __init__(self, plan, is_summed):
+    def __init__(self, plan, is_summed, is_compiled):
         self._plan, self._is_summed = plan, is_summed
+        self._is_compiled = is_compiled
         self._shape = tf.shape(plan.positions)
         self._k = tf.cast(self._shape[1], tf.int64)
         k = plan.expert_indices.shape[1]
@@ -161,14 +164,19 @@ class _Slots:
 
     def at_assignments(self, values):
         """`(E, C, ...)` -> `(N, K, ...)`, zeros where an assignment has no slot."""
+        chosen, has_slot = self._chosen(values)
+        return _where(
+            has_slot if values.shape.rank == 2 else has_slot[..., tf.newaxis], chosen
+        )
+
+    def _chosen(self, values):
+        """The same with anything in place of the zeros, and where there is a slot."""
         rest = values.shape[2:]
-        if self._plan.assignments.shape[1] == 0:
-            return tf.zeros([*tf.unstack(self._shape), *rest], values.dtype)
-        values = tf.reshape(values, [-1, *rest])
         has_slot = self._plan.positions >= 0
-        has_slot = has_slot if rest.rank == 0 else has_slot[..., tf.newaxis]
-        positions = tf.maximum(self._plan.positions, 0)
-        return _where(has_slot, tf.gather(values, positions))
+        if self._plan.assignments.shape[1] == 0:
+            return tf.zeros([*tf.unstack(self._shape), *rest], values.dtype), has_slot
+        values = tf.reshape(values, [-1, *rest])
+        return tf.gather(values, tf.maximum(self._plan.positions, 0)), has_slot
 
     def combined(self, answers, gates, flat_gates):
         """The result as far as it comes from slots."""
@@ -179,6 +187,18 @@ class _Slots:
             return tf.reshape(chosen, [-1, answers.shape[-1]])
         return self._scattered(answers * self.gates_of(flat_gates))
 
+    def gradient_of_gates(self, answers, dy):
+        """`(N, K)`, the products of answers with the gradients of their rows."""
+        if not self._is_summed:  # the gates are ones, whose gradient nobody wants
+            return tf.zeros(self._shape, answers.dtype)
+        if self._has_few:
+            # By token, since XLA then writes no product of all answers.
+            chosen, has_slot = self._chosen(answers)
+            of_each = tf.matmul(chosen, dy[..., tf.newaxis])
+            return _where(has_slot, tf.squeeze(of_each, axis=-1))
+        products = tf.gather(dy, self.targets) * answers
+        return self.at_assignments(tf.reduce_sum(products, axis=-1))
+
     def per_token(self, values):
         """`(E, C, D)` -> `(N, D)`, the sum over a token's slots."""
         if self._has_few:
@@ -187,14 +207,24 @@ class _Slots:
 
     def _scattered(self, values):
         total = tf.zeros([self._shape[0], values.shape[-1]], values.dtype)
-        return _add_rows(total, self._plan.token_indices, self.only_filled(values))
+        return self.add_rows(total, self._plan.token_indices, self.only_filled(values))
+
+    def add_rows(self, total, indices, rows):
+        """`total` with rows added at indices."""
+        indices = indices[..., tf.newaxis]
+        if self._is_compiled:
+            return tf.tensor_scatter_nd_add(total, indices, rows)
+        # The same, with kernels of half precision for GPUs.
+        return tf.raw_ops.ScatterNdNonAliasingAdd(
+            input=total, indices=indices, updates=rows
+        )
 
 
 class _Spill:
     """The blocks of rows beyond the slots of their expert."""
 
-    def __init__(self, plan):
-        self._plan = plan
+    def __init__(self, plan, is_compiled):
+        self._plan, self._is_compiled = plan, is_compiled
         # None of an empty batch.
         self._rows = tf.cast(tf.maximum(tf.size(plan.spill_rows), 1), tf.int64)
         self._capacity = tf.cast(tf.shape(plan.assignments)[1], tf.int64)
@@ -219,7 +249,7 @@ class _Spill:
             lambda b, *_: b < number,
             lambda b, *state: (b + 1, *body(b, *state)),
             (tf.constant(0), *state),
-            maximum_iterations=self._most() if ops.is_compiled_by_xla() else None,
+            maximum_iterations=self._most() if self._is_compiled else None,
         )[1:]
 
     def _most(self):
@@ -244,12 +274,3 @@ def _of(owner, weight):
         begin = tf.pad(tf.cast(owner, tf.int32)[tf.newaxis], [[0, rest]])
         return tf.slice(weight, begin, [1, *weight.shape[1:]])
     return tf.gather(weight, owner[tf.newaxis])
-
-
-def _add_rows(total, indices, rows):
-    if ops.is_compiled_by_xla():
-        return tf.tensor_scatter_nd_add(total, indices[..., tf.newaxis], rows)
-    # The same, with kernels of half precision for GPUs.
-    return tf.raw_ops.ScatterNdNonAliasingAdd(
-        input=total, indices=indices[..., tf.newaxis], updates=rows
-    )

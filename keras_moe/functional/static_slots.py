@@ -6,35 +6,27 @@ a loop runs blocks of `spill` rows of one expert each. How often it turns is dat
 where routing is balanced. So no shape depends on the data, XLA compiles a mixture, no
 size has to leave the GPU, and the worst batch costs time instead of tokens. The graph
 does not grow with the number of experts.
-
-Whole numbers are int64 within: TensorFlow computes with int32 in the memory of the host
-even where the rest is on a GPU, since shapes are int32.
 """
 
 from typing import NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, runtime
 from keras_moe.functional import ops
 from keras_moe.functional.capacity import CapacityDispatcher
 from keras_moe.functional.dispatching import (
     Dispatcher,
+    Mixed,
     make_dispatch_plan,
     without_padding,
 )
+from keras_moe.functional.sorting import long_range, sort_by_expert, take
+from keras_moe.functional.static_rows import gather_rows, sum_rows
 from keras_moe.types import DispatchPlan
 
 # Slots of all experts over assignments of all tokens.
 CAPACITY_FACTOR = 1.25
-# From so many experts on assignments are sorted: counting takes time and memory
-# proportional to experts times assignments.
-_MOST_COUNTED = 512
-# Tokens that are counted at once, by a product with a triangular matrix.
-_COUNTED_TOGETHER = 128
-# Up to so many experts a token its answers lie side by side before they are summed.
-MOST_GATHERED = 16
 
 
 class _SlotFields(NamedTuple):
@@ -80,7 +72,7 @@ class SlotPlan(_SlotFields, DispatchPlan):
     ) -> tf.Tensor:
         """The assignments at some ranks among those of an expert, 0 if not valid."""
         rows = tf.gather(self.starts, experts) + ranks
-        return _take(self.order, rows, valid)
+        return take(self.order, rows, valid)
 
     def dispatch(self, inputs):
         raise ValueError(
@@ -101,9 +93,10 @@ class StaticDispatcher(Dispatcher):
     """Static shapes, and nothing dropped: a `SlotPlan` for every call.
 
     Experts that are not stacked, an `ExpertList` say, cannot be a loop over weights:
-    XLA gets a slot for every token from each of them, otherwise their rows depend on
-    the data. So do those of a gate that gives tokens different numbers of experts in a
-    form of its own, which XLA cannot compile.
+    XLA gets a slot for every token from each of them, otherwise they get their rows,
+    whose numbers the host asks for once. The shapes of a gate that gives tokens
+    different numbers of experts in a form of its own depend on the data; XLA cannot
+    compile them.
 
     Args:
         k: Experts for each token on average, if the gate says: as many slots are made.
@@ -127,30 +120,71 @@ class StaticDispatcher(Dispatcher):
             )
         result = without_padding(result, mask)
         if hasattr(experts, "stacked_weights") and not result.is_ragged:
+            if runtime.compiles_mixtures() and not (
+                # Their values are noted for the step around.
+                is_compiled
+                or tf.executing_eagerly()
+                or getattr(experts, "frozen_experts", ())
+            ):
+                return _mix_compiled(super().mix, experts, tokens, result)
             return super().mix(experts, tokens, result, mask)
         if is_compiled:
             of_each = CapacityDispatcher(result.statistics.counts.shape[0])
             return of_each.mix(experts, tokens, result, mask)
-        return _only_real(Dispatcher(), experts, tokens, result, mask)
+        if result.is_ragged:
+            return _only_real(Dispatcher(), experts, tokens, result, mask)
+        return Mixed(_mix_rows(experts, tokens, result), tf.constant(0, tf.int32))
 
     def make_plan(self, result, mask):
         num_experts = result.statistics.counts.shape[0]
         return make_slot_plan(result.expert_indices, num_experts, mask, k=self._k)
 
 
+def _mix_compiled(mix, experts, tokens, result):
+    """The gate has left padding without experts, and stays outside with its state."""
+
+    @tf.function(jit_compile=True, autograph=False)
+    def run(tokens, gates, expert_indices):
+        own = result._replace(gates=gates, expert_indices=expert_indices)
+        return mix(experts, tokens, own).outputs
+
+    outputs = run(tokens, result.gates, result.expert_indices)
+    return Mixed(outputs, tf.constant(0, tf.int32))
+
+
+def _mix_rows(experts, tokens, result):
+    """Rows sorted by expert on the GPU, and split where the host says.
+
+    Their number is static, and what has no expert, padding say, is at their end.
+    """
+    indices = tf.cast(result.expert_indices, tf.int64)
+    order, ranks, counts, starts = sort_by_expert(
+        indices, result.statistics.counts.shape[0]
+    )
+    nothing = tf.constant(-1, tf.int64)
+    rows = tf.gather(starts, tf.maximum(indices, 0)) + ranks
+    positions = tf.where(indices >= 0, rows, nothing)
+    k = tf.shape(indices, tf.int64)[1]
+    is_real = long_range(tf.size(order)) < tf.reduce_sum(counts)
+    token_indices = tf.where(is_real, order // k, nothing)
+    rows = gather_rows(tokens, token_indices, positions)
+    with tf.device("CPU:0"):  # all that waits for it, at once
+        counts = tf.identity(tf.cast(counts, tf.int32))
+    num_real = tf.reduce_sum(counts)
+    answers = experts(rows[:num_real], counts=counts)
+    answers = tf.pad(answers, [[0, tf.shape(rows)[0] - num_real], [0, 0]])
+    gates = tf.cast(result.gates, answers.dtype)
+    return sum_rows(answers, gates, token_indices, positions)
+
+
 def _only_real(dispatcher, experts, tokens, result, mask):
     """Dispatch in shapes that depend on the data, where padding is among the tokens."""
     if mask is not None:
-        if result.is_ragged:
-            kept = tf.gather(mask, result.token_indices)
-            token_indices = tf.boolean_mask(result.token_indices, kept)
-        else:
-            kept = tf.broadcast_to(mask[:, tf.newaxis], tf.shape(result.expert_indices))
-            token_indices = tf.cast(tf.where(kept)[:, 0], tf.int32)
+        kept = tf.gather(mask, result.token_indices)
         result = result._replace(
             gates=tf.boolean_mask(result.gates, kept),
             expert_indices=tf.boolean_mask(result.expert_indices, kept),
-            token_indices=token_indices,
+            token_indices=tf.boolean_mask(result.token_indices, kept),
         )
     return dispatcher.mix(experts, tokens, result)
 
@@ -245,13 +279,10 @@ def make_slot_plan(
         slots = checks.verify_count(capacity, "capacity", 0)
     if spill is not None:
         block = checks.verify_count(spill, "spill", 1)
-    if num_experts <= _MOST_COUNTED and width is not None and width <= MOST_GATHERED:
-        order, ranks, counts, starts = _count(wide, num_experts)
-    else:
-        order, ranks, counts, starts = _sort(wide, num_experts)
-    at = _range(slots)[tf.newaxis, :]
+    order, ranks, counts, starts = sort_by_expert(wide, num_experts)
+    at = long_range(slots)[tf.newaxis, :]
     filled = at < counts[:, tf.newaxis]
-    assignments = _take(order, starts[:, tf.newaxis] + at, filled)
+    assignments = take(order, starts[:, tf.newaxis] + at, filled)
     wide_slots, nothing = tf.cast(slots, tf.int64), tf.constant(-1, tf.int64)
     positions = tf.where(
         (wide >= 0) & (ranks < wide_slots), wide * wide_slots + ranks, nothing
@@ -264,7 +295,7 @@ def make_slot_plan(
         assignments=tf.where(filled, assignments, nothing),
         order=order,
         starts=starts,
-        spill_rows=_range(block),
+        spill_rows=long_range(block),
     )
 
 
@@ -273,72 +304,3 @@ def make_plan_here(expert_indices: tf.Tensor, num_experts: int) -> DispatchPlan:
     if ops.shapes_are_static():
         return make_slot_plan(expert_indices, num_experts)
     return make_dispatch_plan(expert_indices, num_experts)
-
-
-def _range(size):
-    # A range of int32 is made on the host, from sizes that are there, and sent.
-    return tf.cast(tf.range(tf.cast(size, tf.int32)), tf.int64)
-
-
-def _take(order, rows, valid):
-    """Entries of `order`, 0 where not valid. `order` may be empty."""
-    nothing = tf.zeros([], tf.int64)
-    if not order.shape[0]:  # unknown, or none
-        order = tf.concat([order, [nothing]], axis=0)
-    return tf.where(valid, tf.gather(order, tf.where(valid, rows, nothing)), nothing)
-
-
-def _count(expert_indices, num_experts):
-    """A counting sort: order of assignments `(N * K,)`, ranks `(N, K)` among those of
-    the same expert, and for each expert how many there are and where they start.
-
-    Running sums over tokens are products with a triangular matrix of ones, which
-    tensor cores compute, and exact: sums of ones in float32.
-    """
-    num_tokens, k = tf.shape(expert_indices)[0], expert_indices.shape[1]
-    chosen = tf.one_hot(expert_indices, num_experts, dtype=tf.float32)  # (N, K, E)
-    chosen = tf.reduce_sum(chosen, axis=1)
-    together = _COUNTED_TOGETHER
-    padding = [[0, -num_tokens % together], [0, 0]]
-    blocks = tf.reshape(tf.pad(chosen, padding), [-1, together, num_experts])
-    of_blocks = tf.reduce_sum(blocks, axis=1)  # (blocks, E)
-    before = tf.matmul(_earlier(together)[tf.newaxis], blocks)
-    before += tf.cumsum(of_blocks, exclusive=True)[:, tf.newaxis]
-    before = tf.reshape(before, [-1, num_experts])[:num_tokens]
-    ranks = tf.cast(ops.pick(before, tf.maximum(expert_indices, 0)), tf.int64)
-    if k != 1:  # an own gate may choose an expert twice
-        same = expert_indices[:, :, tf.newaxis] == expert_indices[:, tf.newaxis, :]
-        same = tf.cast(same, tf.float32) * _earlier(k)
-        ranks += tf.cast(tf.reduce_sum(same, axis=2), tf.int64)
-    counts = tf.cast(tf.reduce_sum(of_blocks, axis=0), tf.int64)
-    has_expert = expert_indices >= 0
-    starts = tf.cumsum(counts, exclusive=True)
-    rows = tf.gather(starts, tf.maximum(expert_indices, 0))
-    rows = tf.reshape(rows + ranks, [-1])
-    # Rows are unique, but for one behind all: that of assignments without expert.
-    num_rows = tf.size(rows)
-    rows = tf.where(tf.reshape(has_expert, [-1]), rows, tf.cast(num_rows, tf.int64))
-    one_more = tf.concat([rows, [tf.zeros([], tf.int64)]], axis=0)
-    order = tf.scatter_nd(
-        rows[:, tf.newaxis], _range(num_rows), tf.shape(one_more, tf.int64)
-    )
-    return order[:-1], ranks, counts, starts
-
-
-def _earlier(size):
-    """Matrix with ones at those columns that come before the row."""
-    return tf.constant(np.tri(size, k=-1, dtype="float32"))
-
-
-def _sort(expert_indices, num_experts):
-    """The same by a sort, for any number of experts."""
-    flat = tf.reshape(expert_indices, [-1])
-    flat = tf.where(flat < 0, tf.constant(num_experts, tf.int64), flat)
-    order = tf.cast(tf.argsort(flat, stable=True), tf.int64)
-    rows = tf.scatter_nd(
-        order[:, tf.newaxis], _range(tf.size(order)), tf.shape(order, tf.int64)
-    )
-    counts = tf.cast(ops.count_by_expert(expert_indices, num_experts), tf.int64)
-    starts = tf.cumsum(counts, exclusive=True)
-    ranks = rows - tf.gather(tf.concat([starts, [0]], axis=0), flat)
-    return order, tf.reshape(ranks, tf.shape(expert_indices)), counts, starts

@@ -92,7 +92,9 @@ class _Gating(checks.FromConfig, keras.layers.Layer):
         return checks.verify_mask(mask, inputs.shape[:1])
 
     def _logits(self, inputs):
-        logits = tf.matmul(inputs, self.gate_kernel)
+        return self._with_bias(tf.matmul(inputs, self.gate_kernel))
+
+    def _with_bias(self, logits):
         return logits + self.gate_bias if self.use_bias else logits
 
     def _losses_of(self, logits, result, mask):

@@ -109,9 +109,11 @@ class ExpertList(keras.layers.Layer):
     def call(self, inputs, counts=None, training=None):
         if inputs.shape.rank == 3:
             parts = tf.unstack(inputs, num=self.num_experts)
-            slots = tf.range(tf.shape(inputs)[1])
+            # In int64, which a GPU compares; int32 would be compared by the host.
+            slots = tf.cast(tf.range(tf.shape(inputs)[1]), tf.int64)
             masks: list[Any] = [None] * self.num_experts
             if counts is not None:
+                counts = tf.cast(counts, tf.int64)
                 masks = [slots < n for n in tf.unstack(counts, num=self.num_experts)]
             return tf.stack(
                 [

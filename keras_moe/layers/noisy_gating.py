@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import functional
+from keras_moe import engine, functional
 from keras_moe.layers.gating import TopKGating
 from keras_moe.layers.noise import LEARNED, NoiseLevel, draw_rows
 from keras_moe.types import GatingResult
@@ -178,18 +178,21 @@ class NoisyTopKGating(TopKGating):
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:
         mask = self._verify_call(inputs, mask)
         inputs = self._jittered(inputs, mask, training)
-        logits = self._logits(inputs)
-        result = (
-            self._with_noise(inputs, logits, mask, noise)
-            if training and self.has_noise
-            else self._without_noise(logits, mask)
-        )
+        if training and self.has_noise:
+            kernels = [self.gate_kernel]
+            kernels += [self.noise_kernel] if self._noise.is_learned else []
+            products = engine.current().operations.products(inputs, kernels)
+            logits = self._with_bias(products[0])
+            raw_noise = products[1] if self._noise.is_learned else None
+            result = self._with_noise(logits, raw_noise, mask, noise)
+        else:
+            logits = self._logits(inputs)
+            result = self._without_noise(logits, mask)
         return self._with_losses(result, logits, mask, training)
 
-    def _with_noise(self, inputs, clean_logits, mask, noise):
+    def _with_noise(self, clean_logits, raw_noise, mask, noise):
         if noise is None:
             noise = self.draw_noise(tf.shape(clean_logits)[0], mask)
-        raw_noise = self._raw_noise(inputs)
         gates, expert_indices, probs = self._noise.top_k_gating(
             clean_logits, raw_noise, noise, self.k, self.normalization
         )
@@ -200,9 +203,6 @@ class NoisyTopKGating(TopKGating):
         kept = functional.choices_kept(clean_logits, expert_indices, mask)
         result = self._result(gates, expert_indices, mask, load)
         return result._replace(choices_kept=kept)
-
-    def _raw_noise(self, inputs):
-        return tf.matmul(inputs, self.noise_kernel) if self._noise.is_learned else None
 
     def noise_stddev_of(self, inputs: Any) -> tf.Tensor:
         """Standard deviation of the noise that tokens have in training.
@@ -215,7 +215,9 @@ class NoisyTopKGating(TopKGating):
             done so far.
         """
         inputs = tf.cast(inputs, self.compute_dtype)
-        return self._noise.of(self._logits(inputs), self._raw_noise(inputs))
+        learned = self._noise.is_learned
+        raw_noise = tf.matmul(inputs, self.noise_kernel) if learned else None
+        return self._noise.of(self._logits(inputs), raw_noise)
 
     def get_config(self):
         return {

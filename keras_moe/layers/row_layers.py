@@ -65,7 +65,8 @@ def run_any_rows(layer: Any, rows: tf.Tensor, training: bool | None) -> tf.Tenso
     thrown away, and are told by a mask that it is not real.
     """
     number = tf.shape(rows)[0]
-    missing = tf.cast(number == 0, tf.int32)
+    # In whole numbers alone, which the host has: a GPU would cast a bool.
+    missing = 1 - tf.minimum(number, 1)
     padded = tf.pad(rows, [[0, missing], [0, 0]])
     real = tf.range(tf.shape(padded)[0]) < number
     return run_rows(layer, padded, real, training)[:number]

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, runtime
 from keras_moe.data import Vocabulary
 from keras_moe.serving.one_device import one_device_copy
 from keras_moe.serving.signature import UnseenRoutingError
@@ -131,7 +131,7 @@ def export(
     model, writes = one_device_copy(model)
     if not writes:
         return target
-    with _without_cudnn(model):
+    with _without_cudnn(model), runtime.uncompiled_mixtures():
         concrete = _trace(signatures_of(model, text, arguments), signatures)
     module = tf.Module()
     module.weights, module.tables = _state(model, concrete.values())

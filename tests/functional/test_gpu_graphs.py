@@ -36,11 +36,23 @@ def unexplained(graph, is_recurrent=False):
     return {text for text in found if not text.startswith(allowed)}
 
 
+def with_capacity():
+    return moe(capacity_factor=1.5, evaluation_capacity_factor=2.0)
+
+
+def of_layers(**options):
+    experts = [keras.layers.Dense(FEATURES, "relu") for _ in range(4)]
+    return layers.MoE(
+        layers.ExpertList(experts), layers.NoisyTopKGating(k=2), **options
+    )
+
+
 # Name: how to make it, input shape, policy, options of the trace.
 ROWS = {
     "default": (moe, KNOWN, "float32", {}),
     "half precision, unknown batch": (moe, UNKNOWN, "mixed_bfloat16", {}),
     "masked": (moe, UNKNOWN, "float32", {"masked": True}),
+    "capacity, masked": (with_capacity, UNKNOWN, "mixed_bfloat16", {"masked": True}),
 }
 SLOW = {
     "unknown batch": (moe, UNKNOWN, "float32", {}),
@@ -55,6 +67,14 @@ SLOW = {
     ),
     "512 experts": (lambda: moe(512), UNKNOWN, "mixed_bfloat16", {}),
     "1024 experts": (lambda: moe(1024), UNKNOWN, "mixed_bfloat16", {}),
+    "capacity": (with_capacity, UNKNOWN, "float32", {}),
+    "capacity, known batch": (with_capacity, KNOWN, "mixed_bfloat16", {}),
+    "ExpertList, capacity": (
+        lambda: of_layers(capacity_factor=1.5, evaluation_capacity_factor=2.0),
+        UNKNOWN,
+        "float32",
+        {"masked": True},
+    ),
     "recomputed": (lambda: moe(recompute=True), UNKNOWN, "mixed_bfloat16", {}),
     "BalancedGating": (
         lambda: moe(gating=layers.BalancedGating(k=2), load_loss_weight=0.0),
@@ -153,3 +173,19 @@ def test_the_guard_sees_rows_whose_number_depends_on_the_data(monkeypatch):
         static_slots.StaticDispatcher, "make_plan", static_slots.Dispatcher().make_plan
     )
     assert unexplained(gpu_kernels.training_graph(moe(), UNKNOWN))
+
+
+@pytest.mark.parametrize(
+    ("shape", "masked"),
+    [(UNKNOWN, True), pytest.param(KNOWN, False, marks=pytest.mark.slow)],
+)
+def test_any_layers_wait_once_for_the_numbers_of_their_rows(shape, masked):
+    # How many rows each expert has, all of them at once, and nothing else.
+    numbers = "Cast.x <- Cast"
+    for graph in (
+        gpu_kernels.inference_graph(of_layers(), shape, masked),
+        gpu_kernels.training_graph(of_layers(), shape, masked),
+    ):
+        found = gpu_kernels.faults(graph)
+        assert found.pop(numbers) == 1
+        assert set(found) <= ALLOWED

@@ -9,7 +9,7 @@ import tensorflow as tf
 import keras_moe
 import keras_moe.functional as F
 from keras_moe import operations
-from keras_moe.functional import static_slots
+from keras_moe.functional import sorting
 from tests.helpers import assert_value_and_gradients
 from tests.oracles import static_slots as oracle
 
@@ -66,7 +66,7 @@ def test_a_plan_gives_slots_in_the_order_of_the_tokens(
     monkeypatch, rng, path, load, masked, capacity
 ):
     if path == "sorted":
-        monkeypatch.setattr(static_slots, "_MOST_COUNTED", 0)
+        monkeypatch.setattr(sorting, "_MOST_COUNTED", 0)
     experts = routing(load, rng)
     mask = rng.random(N) < 0.6 if masked else None
     plan = F.make_slot_plan(experts, E, mask, capacity, spill=3)

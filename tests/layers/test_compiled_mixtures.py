@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe import layers, models
+from keras_moe import layers, models, serving
 
 D, TOKENS = 4, 12
 
@@ -170,3 +170,84 @@ def test_a_language_model_learns_the_same_compiled():
         losses.append(fitted.history["loss"])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert losses[0][1] < losses[0][0]
+
+
+def gradients_of(layer, run, x, mask):
+    """Outputs, losses and gradients of a step that is a plain graph but for `run`."""
+    weights = [variable.value for variable in layer.trainable_variables]
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, 3, D)),
+            tf.TensorSpec((None, 3), tf.bool),
+        ],
+        autograph=False,
+    )
+    def step(x, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs, losses = run(x, mask)
+            total = tf.reduce_sum(tf.sin(3.0 * outputs)) + sum(losses)
+        gradients = tape.gradient(total, [x, *weights], unconnected_gradients="zero")
+        return outputs, losses, gradients
+
+    return step.get_concrete_function(), tf.nest.flatten(step(x, mask))
+
+
+def num_compiled(function):
+    """Functions in the graph of one that only XLA can run."""
+    functions = function.graph.as_graph_def().library.function
+    return sum(each.attr["_XlaMustCompile"].b for each in functions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "masked", [True, pytest.param(False, marks=pytest.mark.exhaustive)]
+)
+@pytest.mark.parametrize("where", ["the experts", "the layer"])
+def test_a_part_of_a_step_is_compiled_and_gradients_pass_through(where, masked):
+    gate = layers.TopKGating(k=2, use_bias=True, gate_initializer="glorot_normal")
+    layer = skewed(layers.MoE(experts(activation="tanh"), gate))
+    rng = np.random.default_rng(3)
+    x = tf.constant(rng.normal(size=(16, 3, D)), tf.float32)
+    mask = tf.constant(rng.random((16, 3)) < 0.9)
+
+    def plain(x, mask):
+        outputs = layer(x, mask=mask if masked else None, training=True)
+        return outputs, list(layer.losses)
+
+    with serving.gpu_operations():
+        function, expected = gradients_of(layer, plain, x, mask)
+        assert not num_compiled(function)
+        if where == "the experts":
+            with serving.compiled_mixtures():
+                function, found = gradients_of(layer, plain, x, mask)
+        else:
+            compiled = tf.function(plain, jit_compile=True, autograph=False)
+            function, found = gradients_of(layer, compiled, x, mask)
+    assert num_compiled(function) >= 2  # forward and backward
+    for ours, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_experts_are_not_compiled_by_themselves():
+    layer = layers.MoE(experts(frozen_experts=(1,)), top_k())
+    layer.build((None, None, D))
+    x, mask = tf.ones((4, 3, D)), tf.ones((4, 3), tf.bool)
+    with serving.gpu_operations(), serving.compiled_mixtures():
+        function, _ = gradients_of(
+            layer, lambda x, mask: (layer(x), list(layer.losses)), x, mask
+        )
+    assert not num_compiled(function)
+
+
+def test_an_exported_model_needs_no_xla(tmp_path):
+    model = keras.Sequential([keras.Input((D,)), layers.MoE(experts(), top_k())])
+    x = np.random.default_rng(3).normal(size=(5, D)).astype("float32")
+    with serving.gpu_operations(), serving.compiled_mixtures():
+        predicted = model.predict(x, verbose=0)
+        path = serving.export(model, tmp_path / "exported")
+    served = tf.saved_model.load(str(path)).signatures["serving_default"]
+    (outputs,) = served(tf.constant(x)).values()
+    np.testing.assert_allclose(outputs, predicted, rtol=1e-5, atol=1e-6)
+    assert not num_compiled(served)

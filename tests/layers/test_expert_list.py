@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_moe
 from keras_moe import layers
 
 D = 8
@@ -158,3 +159,33 @@ def test_batch_statistics_are_those_of_the_real_rows(rng, capacity_factor, wrapp
     np.testing.assert_allclose(norms[0].moving_mean, x.mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(norms[0].moving_variance, x.var(axis=0), rtol=1e-3)
     np.testing.assert_allclose(norms[1].moving_mean, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [12, 0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_experts_are_the_same_where_a_graph_is_for_gpus(rng, masked, num_tokens):
+    experts = [keras.layers.Dense(D, "tanh") for _ in range(4)]
+    gating = layers.TopKGating(k=2, use_bias=True)
+    layer = layers.MoE(layers.ExpertList(experts), gating)
+    layer.build((None, D))
+    gating.gate_bias.assign([0.0, 0.0, 0.0, -99.0])  # the last one gets no row
+    x = tf.constant(rng.normal(size=(num_tokens, D)), tf.float32)
+    mask = tf.constant(rng.random(num_tokens) < 0.6) if masked else None
+    weights = [variable.value for variable in layer.trainable_variables]
+
+    @tf.function(input_signature=[tf.TensorSpec((None, D))], autograph=False)
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = layer(x, mask=mask, training=True)
+            total = tf.reduce_sum(tf.sin(outputs)) + sum(layer.losses)
+        gradients = tape.gradient(total, [x, *weights], unconnected_gradients="zero")
+        return outputs, gradients
+
+    expected = tf.nest.flatten(step(x))
+    with keras_moe.serving.gpu_operations():
+        found = tf.nest.flatten(
+            tf.function(step.python_function, step.input_signature, autograph=False)(x)
+        )
+    for ours, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6)

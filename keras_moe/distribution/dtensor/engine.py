@@ -80,6 +80,8 @@ class _Operations(operations.StaticOperations):
     def __init__(self, mesh):
         self._mesh = mesh
 
+    products = operations.Operations.products
+
     def top_k(self, values, k):
         return tf.math.top_k(values, k=k)
 
