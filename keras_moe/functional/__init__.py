@@ -74,8 +74,8 @@ from keras_moe.functional.recurrent import (
     lstm_step,
     mixed_product,
     moe_lstm,
+    verify_recurrent_gating,
 )
-from keras_moe.functional.recurrent_gating import verify_recurrent_gating
 from keras_moe.functional.sampled_softmax import (
     log_uniform_candidates,
     sampled_cross_entropy,
