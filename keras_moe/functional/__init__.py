@@ -68,10 +68,10 @@ from keras_moe.functional.losses import (
     router_z_loss,
     switch_loss,
 )
+from keras_moe.functional.lstm import lstm_step
 from keras_moe.functional.random import normal_rows, uniform_rows
 from keras_moe.functional.recurrent import (
     MoELSTMResult,
-    lstm_step,
     mixed_product,
     moe_lstm,
     verify_recurrent_gating,

@@ -199,9 +199,9 @@ class ExpertUsage(keras.callbacks.Callback):
                 self._warned.add(name)
                 warnings.warn(
                     f"{name}: the load of the experts is even in training "
-                    f"(load_cv={trained:.2f}{known}) and uneven in validation without noise "
+                    f"(load_cv={trained:.2f}) and uneven in validation without noise "
                     f"(val_{name}_load_cv={validated:.2f}, val_{name}_max_over_mean_"
-                    f"load={record.figures['max_over_mean_load']:.1f}). Either the "
+                    f"load={record.figures['max_over_mean_load']:.1f}{known}). Either the "
                     "validation data are of another kind, or the gate chooses by its "
                     "noise more than by the token, which meets the balancing losses "
                     "without a choice. Lower `load_loss_weight` and `noise_epsilon`, "

@@ -293,7 +293,7 @@ def test_a_gate_that_chooses_by_its_noise_is_warned_of_once(rng):
     # Without noise expert 0 takes all of 5: a variation of sqrt(5 - 1) = 2.
     message = (
         r"moe: .*even in training \(load_cv=0\.\d+\).*val_moe_load_cv=2\.00.*"
-        r"max_over_mean_load=5\.0.*noise_epsilon"
+        r"max_over_mean_load=5\.0, moe_choices_kept=0\.\d+\).*noise_epsilon"
     )
     with pytest.warns(UserWarning, match=message) as caught:
         fit_with_noise(rng, noise=20.0, epochs=5)
