@@ -56,10 +56,18 @@ def test_other_layers_train_as_on_one_device():
             {**SHORT, **SGD, "layer": "hierarchical"},
             {**SHORT, **SGD, "layer": "balanced", "mask": True},
             {**SHORT, **SGD, "layer": "gated"},
-            {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True},
-            {**SHORT, **SGD, **SEVEN, "layer": "low rank"},
             # A last batch that the devices do not divide.
             {**SHORT, **SGD, "normalized": True, "examples": 31},
+        ],
+    )
+
+
+def test_gated_shared_and_adapted_experts_train_as_on_one_device():
+    assert_equal_on_devices(
+        2,
+        [
+            {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True},
+            {**SHORT, **SGD, **SEVEN, "layer": "low rank"},  # with dropout
         ],
     )
 
