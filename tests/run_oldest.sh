@@ -40,6 +40,7 @@ if [ -n "${ALL:-}" ]; then
     tests/test_architecture.py
     tests/test_saved_files.py
     tests/conformance
+    tests/conversion
     tests/functional
     tests/layers
     tests/serving

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_moe.conversion.tracing import Call, Trace, trace
+from keras_moe.layers.moe import MoE
 
 _RULES = (
     "kernel_regularizer",
@@ -153,6 +154,9 @@ def find_pairs(model: Any, inputs: Any) -> tuple[list[Pair], dict[str, str]]:
         others: Why other `Dense` layers begin none, by label.
     """
     named = list(named_layers(model))
+    mixtures = tuple(f"{label}/" for label, layer in named if isinstance(layer, MoE))
+    # What stands inside of a mixture already stays.
+    named = [(label, x) for label, x in named if not label.startswith(mixtures)]
     # Also those that may not stand in a pair: in inference they may pass on their
     # input as it is, as noise does.
     alone = [layer for _, layer in named if not _inner(layer)]

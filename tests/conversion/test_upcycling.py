@@ -169,6 +169,7 @@ def test_outputs_are_those_of_the_dense_model(make):
         np.testing.assert_array_equal(weight, value)
     np.testing.assert_array_equal(dense(X), wanted)
     assert not mixtures_of(dense)
+    assert not any("call" in vars(layer) for layer in dense._flatten_layers())
 
 
 @pytest.mark.slow
@@ -208,6 +209,22 @@ def test_shared_pairs_become_one_mixture_that_is_called_as_often():
         "outer_up_moe": 2,
         "residual_up_moe": 1,
     }
+
+
+def test_mixtures_that_are_there_already_stay():
+    shared = keras.Sequential([keras.Input((FEATURES,)), *pair(prefix="shared_")])
+    there = layers.MoE(
+        layers.FeedForwardExperts(3, 8),
+        layers.TopKGating(2),
+        shared_experts=shared,
+        name="there",
+    )
+    inputs = keras.Input((None, FEATURES))
+    up, down = pair()
+    dense = randomized(keras.Model(inputs, down(up(there(inputs)))))
+    sparse = keras_moe.upcycle(dense, num_experts=4, k=2)
+    assert [m.name for m in mixtures_of(sparse)] == ["there", "up_moe"]
+    np.testing.assert_allclose(sparse(X), dense(X), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [sequential, nested])
