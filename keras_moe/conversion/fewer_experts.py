@@ -1,6 +1,6 @@
 """Mixtures made smaller: experts left out, or averaged."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -201,7 +201,8 @@ def _usage_of(layer, label, usage):
                 "first, or pass the counts."
             )
         return counts
-    counts = np.asarray(_own(usage, label), np.float64)
+    counts = np.asarray(_own(usage, label))
+    counts = counts.astype(np.float64) if counts.dtype.kind in "iuf" else np.zeros(())
     if counts.shape != (layer.num_experts,) or not np.all(counts >= 0):
         raise ValueError(
             "`usage` must be numbers of at least 0, one for each expert. Received: "
@@ -238,13 +239,16 @@ def _verify_indices(value, name, num_experts):
 
 
 def _verify_groups(value, num_experts):
-    flat = [e for group in value for e in _verify_indices(group, "groups", num_experts)]
+    groups = list(value) if isinstance(value, Iterable) else [value]
+    flat = [
+        e for group in groups for e in _verify_indices(group, "groups", num_experts)
+    ]
     if sorted(flat) != list(range(num_experts)):
         raise ValueError(
             f"`groups` must hold every one of {num_experts} experts once. Received: "
             f"{value!r}. Add the missing ones as groups of their own."
         )
-    return [list(group) for group in value]
+    return [list(group) for group in groups]
 
 
 def _resized(layer: MoE, weights: np.ndarray, k: Any, kept: Sequence[int] = ()) -> MoE:

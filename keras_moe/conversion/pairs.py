@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 
+from keras_moe import checks
 from keras_moe.conversion.tracing import Call, Trace, trace
 from keras_moe.layers.moe import MoE
 
@@ -109,7 +111,7 @@ def chosen(
     if isinstance(wanted, str):
         wanted = [wanted]
     if wanted is not None and not callable(wanted):
-        wanted = list(wanted)
+        wanted = checks.verify_texts(wanted, "layers") if np.ndim(wanted) else [wanted]
         for name in wanted:
             if not any(matches(label, layer, [name]) for label, layer in found):
                 why = [

@@ -117,6 +117,7 @@ def upcycle(
     num_experts = checks.verify_positive_int(num_experts, "num_experts")
     split = checks.verify_positive_int(split, "split")
     noise = checks.verify_weight(noise, "noise")
+    seed = None if seed is None else checks.verify_int(seed, "seed", 0, 2**62)
     if num_experts % split:
         raise ValueError(
             "`num_experts` must be a multiple of `split`, since every copy is dealt "
@@ -131,6 +132,11 @@ def upcycle(
             "`gating` must be a function that makes a gate, since every mixture has its "
             f"own. Received: gating={gating!r}. Pass `lambda: TopKGating(k=2)`, for "
             "example."
+        )
+    if not callable(mixture) or isinstance(mixture, keras.layers.Layer):
+        raise ValueError(
+            "`mixture` must make a layer of experts and a gate. Received: "
+            f"mixture={mixture!r}. Pass a functools.partial of MoE, for example."
         )
     inputs = inputs_of(model, inputs)
     found, others = find_pairs(model, inputs)

@@ -220,6 +220,11 @@ def test_what_cannot_be_done_is_said():
         make(2, usage=[1, 2, 3])
     with pytest.raises(ValueError, match="`groups` must hold every one of 6"):
         keras_moe.merge_experts(model, [[0, 1], [2, 3]])
+    for wrong in (3, [0, 1, 2], [[0, 1], "23"]):
+        with pytest.raises(ValueError, match="`groups` must be"):
+            keras_moe.merge_experts(model, wrong)
+    with pytest.raises(ValueError, match=r"shape=\(\), num_experts=6"):
+        make(2, usage=["much"] * 6)
     with pytest.raises(ValueError, match=r"group \[2, 3\] of 'moe'"):
         keras_moe.merge_experts(
             model, [[0, 1], [2, 3], [4, 5]], usage=[1, 1, 0, 0, 1, 1]

@@ -463,5 +463,13 @@ def test_models_that_are_not_built_or_have_no_config_are_refused():
         keras_moe.upcycle(
             sequential(), num_experts=4, k=3, gating=lambda: layers.TopKGating(2)
         )
+    with pytest.raises(ValueError, match=r"`mixture` must make.*mixture='moe'"):
+        keras_moe.upcycle(sequential(), num_experts=4, mixture="moe")
+    with pytest.raises(ValueError, match=r"`seed` must be.*seed=1\.5"):
+        keras_moe.upcycle(sequential(), num_experts=4, seed=1.5)
+    with pytest.raises(ValueError, match="`layers` must name.*Received: 5"):
+        keras_moe.upcycle(sequential(), 5, num_experts=4)
+    with pytest.raises(ValueError, match="`layers` must be a list of str"):
+        keras_moe.upcycle(sequential(), ["up", 5], num_experts=4)
     with pytest.raises(ValueError, match="`inputs` must be given"):
         keras_moe.upcycle(subclassed(), num_experts=4)
