@@ -166,7 +166,11 @@ GATES = {
     "balanced": (lambda: layers.BalancedGating(k=2), False),
     "own, counted": (lambda: OwnGate(), False),
     "own, smooth": (lambda: OwnGate(smooth=True), True),
-    "hierarchical": (lambda: layers.HierarchicalGating(2, (1, 1)), True),
+    # Not "selected": of one gate it is constant, and its importance as well.
+    "hierarchical": (
+        lambda: layers.HierarchicalGating(2, (1, 1), normalization="all"),
+        True,
+    ),
     "hierarchical, whole groups": (
         lambda: layers.HierarchicalGating(2, (1, 2), gate_initializer="normal"),
         True,
