@@ -43,6 +43,7 @@ class Case:
     dtype: str = "float32"
     rules: bool = False
     dropout: float = 0.0
+    int8: bool = False
 
 
 def start(num_devices: int) -> None:
@@ -140,6 +141,10 @@ def build(case: Case, strategy=None) -> keras.Model:
 
 def _build(case):
     model = translator(case) if case.model == "translation" else stack(case)
+    if case.int8:
+        experts = model.get_layer("moe").experts
+        experts.quantize("int8")
+        experts.enable_lora(2)
     model.compile(
         optimizer_of(case),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -66,7 +66,7 @@ def test_gated_shared_and_adapted_experts_train_as_on_one_device():
     assert_equal_on_devices(
         2,
         [
-            {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True},
+            {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True, "int8": True},
             {**SHORT, **SGD, **SEVEN, "layer": "low rank"},  # with dropout
         ],
     )
