@@ -200,9 +200,14 @@ def for_weights() -> Engine:
     return _engine_of(tf.distribute.get_strategy())
 
 
+def strategy_of(variable: Any) -> Any:
+    """The strategy of a weight that `add_expert_weight` has made, or None."""
+    return getattr(variable, "strategy", None)
+
+
 def of_weight(variable: Any) -> Engine:
     """The engine of a weight that `add_expert_weight` has made, in any scope."""
-    strategy = getattr(variable, "strategy", None)
+    strategy = strategy_of(variable)
     return (
         ONE_DEVICE if strategy is None or _engine_of is None else _engine_of(strategy)
     )

@@ -174,12 +174,20 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             The Keras variable `(num_experts, *shape)`. `network` gets all of them
             in the order in which they were added.
         """
+        strategy = self.stacked_weights and engine.strategy_of(self.stacked_weights[0])
+        if strategy and not tf.distribute.has_strategy():  # after `build`, anywhere
+            with strategy.scope():
+                return self.add_expert_weight(
+                    name,
+                    shape,
+                    initializer,
+                    regularizer=regularizer,
+                    constraint=constraint,
+                    **options,
+                )
         initializer = keras.initializers.get(initializer)
         is_kernel = len(shape) >= 2
-        here = engine.for_weights()
-        if here is engine.ONE_DEVICE and self.stacked_weights:
-            here = engine.of_weight(self.stacked_weights[0])  # outside of its scope
-        variable = here.weights.add_expert_weight(
+        variable = engine.for_weights().weights.add_expert_weight(
             self,
             (self.num_experts, *shape),
             PerExpertInitializer(initializer) if is_kernel else initializer,

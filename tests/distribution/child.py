@@ -45,6 +45,7 @@ class Case:
     rules: bool = False
     dropout: float = 0.0
     later: bool = False  # what gates take besides the paper
+    int8: bool = False
 
 
 def start(num_devices: int) -> None:
@@ -171,6 +172,10 @@ def build(case: Case, strategy=None) -> keras.Model:
 
 def _build(case):
     model = translator(case) if case.model == "translation" else stack(case)
+    if case.int8:
+        experts = model.get_layer("moe").experts
+        experts.quantize("int8")
+        experts.enable_lora(2)
     model.compile(
         optimizer_of(case),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -71,7 +71,7 @@ def test_todays_experts_and_gate_inputs_train_as_on_one_device():
     assert_equal_on_devices(
         2,
         [
-            {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True},
+            {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True, "int8": True},
             {**SHORT, **SGD, **SEVEN, "layer": "low rank"},  # with dropout
             {**SHORT, **SGD, "layer": "hierarchical by half", "mask": True},
             {**SHORT, **SGD, "layer": "several gates"},

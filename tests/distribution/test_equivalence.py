@@ -78,7 +78,7 @@ def test_gated_experts_beside_shared_ones():
         [
             {**short, "layer": "shared"},
             {**short, "layer": "low rank"},  # with dropout
-            {**short, **HIERARCHICAL, "dropout": 0.3},
+            {**short, **HIERARCHICAL, "dropout": 0.3, "int8": True},
         ],
     )
 

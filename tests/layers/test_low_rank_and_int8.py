@@ -15,10 +15,13 @@ from tests.oracles import experts as oracle
 from tests.oracles import mixture as paper
 
 N, D, E, K, H = 8, 4, 5, 2, 3
-KINDS = [layers.FeedForwardExperts, layers.GatedExperts]
 # How rows are computed. On a GPU there are static slots.
 WAYS = [{}, {"computation": "blocks"}, {"recompute": True}, {"gpu": True}]
 WAYS += [{"recompute": True, "computation": "blocks"}, {"recompute": True, "gpu": True}]
+REST = [pytest.mark.slow, pytest.mark.exhaustive]
+CASES = [(layers.GatedExperts, way) for way in WAYS]
+CASES += [(layers.FeedForwardExperts, WAYS[0])]
+CASES += [pytest.param(layers.FeedForwardExperts, way, marks=REST) for way in WAYS[1:]]
 
 
 def make(kind, rng, way=None, dtype="float64", **options):
@@ -80,8 +83,7 @@ def assert_value_and_gradients(layer, x, sources, expected, way):
         np.testing.assert_allclose(gradient, number, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+@pytest.mark.parametrize(("kind", "way"), CASES, ids=str)
 def test_low_rank_additions_equal_the_oracle_in_value_and_every_gradient(
     rng, kind, way
 ):
@@ -102,8 +104,7 @@ def test_low_rank_additions_equal_the_oracle_in_value_and_every_gradient(
     assert_value_and_gradients(layer, x, sources, expected, way)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+@pytest.mark.parametrize(("kind", "way"), CASES, ids=str)
 def test_kernels_of_eight_bits_equal_the_oracle_in_value_and_every_gradient(
     rng, kind, way
 ):

@@ -52,6 +52,7 @@ class _Weights(engine.Weights):
             variable = LaidOutExperts(
                 initializer, shape, self._mesh, name=name, **options
             )
+        variable.strategy = tf.distribute.get_strategy()
         return compatibility.track_weight(layer, variable)
 
     def add_group_weight(self, layer, shape, initializer, name):

@@ -270,6 +270,8 @@ class LaidOutExperts(keras.Variable):
 
     def __init__(self, initializer: Any, shape: tuple, mesh: dtensor.Mesh, **kwargs):
         self._mesh = mesh
+        # In whose scope it was made; set by what makes it.
+        self.strategy: Any = None
         super().__init__(keras.initializers.get(initializer), shape=shape, **kwargs)
 
     def sharded_alike(
