@@ -57,9 +57,6 @@ def test_other_layers_train_as_on_one_device():
         [
             {**SHORT, **SGD, "layer": "hierarchical", "later": True},
             {**SHORT, **SGD, "layer": "balanced", "mask": True, "later": True},
-            {**SHORT, **SGD, "layer": "loss-free", "mask": True},
-            {**SHORT, **SGD, "layer": "expert choice", "mask": True},
-            {**SHORT, **SGD, "layer": "second by lot", "mask": True},
             {**SHORT, **SGD, "layer": "gated"},
             # A last batch that the devices do not divide.
             {**SHORT, **SGD, "normalized": True, "examples": 31},
