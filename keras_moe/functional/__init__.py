@@ -3,7 +3,9 @@
 from keras_moe.functional.attention import (
     attention_keys,
     attention_scores,
+    dot_product_attention,
     masked_softmax,
+    rotary_embedding,
 )
 from keras_moe.functional.boundary import checked as _checked
 from keras_moe.functional.capacity import (
@@ -105,6 +107,7 @@ __all__ = [
     "cv_squared",
     "default_computation",
     "dispatch",
+    "dot_product_attention",
     "expert_capacity",
     "expert_counts",
     "feed_forward_experts",
@@ -139,6 +142,7 @@ __all__ = [
     "noisy_top_k_gating",
     "normal_rows",
     "prob_in_top_k",
+    "rotary_embedding",
     "run_experts",
     "run_in_slots",
     "sampled_cross_entropy",
@@ -160,6 +164,7 @@ _SHAPES = {
     "attention_scores": "query:BTQ keys:BSU query_kernel:QU",
     "combine": "gates:~",
     "dispatch": "inputs:ND",
+    "dot_product_attention": "query:BTQH keys:BSGH values:BSGV mask:...?",
     "expert_counts": "expert_indices:~#-E",
     "feed_forward_experts": "kernels:F.. biases:F. counts:F#",
     "gate_entropy": "gates:~ mask:N?",
@@ -173,6 +178,7 @@ _SHAPES = {
     "make_dispatch_plan": "expert_indices:~#E token_indices:M#",
     "make_plan_here": "expert_indices:NK#-E",
     "make_slot_plan": "expert_indices:NK#-E mask:N?",
+    "rotary_embedding": "x:.TQH positions:.T#",
     "run_in_slots": "inputs:ND gates:~",
     "make_gating_result": "expert_indices:~#-E gates:~ token_indices:M# load:E mask:N?",
     "masked_gating": "logits:NE mask:NE?",

@@ -4,6 +4,7 @@ from keras_moe.layers.attention import MultiplicativeAttention
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.base_experts import Experts
+from keras_moe.layers.cached_attention import CachedAttention
 from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import NoisyTopKGating, SoftmaxGating, TopKGating
@@ -14,10 +15,12 @@ from keras_moe.layers.moe_lstm import MoELSTM
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
+from keras_moe.layers.transformer import MoETransformerBlock
 
 __all__ = [
     "AttentionLSTM",
     "BalancedGating",
+    "CachedAttention",
     "ExpertList",
     "Experts",
     "FeedForwardExperts",
@@ -26,6 +29,7 @@ __all__ = [
     "MoE",
     "MoELSTM",
     "MoELSTMCell",
+    "MoETransformerBlock",
     "MultiplicativeAttention",
     "NoisyTopKGating",
     "ProjectedLSTMCell",

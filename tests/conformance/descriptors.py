@@ -112,6 +112,8 @@ class ToItself(keras.layers.Layer):
     def call(self, inputs, training=None):
         if isinstance(self.layer, layers.MultiplicativeAttention):
             return self.layer(inputs, inputs)
+        if isinstance(self.layer, layers.MoETransformerBlock):
+            return self.layer(inputs, inputs, training=training)
         if isinstance(self.layer, layers.AttentionLSTM):
             return self.layer(inputs, inputs, training=training)[0]
         return self.layer((inputs, inputs), training=training)
@@ -443,6 +445,43 @@ DESCRIPTORS = [
         dynamic_axes=(0, 1),
         # keras.layers.LSTMCell itself fails on an empty batch (Keras 3.15).
         takes_nothing=False,
+    ),
+    Descriptor(
+        "CachedAttention",
+        lambda **kw: layers.CachedAttention(4, 2, max_wavelength=100.0, **kw),
+        (3, 5, 8),
+        layers.CachedAttention,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoETransformerBlock",
+        lambda **kw: layers.MoETransformerBlock(
+            4,
+            _moe(_random_gate)(dtype=kw.get("dtype")),
+            causal=True,
+            num_key_value_heads=2,
+            max_wavelength=100.0,
+            dropout=0.1,
+            **kw,
+        ),
+        (3, 5, 8),
+        layers.MoETransformerBlock,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoETransformerBlock, dense with an encoder, post-norm",
+        lambda **kw: ToItself(
+            layers.MoETransformerBlock(
+                keras.layers.MultiHeadAttention(2, key_dim=3, dtype=kw.get("dtype")),
+                feed_forward=6,
+                normalize_first=False,
+                **kw,
+            ),
+            **kw,
+        ),
+        (3, 5, 4),
+        layers.MoETransformerBlock,
+        dynamic_axes=(0, 1),
     ),
     Descriptor(
         "MoETranslator",

@@ -64,7 +64,15 @@ def test_mixtures_train_as_on_one_device(num_devices):
 
 
 def test_experts_of_a_user_are_sharded_too():
-    assert_equal_on_devices(2, [{**ADAM, **SEVEN, "layer": "gated", "steps": 6}])
+    # Also within a block of a transformer.
+    blocks = {"model": "transformer", "mask": True}
+    assert_equal_on_devices(
+        2,
+        [
+            {**ADAM, **SEVEN, "layer": "gated", "steps": 6},
+            {**SGD, **SEVEN, **blocks, "steps": 6},
+        ],
+    )
 
 
 def test_gates_of_a_user_work_as_on_one_device():
