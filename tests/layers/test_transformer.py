@@ -32,7 +32,7 @@ def spread(layer, rng):
 
 @pytest.mark.parametrize("groups", [4, 2])
 def test_cached_attention_with_the_weights_of_keras_computes_the_same(rng, groups):
-    x, value = tokens(rng), tokens(rng, time=3, width=6)
+    x, value = tokens(rng), tokens(rng, time=3)
     mask = rng.random((2, 5, 3)) < 0.7
     mask[..., 0] = True
     if groups == 4:
