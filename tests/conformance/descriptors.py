@@ -484,6 +484,32 @@ DESCRIPTORS = [
         dynamic_axes=(0, 1),
     ),
     Descriptor(
+        "MoETransformerLanguageModel",
+        lambda **kw: models.MoETransformerLanguageModel(
+            20,
+            [
+                layers.MoETransformerBlock(
+                    2,
+                    moe,
+                    causal=True,
+                    max_wavelength=100.0,
+                    dtype=kw.get("dtype"),
+                )
+                for moe in (None, _moe(_random_gate)(dtype=kw.get("dtype")))
+            ],
+            units=8,
+            learned_positions=True,
+            tied=True,
+            dropout=0.1,
+            **kw,
+        ),
+        (3, 5),
+        models.MoETransformerLanguageModel,
+        dynamic_axes=(0, 1),
+        float32_only=True,
+        integer_inputs=True,
+    ),
+    Descriptor(
         "MoETranslator",
         lambda **kw: ToItself(_translator(**kw), **kw),
         (3, 5),
