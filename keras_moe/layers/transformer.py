@@ -131,7 +131,8 @@ class MoETransformerBlock(keras.layers.Layer):
             )
         if normalization is None:
             normalization = keras.layers.LayerNormalization(epsilon=1e-5, dtype=policy)
-        self.attention, self.normalization = attention, normalization
+        self.attention: Any = attention
+        self.normalization = normalization
         self.feed_forward_normalization = _copy(normalization, "feed_forward_norm")
         if feed_forward is not None and not isinstance(
             feed_forward, keras.layers.Layer
