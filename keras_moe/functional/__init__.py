@@ -3,7 +3,9 @@
 from keras_moe.functional.attention import (
     attention_keys,
     attention_scores,
+    dot_product_attention,
     masked_softmax,
+    rotary_embedding,
 )
 from keras_moe.functional.biased_choice import balanced_bias, biased_gating
 from keras_moe.functional.boundary import checked as _checked
@@ -118,6 +120,7 @@ __all__ = [
     "cv_squared",
     "default_computation",
     "dispatch",
+    "dot_product_attention",
     "expert_capacity",
     "expert_choice_capacity",
     "expert_choice_gating",
@@ -155,6 +158,7 @@ __all__ = [
     "noisy_top_k_gating",
     "normal_rows",
     "prob_in_top_k",
+    "rotary_embedding",
     "router_z_loss",
     "run_experts",
     "run_in_slots",
@@ -182,6 +186,7 @@ _SHAPES = {
     "choices_kept": "clean_logits:NE expert_indices:NK#E mask:N?",
     "combine": "gates:~",
     "dispatch": "inputs:ND",
+    "dot_product_attention": "query:BTQH keys:BSGH values:BSGV mask:...?",
     "expert_choice_gating": "logits:NE mask:N?",
     "expert_counts": "expert_indices:~#-E",
     "feed_forward_experts": "kernels:F.. biases:F. counts:F#",
@@ -196,6 +201,7 @@ _SHAPES = {
     "make_dispatch_plan": "expert_indices:~#E token_indices:M#",
     "make_plan_here": "expert_indices:NK#-E",
     "make_slot_plan": "expert_indices:NK#-E mask:N?",
+    "rotary_embedding": "x:.TQH positions:.T#",
     "run_in_slots": "inputs:ND gates:~",
     "make_gating_result": "expert_indices:~#-E gates:~ token_indices:M# load:E mask:N?",
     "masked_gating": "logits:NE mask:NE?",

@@ -4,6 +4,7 @@ from keras_moe.layers.attention import MultiplicativeAttention
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.balanced_gating import BalancedGating
 from keras_moe.layers.base_experts import Experts
+from keras_moe.layers.cached_attention import CachedAttention
 from keras_moe.layers.expert_choice_gating import ExpertChoiceGating
 from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts, GatedExperts
@@ -20,10 +21,12 @@ from keras_moe.layers.noisy_gating import NoisyTopKGating
 from keras_moe.layers.projected_lstm import ProjectedLSTMCell
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.layers.switch_gating import SwitchGating
+from keras_moe.layers.transformer import MoETransformerBlock
 
 __all__ = [
     "AttentionLSTM",
     "BalancedGating",
+    "CachedAttention",
     "ExpertChoiceGating",
     "ExpertList",
     "Experts",
@@ -36,6 +39,7 @@ __all__ = [
     "MoE",
     "MoELSTM",
     "MoELSTMCell",
+    "MoETransformerBlock",
     "MultiGateMoE",
     "MultiplicativeAttention",
     "NoisyTopKGating",

@@ -11,12 +11,14 @@ from keras_moe.models.preset_models import (
 from keras_moe.models.presets import Preset, preset, preset_names
 from keras_moe.models.sampling import sample_tokens
 from keras_moe.models.scaling import scale_down
+from keras_moe.models.transformer import MoETransformerLanguageModel
 from keras_moe.models.translation import MoETranslator
 from keras_moe.models.translation_layers import translation_middle
 
 __all__ = [
     "Count",
     "MoELanguageModel",
+    "MoETransformerLanguageModel",
     "MoETranslator",
     "Preset",
     "beam_search",

@@ -22,7 +22,7 @@ def continue_tokens(
     """Continues every row of a batch, each with settings of its own.
 
     Args:
-        model: A `MoELanguageModel`.
+        model: A `MoELanguageModel` or `MoETransformerLanguageModel`.
         tokens: `(batch, time)` int32, filled up with 0 at the end.
         lengths: `(batch,)` int32 of at least 1, the number of real tokens.
         max_new_tokens: `(batch,)` int32, the number of tokens to add.
@@ -58,7 +58,7 @@ def continue_tokens(
         # States stop where the text of a row ends.
         hidden, state = model.hidden_with_state(
             tokens,
-            model.initial_state(batch_size),
+            model._state_for(batch_size, time + num_steps),
             state_mask=tf.sequence_mask(lengths, time),
         )
         first = choose(0, tf.gather(hidden, lengths - 1, batch_dims=1))

@@ -82,6 +82,10 @@ class Generation(_Model):
         )
         return tf.concat([tokens, new_tokens], axis=1).numpy()
 
+    def _state_for(self, batch_size, length):
+        """The state before a text of at most so many tokens."""
+        return self.initial_state(batch_size)
+
     def _continue(self, forbidden_tokens):
         """`continue_tokens`, traced once for all sizes."""
         rows = tf.TensorSpec((None,), tf.int32)

@@ -31,7 +31,7 @@ def verify_tokens(tokens, vocabulary_size, name="inputs"):
         tokens = tf.cast(checks.verify_ids(tokens, name, vocabulary_size), tf.int32)
     if not tf.as_dtype(tokens.dtype).is_integer or len(tokens.shape) != 2:
         raise ValueError(
-            f"`{name}` of MoELanguageModel must be integer token ids of shape "
+            f"`{name}` of a language model must be integer token ids of shape "
             f"(batch, time). Received: dtype={tf.as_dtype(tokens.dtype).name}, "
             f"shape={tuple(tokens.shape)}."
         )

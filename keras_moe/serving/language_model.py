@@ -8,8 +8,12 @@ from keras_moe.data.vocabulary import EOS_ID, PAD_ID
 from keras_moe.layers.routing_record import recorded_routing
 from keras_moe.models.continuation import continue_tokens
 from keras_moe.models.language_model import MoELanguageModel
+from keras_moe.models.transformer import MoETransformerLanguageModel
 from keras_moe.serving.signature import routing_outputs, signature
 from keras_moe.serving.text import TextCodec
+from keras_moe.types import at_least_float32
+
+LanguageModel = MoELanguageModel | MoETransformerLanguageModel
 
 # Rows of logits that are held at once: a long text needs little memory.
 _ROWS_OF_LOGITS = 1024
@@ -26,7 +30,7 @@ _SETTINGS = [
 
 
 def language_model_signatures(
-    model: MoELanguageModel, text: TextCodec | None
+    model: LanguageModel, text: TextCodec | None
 ) -> dict[str, Callable]:
     """All signatures of a language model, by name; see `export`."""
     signatures = {
@@ -41,10 +45,15 @@ def language_model_signatures(
 
 def _logits(model):
     def call(ids):
-        state = model.initial_state(tf.shape(ids)[0])
-        return {"outputs": model.call_with_state(ids, state)[0]}
+        return {"outputs": model.softmax(_hidden(model, ids))}
 
     return signature([_IDS], call, "serving_default")
+
+
+def _hidden(model, ids):
+    """What the softmax is given, of texts from their beginning."""
+    state = model._state_for(*tf.unstack(tf.shape(ids)))
+    return model.hidden_with_state(ids, state)[0]
 
 
 def _read(text):
@@ -61,9 +70,7 @@ def _score(model, text):
         ids = encode(given)
         before = tf.pad(ids[:, :-1], [[0, 0], [1, 0]], constant_values=EOS_ID)
         # Padding comes last; what follows it is never scored.
-        state = model.initial_state(tf.shape(ids)[0])
-        hidden, _ = model.hidden_with_state(before, state)
-        log_probs = _log_probs(model, hidden, ids)
+        log_probs = _log_probs(model, _hidden(model, before), ids)
         real = tf.cast(tf.not_equal(ids, PAD_ID), log_probs.dtype)
         log_probs *= real
         total = tf.reduce_sum(log_probs, axis=1)
@@ -93,9 +100,8 @@ def _log_probs(model, hidden, ids):
         part = -tf.nn.sparse_softmax_cross_entropy_with_logits(flat[rows], logits)
         return i + 1, found.write(i, part)
 
-    found = tf.TensorArray(
-        model.softmax.compute_dtype, num_blocks, infer_shape=False, element_shape=[None]
-    )
+    dtype = at_least_float32(model.compute_dtype)
+    found = tf.TensorArray(dtype, num_blocks, infer_shape=False, element_shape=[None])
     found = tf.while_loop(lambda i, _: i < num_blocks, body, (0, found))[1]
     return tf.reshape(found.concat(), shape)
 
@@ -173,7 +179,7 @@ def _routing(model, text):
     def call(given):
         ids = encode(given)
         with recorded_routing(model.moe_layers) as records:
-            model.hidden_with_state(ids, model.initial_state(tf.shape(ids)[0]))
+            _hidden(model, ids)
         answer = routing_outputs(records)
         return answer if text is None else {"tokens": text.tokens(ids), **answer}
 

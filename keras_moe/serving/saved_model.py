@@ -79,7 +79,8 @@ def export(
 
     Args:
         model: A built Keras model: functional, Sequential, subclassed and called
-            once, `MoELanguageModel` or `MoETranslator`.
+            once, `MoELanguageModel`, `MoETransformerLanguageModel` or
+            `MoETranslator`.
         directory: Folder of all versions of the model.
         version: Int. Name of the new folder. None takes the number after the
             largest there is. Defaults to `None`.

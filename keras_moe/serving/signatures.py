@@ -6,9 +6,8 @@ import keras
 
 from keras_moe.layers.moe import mixtures_of
 from keras_moe.layers.routing_record import recorded_routing
-from keras_moe.models.language_model import MoELanguageModel
 from keras_moe.models.translation import MoETranslator
-from keras_moe.serving.language_model import language_model_signatures
+from keras_moe.serving.language_model import LanguageModel, language_model_signatures
 from keras_moe.serving.signature import routing_outputs, signature
 from keras_moe.serving.structure import (
     CallArguments,
@@ -22,7 +21,7 @@ from keras_moe.serving.translate import translation_signatures
 
 def has_own_signatures(model: keras.Model) -> bool:
     """Whether a model has signatures of its own kind, whatever its inputs."""
-    return isinstance(model, (MoELanguageModel, MoETranslator))
+    return isinstance(model, LanguageModel | MoETranslator)
 
 
 def signatures_of(
@@ -45,7 +44,7 @@ def signatures_of(
         ValueError: The inputs of the model are not known, or `text` is given with
             another model or does not fit it.
     """
-    if isinstance(model, MoELanguageModel):
+    if isinstance(model, LanguageModel):
         if text is not None and len(text.vocabulary) != model.vocabulary_size:
             raise ValueError(
                 "`text` must have the vocabulary of the model. Received: "
@@ -55,7 +54,7 @@ def signatures_of(
         return language_model_signatures(model, text)
     if text is not None:
         raise ValueError(
-            "`text` is for a MoELanguageModel. Received: a "
+            "`text` is for a language model. Received: a "
             f"{type(model).__name__}. Leave `text` out."
         )
     if isinstance(model, MoETranslator):

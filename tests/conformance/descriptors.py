@@ -128,6 +128,8 @@ class ToItself(keras.layers.Layer):
         if isinstance(self.layer, layers.MoE):
             seen = inputs[..., :3]
             return self.layer(inputs, training=training, gate_inputs=seen)
+        if isinstance(self.layer, layers.MoETransformerBlock):
+            return self.layer(inputs, inputs, training=training)
         if isinstance(self.layer, layers.AttentionLSTM):
             return self.layer(inputs, inputs, training=training)[0]
         return self.layer((inputs, inputs), training=training)
@@ -605,6 +607,69 @@ DESCRIPTORS = [
         dynamic_axes=(0, 1),
         # keras.layers.LSTMCell itself fails on an empty batch (Keras 3.15).
         takes_nothing=False,
+    ),
+    Descriptor(
+        "CachedAttention",
+        lambda **kw: layers.CachedAttention(4, 2, max_wavelength=100.0, **kw),
+        (3, 5, 8),
+        layers.CachedAttention,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoETransformerBlock",
+        lambda **kw: layers.MoETransformerBlock(
+            4,
+            _moe(_random_gate)(dtype=kw.get("dtype")),
+            causal=True,
+            num_key_value_heads=2,
+            max_wavelength=100.0,
+            dropout=0.1,
+            **kw,
+        ),
+        (3, 5, 8),
+        layers.MoETransformerBlock,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoETransformerBlock, dense with an encoder, post-norm",
+        lambda **kw: ToItself(
+            layers.MoETransformerBlock(
+                keras.layers.MultiHeadAttention(2, key_dim=3, dtype=kw.get("dtype")),
+                feed_forward=6,
+                normalize_first=False,
+                **kw,
+            ),
+            **kw,
+        ),
+        (3, 5, 4),
+        layers.MoETransformerBlock,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
+        "MoETransformerLanguageModel",
+        lambda **kw: models.MoETransformerLanguageModel(
+            20,
+            [
+                layers.MoETransformerBlock(
+                    2,
+                    moe,
+                    causal=True,
+                    max_wavelength=100.0,
+                    dtype=kw.get("dtype"),
+                )
+                for moe in (None, _moe(_random_gate)(dtype=kw.get("dtype")))
+            ],
+            units=8,
+            learned_positions=True,
+            tied=True,
+            dropout=0.1,
+            **kw,
+        ),
+        (3, 5),
+        models.MoETransformerLanguageModel,
+        dynamic_axes=(0, 1),
+        float32_only=True,
+        integer_inputs=True,
     ),
     Descriptor(
         "MoETranslator",

@@ -171,7 +171,8 @@ def build(case: Case, strategy=None) -> keras.Model:
 
 
 def _build(case):
-    model = translator(case) if case.model == "translation" else stack(case)
+    models = {"translation": translator, "transformer": transformer}
+    model = models.get(case.model, stack)(case)
     if case.int8:
         experts = model.get_layer("moe").experts
         experts.quantize("int8")
@@ -194,6 +195,22 @@ def translator(case):
     )
     model.build(None)
     return model
+
+
+def transformer(case):
+    """Two blocks, the second with a mixture; dropout, shared keys, rotary positions."""
+    inputs = keras.Input((TIME,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, WIDTH, mask_zero=case.mask)(inputs)
+    for moe in (None, mixture(case)):
+        x = keras_moe.layers.MoETransformerBlock(
+            4,
+            moe,
+            causal=True,
+            num_key_value_heads=2,
+            max_wavelength=100.0,
+            dropout=0.3,
+        )(x)
+    return keras.Model(inputs, keras.layers.Dense(VOCABULARY)(x))
 
 
 def stack(case):

@@ -58,6 +58,7 @@ def test_other_layers_train_as_on_one_device():
             {**SHORT, **SGD, "layer": "hierarchical", "later": True},
             {**SHORT, **SGD, "layer": "balanced", "mask": True, "later": True},
             {**SHORT, **SGD, "layer": "gated"},
+            {**SHORT, **SGD, **SEVEN, "model": "transformer", "mask": True},
             # A last batch that the devices do not divide.
             {**SHORT, **SGD, "normalized": True, "examples": 31},
         ],

@@ -66,8 +66,15 @@ def test_mixtures_train_as_on_one_device(num_devices):
 
 
 def test_experts_of_a_user_are_sharded_too():
-    short = {**ADAM, **SEVEN, "steps": 6}
-    assert_equal_on_devices(2, [{**short, "layer": "gated"}])
+    # Also within a block of a transformer.
+    blocks = {"model": "transformer", "mask": True}
+    assert_equal_on_devices(
+        2,
+        [
+            {**ADAM, **SEVEN, "layer": "gated", "steps": 6},
+            {**SGD, **SEVEN, **blocks, "steps": 6},
+        ],
+    )
 
 
 def test_gated_experts_beside_shared_ones():

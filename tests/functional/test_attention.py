@@ -5,6 +5,7 @@ import tensorflow as tf
 from keras_moe import functional
 from tests.helpers import assert_value_and_gradients
 from tests.oracles import attention as oracle
+from tests.oracles import transformer
 
 
 def arrays(rng, units=3):
@@ -55,3 +56,52 @@ def test_huge_scores_do_not_overflow_and_masked_ones_do_not_matter(dtype):
     weights = functional.masked_softmax(scores, tf.constant([[False, True, True]]))
     expected = [0.0, 1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))]
     np.testing.assert_allclose(weights[0], expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_heads_that_share_keys_equal_the_loops(rng, groups):
+    query = rng.normal(size=(2, 3, 4, 2))
+    keys, values = (
+        rng.normal(size=(2, 5, groups, 2)),
+        rng.normal(size=(2, 5, groups, 3)),
+    )
+    mask = rng.random((2, 3, 5)) < 0.6
+    mask[1, 2] = False  # attends to nothing
+    assert_value_and_gradients(
+        lambda *arrays: functional.dot_product_attention(*arrays, mask),
+        lambda *arrays: transformer.attention(*arrays, mask),
+        [query, keys, values],
+    )
+
+
+def test_rotary_positions_equal_complex_numbers(rng):
+    x = rng.normal(size=(2, 3, 2, 6))
+    positions = np.array([[0, 1, 2], [7, 100, 5000]])
+    assert_value_and_gradients(
+        lambda x: functional.rotary_embedding(x, positions, 50.0),
+        lambda x: transformer.rotary(x, positions, 50.0),
+        [x],
+    )
+
+
+def test_products_of_rotated_vectors_depend_on_the_distance(rng):
+    query, key = rng.normal(size=(2, 1, 1, 1, 8))
+
+    def product(m, n):
+        turned = [
+            functional.rotary_embedding(x, [[at]]) for x, at in ((query, m), (key, n))
+        ]
+        return float(tf.reduce_sum(turned[0] * turned[1]))
+
+    np.testing.assert_allclose(product(9, 4), product(1005, 1000), rtol=1e-9)
+    assert abs(product(9, 4) - product(9, 5)) > 1e-3
+
+
+def test_errors_of_attention_with_heads():
+    x = np.ones((1, 2, 3, 5))
+    with pytest.raises(ValueError, match=r"even.*5\)"):
+        functional.rotary_embedding(x, [[0, 1]])
+    with pytest.raises(ValueError, match="multiple of the heads"):
+        functional.dot_product_attention(x, x[:, :, :2], x[:, :, :2])
+    with pytest.raises(ValueError, match="`mask` must be of bools"):
+        functional.dot_product_attention(x, x, x, np.ones((1, 2, 2)))
