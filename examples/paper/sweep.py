@@ -234,7 +234,7 @@ def twin(mixture, kind="dense"):
         rest |= {"gating": "noisy_top_k", "noise": "learned"}
         return dataclasses.replace(mixture, **sizes, **rest)
 
-    sizes = range(1, 8 * mixture.k * mixture.hidden_units)
+    sizes = range(1, 3 * mixture.k * mixture.hidden_units)
     return min(
         map(dense, sizes), key=lambda arm: abs(arm.count().core_operations - wanted)
     )

@@ -130,6 +130,8 @@ def test_noise_differs_between_calls_and_steps_but_not_at_inference(x):
     assert len(np.unique(noise)) == noise.size
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_segments_train_to_the_same_weights(x):
     results = []
     for segment_length in (None, 4):
@@ -145,6 +147,7 @@ def test_segments_train_to_the_same_weights(x):
         np.testing.assert_allclose(recomputed, kept, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_inside_bidirectional_and_fit_with_logs(x, tmp_path):
     inputs = keras.Input((None, FEATURES))
     masked = keras.layers.Masking()(inputs)

@@ -31,12 +31,14 @@ def runner_of(content):
     )
 
 
+# Each takes the converter seconds.
+MARKS = {"MoE": (), "HierarchicalMoE": (), "blocks": (pytest.mark.slow,)}
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "blocks" else [])
-        for name in (*NAMES, *MORE)
-    ],
+    [pytest.param(name, marks=MARKS.get(name, EXHAUSTIVE)) for name in (*NAMES, *MORE)],
 )
 def test_a_mixture_converts_with_any_batch(name, rng, tmp_path):
     inputs = keras.Input((FEATURES,), name="x")
