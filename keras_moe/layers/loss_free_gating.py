@@ -12,7 +12,7 @@ from keras_moe.functional.biased_choice import (
     verify_kept_groups,
 )
 from keras_moe.layers.base_gating import Choice, _Gating
-from keras_moe.layers.step_clock import StepClock
+from keras_moe.layers.step_clock import StepClock, only_looks
 from keras_moe.types import GatingResult
 
 
@@ -185,7 +185,7 @@ class LossFreeGating(_Gating):
         mask = self._verify_call(inputs, mask)
         logits = self._logits(inputs)
         bias, note = tf.convert_to_tensor(self.selection_bias), None
-        if training and self.trainable:
+        if training and self.trainable and not only_looks():
             bias, note = self._begin(logits)
         gates, experts = functional.biased_gating(
             logits,

@@ -25,6 +25,7 @@ from keras_moe.layers.gating import k_of
 from keras_moe.layers.moe_inputs import flatten_mask, verify_gate_inputs
 from keras_moe.layers.routing_record import RoutingRecord
 from keras_moe.layers.shared_experts import add_shared, build_shared, verify_shared
+from keras_moe.layers.step_clock import nothing_noted
 from keras_moe.types import GatingResult
 
 
@@ -190,8 +191,7 @@ class MoE(keras.layers.Layer):
 
     # Of these names Keras takes the shapes of the call's tensors.
     def build(self, inputs_shape, gate_inputs_shape=None):
-        input_shape = inputs_shape
-        features = checks.verify_input_shape(input_shape, type(self).__name__)
+        features = checks.verify_input_shape(inputs_shape, type(self).__name__)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
         here = engine.for_weights()
         if self._has_capacity and here.several_devices:
@@ -334,7 +334,8 @@ class MoE(keras.layers.Layer):
         if not self.built:
             self.build(inputs.shape)
         tokens = tf.reshape(inputs, [-1, inputs.shape[-1]])
-        result = self.gating(tokens, training=training)
+        with nothing_noted():
+            result = self.gating(tokens, training=training)
         verify_gating_result(result, self.gating)
         return result
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_moe import checks, engine, functional
 from keras_moe.functional.gating import choose_noisy
-from keras_moe.layers.step_clock import StepClock
+from keras_moe.layers.step_clock import StepClock, only_looks
 
 LEARNED = "learned"
 _Schedule = keras.optimizers.schedules.LearningRateSchedule
@@ -77,7 +77,7 @@ class NoiseLevel:
         Args:
             inputs: What depends on the batch.
         """
-        if self._clock is not None:
+        if self._clock is not None and not only_looks():
             self._clock.tick(tf.convert_to_tensor(inputs))
 
     def of(self, clean_logits: tf.Tensor, raw_noise: tf.Tensor | None) -> tf.Tensor:

@@ -1,5 +1,8 @@
 """Notices within a training call that an optimizer step has ended since the last."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -7,6 +10,22 @@ import numpy as np
 import tensorflow as tf
 
 _INTEGERS = {2: tf.int16, 4: tf.int32, 8: tf.int64}
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def nothing_noted() -> Iterator[None]:
+    """Inside, training calls of gates are no part of a step and leave no trace."""
+    before, _here.only_looks = only_looks(), True
+    try:
+        yield
+    finally:
+        _here.only_looks = before
+
+
+def only_looks() -> bool:
+    """Whether the call is one within `nothing_noted`."""
+    return getattr(_here, "only_looks", False)
 
 
 class Tick(NamedTuple):

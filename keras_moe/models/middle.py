@@ -64,7 +64,14 @@ def make_mixture(
             `num_groups`.
     """
     checks.verify_choice(gating, "gating", GATINGS)
+    k = checks.verify_units(k, "k")
     verify_levels(k, num_groups)
+    if noise != "learned" and gating != "noisy_top_k" and num_groups is None:
+        raise ValueError(
+            "`noise` is that of noisy gates. Received: "
+            f"noise={noise!r}, gating={gating!r}. Leave it out, or pass "
+            'gating="noisy_top_k".'
+        )
     gate = _make_gate(gating, k[0], loss_weight, noise)
     options: dict[str, Any] = {
         "importance_loss_weight": 0.0 if gating in _OWN_BALANCE else loss_weight,

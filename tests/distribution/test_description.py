@@ -46,7 +46,8 @@ def test_a_step_has_the_expected_collectives_and_no_others(found, layer):
     # Gradients are summed of what every replica has, and of nothing else; the other
     # sums are statistics of the 64 experts.
     assert found["gradient_sums"][layer] == [found["replicated_sizes"][layer]] * 4
-    assert found["largest_other_sum"][layer] == 3 * 64
+    # ... and the choices that noise has left, of how many.
+    assert found["largest_other_sum"][layer] == 3 * 64 + 2
     assert set(counted) <= {
         "CollectiveAllToAllV2",
         "CollectiveGatherV2",

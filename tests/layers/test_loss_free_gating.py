@@ -301,3 +301,20 @@ def test_what_cannot_be_is_refused():
         layers.MoE(
             layers.FeedForwardExperts(6, 4), layers.LossFreeGating(2, num_groups=4)
         ).build((None, D))
+
+
+def test_a_look_at_the_routing_of_training_leaves_no_trace():
+    schedule = keras.optimizers.schedules.PolynomialDecay(1.0, 10)
+    for gate in (
+        layers.LossFreeGating(2, bias_update_rate=0.1),
+        layers.NoisyTopKGating(2, noise_stddev=schedule),
+    ):
+        moe = layers.MoE(layers.FeedForwardExperts(8, 4), gate)
+        x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+        moe(x, training=True)
+        before = [v.numpy() for v in gate.weights if "seed" not in v.path]
+        moe.route(x, training=True)
+        tf.function(lambda: moe.route(x, training=True))()  # noqa: B023
+        after = [v.numpy() for v in gate.weights if "seed" not in v.path]
+        for a, b in zip(after, before, strict=True):
+            np.testing.assert_array_equal(a, b)
