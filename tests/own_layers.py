@@ -41,6 +41,14 @@ class ResidualExperts(layers.FeedForwardExperts):
 
 
 @register
+class ResidualGatedExperts(layers.GatedExperts):
+    """The same of gated experts, with dropout."""
+
+    def network(self, rows, *weights):
+        return rows + super().network(rows, *weights)
+
+
+@register
 class HalvedExpertList(layers.ExpertList):
     """Another `call` around that of the base."""
 

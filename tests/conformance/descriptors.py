@@ -467,6 +467,17 @@ DESCRIPTORS = [
         dynamic_axes=(0, 1),
     ),
     Descriptor(
+        "MoE of a subclass of GatedExperts",
+        _moe_of(
+            lambda **kw: own_layers.ResidualGatedExperts(
+                6, 8, use_bias=True, dropout=0.1, **kw
+            )
+        ),
+        (3, 5, 4),
+        layers.GatedExperts,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
         "MoE of a subclass of ExpertList",
         _moe_of(lambda **kw: _expert_list(own_layers.HalvedExpertList, **kw)),
         (3, 5, 6),
