@@ -1,20 +1,23 @@
 """Mixtures made smaller: experts left out, or averaged."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_moe import checks
+from keras_moe.conversion.blocks import blocks_of, with_network
 from keras_moe.conversion.pairs import chosen, named_layers
-from keras_moe.conversion.rebuilding import rebuild
+from keras_moe.conversion.rebuilding import array_of, rebuild, verify_specs
 from keras_moe.layers.base_experts import Experts
+from keras_moe.layers.expert_choice_gating import ExpertChoiceGating
 from keras_moe.layers.expert_list import ExpertList
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import k_of
 from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.multi_gate_moe import MultiGateMoE
 
 
 def prune_experts(
@@ -31,8 +34,10 @@ def prune_experts(
     Kept are the weights of some experts and their columns of the gate. A token none of
     whose experts is left out gets the same output, exactly, if its gates depend on
     chosen logits alone (`normalization="selected"`). With `normalization="all"` gates of
-    all tokens grow, as the softmax is one of fewer logits. A token one of whose experts
-    is left out goes to the next of those that are kept.
+    all tokens grow, as the softmax is one of fewer logits; with `ExpertChoiceGating`
+    the experts that are left take more tokens. A token one of whose experts is left out
+    goes to the next of those that are kept. Experts or a gate that several mixtures
+    share are shared in the new model too.
 
     Args:
         model: A built model or layer with mixtures, or a `MoE`. It stays as it is.
@@ -42,9 +47,10 @@ def prune_experts(
             takes all, or those of the dict `keep`. Defaults to `None`.
         usage: For a number in `keep`: tokens of each expert, `(num_experts,)`, or a
             dict of these by name. None takes what the mixture has counted in the last
-            `evaluate` or epoch. Defaults to `None`.
-        k: Int or None. Experts for each token from now on; None leaves it. Defaults to
+            `evaluate` or epoch, and in any eager call of the model since. Defaults to
             `None`.
+        k: Int or None. Experts for each token from now on, for gates that take a `k`;
+            None leaves it. Defaults to `None`.
         inputs: Specs of the inputs of a subclassed model that does not know how it was
             built. Defaults to `None`.
 
@@ -53,7 +59,8 @@ def prune_experts(
 
     Raises:
         ValueError: `keep` has no different indices of experts; fewer than `k` are left;
-            nothing is known of the usage; a mixture has two levels, or experts or a
+            nothing is known of the usage; mixtures that share experts or a gate keep
+            different ones; a mixture has two levels or several gates, or experts or a
             gate of which it is not known what belongs to an expert: weights of a gate
             have the experts as their last axis.
 
@@ -67,6 +74,8 @@ def prune_experts(
     3
     """
 
+    parts = _Parts()
+
     def pruned(label, layer):
         own = _own(keep, label)
         if np.ndim(own) == 0:
@@ -76,7 +85,7 @@ def prune_experts(
             own = np.sort(np.argsort(-counts, kind="stable")[:most])
         own = _verify_indices(own, "keep", layer.num_experts)
         weights = np.eye(layer.num_experts)[own]
-        return _resized(layer, weights, k, own)
+        return _resized(label, layer, weights, k, parts, own)
 
     return _with_mixtures(model, pruned, layers, keep, inputs)
 
@@ -97,6 +106,7 @@ def merge_experts(
     columns; all into one, where all experts compute the same and the gates sum to 1:
     this takes back `upcycle`. Of experts that have grown apart an average is a start
     for training, no more. The parts of a copy (`split` of `upcycle`) have no average.
+    Mixtures of groups share what they shared; of dense networks each has its own.
 
     Args:
         model: A built model or layer with mixtures, or a `MoE`. It stays as it is.
@@ -116,8 +126,9 @@ def merge_experts(
 
     Raises:
         ValueError: `groups` are no partition of the experts; there are fewer than `k`;
-            a group has no usage; a mixture has two levels, or experts that are no
-            stack of one form; for a dense network, it has other experts than
+            a group has no usage; mixtures that share experts or a gate have different
+            groups or usage; a mixture has two levels or several gates, or experts that
+            are no stack of one form; for a dense network, it has other experts than
             `FeedForwardExperts`, or shared ones.
 
     Example:
@@ -129,6 +140,8 @@ def merge_experts(
     >>> x = np.random.default_rng(0).normal(size=(5, 8)).astype("float32")
     >>> np.testing.assert_allclose(again(x), dense(x), atol=1e-5)
     """
+
+    parts = _Parts()
 
     def merged(label, layer):
         _verify_plain(label, layer.experts)
@@ -149,7 +162,7 @@ def merge_experts(
             row /= row.sum()
         if _own(groups, label) is None:
             return _dense(layer, label, weights)
-        return _resized(layer, weights, k)
+        return _resized(label, layer, weights, k, parts)
 
     return _with_mixtures(model, merged, layers, groups, inputs)
 
@@ -161,20 +174,49 @@ def _with_mixtures(model, change: Callable, layers, by_name, inputs):
             "`model` must be a built Keras model or layer. Received: "
             f"model={model!r}. Call it on a batch first, or load its weights."
         )
-    if isinstance(model, MoE):
+    if inputs is not None:
+        verify_specs(inputs)
+    if isinstance(model, MoE | MultiGateMoE):
+        _verify_changeable(model.name, model, {})
         return change(model.name, model)
     found: list[tuple[str, Any]] = []
     for label, layer in named_layers(model):
         within = any(label.startswith(f"{around}/") for around, _ in found)
-        if isinstance(layer, MoE) and not within:
+        if isinstance(layer, MoE | MultiGateMoE) and not within:
             found.append((label, layer))
     if layers is None and isinstance(by_name, Mapping):
         layers = list(by_name)
     labels = chosen(found, layers, "a mixture", {})
-    replacements = {
-        id(layer): change(label, layer) for label, layer in found if label in labels
-    }
+    left = {label: layer for label, layer in found if label not in labels}
+    replacements = {}
+    for label, layer in found:
+        if label in labels:
+            _verify_changeable(label, layer, left)
+            replacements[id(layer)] = change(label, layer)
+    for block in blocks_of(model):
+        network = replacements.get(id(block.moe))
+        if network is not None and not isinstance(network, MoE):
+            # Its config has another argument for a dense network.
+            replacements[id(block)] = with_network(block, network)
     return rebuild(model, replacements, (), inputs)
+
+
+def _verify_changeable(label, layer, left):
+    """Raises for a mixture whose parts others need as they are."""
+    if isinstance(layer, MultiGateMoE):
+        raise ValueError(
+            "`model` must have mixtures of one gate each. Received: "
+            f"{label!r}, a MultiGateMoE of {len(layer.gatings)} gates over the same "
+            "experts. Leave it out by `layers`."
+        )
+    own = {id(layer.experts), id(layer.gating)}
+    for other, mixture in left.items():
+        gates = getattr(mixture, "gatings", None) or [mixture.gating]
+        if own & {id(mixture.experts), *map(id, gates)}:
+            raise ValueError(
+                "`layers` must hold all of the mixtures that share experts or a gate. "
+                f"Received: {label!r} without {other!r}. Add it, or leave out both."
+            )
 
 
 def _own(given, label):
@@ -193,7 +235,7 @@ def _own(given, label):
 def _usage_of(layer, label, usage):
     """`(E,)` counts of a mixture."""
     if usage is None:
-        counts = np.array(layer.balance.counts()) if hasattr(layer, "balance") else 0
+        counts = array_of(layer.balance.counts()) if hasattr(layer, "balance") else 0
         if not np.any(counts):
             raise ValueError(
                 f"`usage` must be given for mixtures that have counted nothing. "
@@ -251,61 +293,125 @@ def _verify_groups(value, num_experts):
     return [list(group) for group in groups]
 
 
-def _resized(layer: MoE, weights: np.ndarray, k: Any, kept: Sequence[int] = ()) -> MoE:
+class _Made(NamedTuple):
+    """A part that was made, of which experts, and for which mixture first."""
+
+    part: Any
+    weights: np.ndarray | None
+    label: str
+
+
+class _Parts:
+    """Parts of the new mixtures, one for each of before, as mixtures may share them."""
+
+    def __init__(self):
+        self._made: dict[int, _Made] = {}
+
+    def of(self, label, part, weights, make):
+        """What `make()` gives for a part, the first time that it is asked for."""
+        if id(part) not in self._made:
+            self._made[id(part)] = _Made(make(), weights, label)
+        made = self._made[id(part)]
+        if weights is not None and not np.array_equal(made.weights, weights):
+            raise ValueError(
+                "Mixtures that share experts or a gate must be left with the same "
+                f"experts. Received: others for {label!r} than for {made.label!r}, which "
+                f"share {part.name!r}. Pass the same indices for both."
+            )
+        return made.part
+
+
+def _resized(
+    label: str,
+    layer: MoE,
+    weights: np.ndarray,
+    k: Any,
+    parts: _Parts,
+    kept: Sequence[int] = (),
+) -> MoE:
     """A built mixture whose experts are sums of those of another.
 
     Args:
+        label: What the other is called in messages.
         layer: The other.
         weights: `(new, E)`, how much of each is in a new one.
         k: Experts for each token, or None for as many as before.
+        parts: Those that are made for mixtures of the same model.
         kept: Where each new expert is one of the old, which ones.
     """
     gate = layer.gating
     if isinstance(gate, HierarchicalGating):
         raise ValueError(
             "`model` must have mixtures of one level. Received: "
-            f"{layer.name!r} with groups of experts. Leave it out by `layers`."
+            f"{label!r} with groups of experts. Leave it out by `layers`."
         )
-    number = len(weights)
-    own_k = k_of(gate)
-    if k is None and own_k is not None and own_k > number:
-        raise ValueError(
-            f"`k` must be at most the experts that are left. Received: k={own_k} of "
-            f"{layer.name!r}, {number} experts. Pass `k`, or keep more."
-        )
-    gate_config = gate.get_config()
-    if gate_config.get("num_experts") is not None:
-        gate_config["num_experts"] = number
-    if k is not None:
-        if own_k is None:
-            raise ValueError(
-                f"`k` must be None for a gate without one. Received: k={k}, a "
-                f"{type(gate).__name__} in {layer.name!r}. Leave it out."
-            )
-        gate_config["k"] = checks.verify_k(k, number)
-    new_gate = type(gate).from_config(gate_config)
+    new_gate = parts.of(label, gate, weights, lambda: _smaller(label, gate, weights, k))
+    experts = parts.of(
+        label, layer.experts, weights, lambda: _fewer(label, layer, weights, kept)
+    )
     shared = layer.shared_experts
+    if shared is not None:
+        shared = parts.of(
+            label, shared, None, lambda: rebuild(layer.shared_experts, {})
+        )
     new = type(layer)(
         **{
             **layer.get_config(),
-            "experts": _fewer(layer, weights, kept),
+            "experts": experts,
             "gating": new_gate,
-            "shared_experts": None if shared is None else rebuild(shared, {}),
+            "shared_experts": shared,
         }
     )
-    new.build(_input_shape(layer))
+    shape = _input_shape(layer)
+    shapes = [shape]
+    if layer.gate_features != shape[-1]:
+        shapes.append((*shape[:-1], layer.gate_features))
+    new.build(*shapes)
     new.built = True
     if isinstance(layer.experts, Experts):
         # By name: what was added later, as by `enable_lora`, may stand elsewhere.
         stacks = {weight.name: weight for weight in layer.experts.stacked_weights}
         for weight in new.experts.stacked_weights:
             weight.assign(_summed(weights, stacks[weight.name]))
-    _fill_gate(gate, new_gate, weights, layer.name)
+    _fill_gate(gate, new_gate, weights, label)
     new.trainable = layer.trainable
     return new
 
 
-def _fewer(layer, weights, kept):
+def _smaller(label, gate, weights, k):
+    """A gate of another number of experts, without its weights."""
+    number, kind = len(weights), type(gate).__name__
+    config = gate.get_config()
+    takes_k = "k" in config
+    if config.get("num_experts") is not None:
+        config["num_experts"] = number
+    if k is not None:
+        if not takes_k:
+            raise ValueError(
+                f"`k` must be None for a gate without one, or with one of its own. "
+                f"Received: k={k}, a {kind} in {label!r}. Leave it out."
+            )
+        config["k"] = checks.verify_positive_int(k, "k")
+    elif not isinstance(gate, ExpertChoiceGating):  # its k is an average
+        k = k_of(gate)
+    if k is not None and k > number:
+        remedy = "Pass a lower `k`, or keep more." if takes_k else "Keep more."
+        raise ValueError(
+            f"`k` must be at most the experts that are left. Received: k={k} of "
+            f"{label!r}, {number} experts, and a {kind}. {remedy}"
+        )
+    try:
+        return type(gate).from_config(config)
+    except (TypeError, ValueError) as error:
+        # Keras puts a text of its own around the gate's.
+        reason = error.__context__ or error
+        raise ValueError(
+            f"The gate of {label!r} must take the experts that are left. Received: a "
+            f"{kind}, {number} experts: {reason}"
+        ) from error
+
+
+def _fewer(label, layer, weights, kept):
     """Experts of another number, without their weights; of a list with them."""
     experts = layer.experts
     if isinstance(experts, ExpertList) and kept:
@@ -313,7 +419,7 @@ def _fewer(layer, weights, kept):
     if not isinstance(experts, Experts):
         raise ValueError(
             "`model` must have mixtures whose experts are `Experts`, or an `ExpertList` "
-            f"that is pruned. Received: a {type(experts).__name__} in {layer.name!r}. "
+            f"that is pruned. Received: a {type(experts).__name__} in {label!r}. "
             "Leave it out by `layers`."
         )
     frozen = np.isin(np.arange(experts.num_experts), experts.frozen_experts)
@@ -327,7 +433,7 @@ def _fill_gate(gate, new_gate, weights, name):
     number = weights.shape[1]
     found = False
     for old_weight, weight in zip(gate.weights, new_gate.weights, strict=True):
-        value = keras.ops.convert_to_numpy(old_weight)
+        value = array_of(old_weight)
         if value.ndim and value.shape[-1] == number:
             found = True
             value = np.moveaxis(_summed(weights, np.moveaxis(value, -1, 0)), 0, -1)
@@ -342,13 +448,14 @@ def _fill_gate(gate, new_gate, weights, name):
 
 def _input_shape(layer):
     """Of a mixture, with nothing but the features known."""
-    shape = layer.get_build_config()["input_shape"]
-    return (*(None for _ in shape[:-1]), shape[-1])
+    shape = layer.get_build_config()
+    shape = shape.get("input_shape") or shape["shapes_dict"]["inputs_shape"]
+    return (*(None for _ in shape[:-1]), layer.input_spec.axes[-1])
 
 
 def _summed(weights, stack):
     """`(new, E)` times `(E, ...)`, a bit-for-bit copy where one weight is 1."""
-    stack = keras.ops.convert_to_numpy(stack)
+    stack = array_of(stack)
     rows = []
     for row in weights:
         (used,) = np.nonzero(row)
