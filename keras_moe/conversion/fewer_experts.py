@@ -1,7 +1,7 @@
 """Mixtures made smaller: experts left out, or averaged."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,12 +10,8 @@ from keras_moe import checks
 from keras_moe.conversion.blocks import blocks_of, with_network
 from keras_moe.conversion.pairs import chosen, named_layers
 from keras_moe.conversion.rebuilding import array_of, rebuild, verify_specs
-from keras_moe.layers.base_experts import Experts
-from keras_moe.layers.expert_choice_gating import ExpertChoiceGating
-from keras_moe.layers.expert_list import ExpertList
+from keras_moe.conversion.resizing import Parts, input_shapes, resized, summed
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import k_of
-from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.multi_gate_moe import MultiGateMoE
 
@@ -74,7 +70,7 @@ def prune_experts(
     3
     """
 
-    parts = _Parts()
+    parts = Parts()
 
     def pruned(label, layer):
         own = _own(keep, label)
@@ -85,7 +81,7 @@ def prune_experts(
             own = np.sort(np.argsort(-counts, kind="stable")[:most])
         own = _verify_indices(own, "keep", layer.num_experts)
         weights = np.eye(layer.num_experts)[own]
-        return _resized(label, layer, weights, k, parts, own)
+        return resized(label, layer, weights, k, parts, own)
 
     return _with_mixtures(model, pruned, layers, keep, inputs)
 
@@ -129,7 +125,7 @@ def merge_experts(
             a group has no usage; mixtures that share experts or a gate have different
             groups or usage; a mixture has two levels or several gates, or experts that
             are no stack of one form; for a dense network, it has other experts than
-            `FeedForwardExperts`, or shared ones.
+            `FeedForwardExperts`, or shared ones, or `gate_inputs`.
 
     Example:
 
@@ -141,7 +137,7 @@ def merge_experts(
     >>> np.testing.assert_allclose(again(x), dense(x), atol=1e-5)
     """
 
-    parts = _Parts()
+    parts = Parts()
 
     def merged(label, layer):
         _verify_plain(label, layer.experts)
@@ -162,7 +158,7 @@ def merge_experts(
             row /= row.sum()
         if _own(groups, label) is None:
             return _dense(layer, label, weights)
-        return _resized(label, layer, weights, k, parts)
+        return resized(label, layer, weights, k, parts)
 
     return _with_mixtures(model, merged, layers, groups, inputs)
 
@@ -293,180 +289,6 @@ def _verify_groups(value, num_experts):
     return [list(group) for group in groups]
 
 
-class _Made(NamedTuple):
-    """A part that was made, of which experts, and for which mixture first."""
-
-    part: Any
-    weights: np.ndarray | None
-    label: str
-
-
-class _Parts:
-    """Parts of the new mixtures, one for each of before, as mixtures may share them."""
-
-    def __init__(self):
-        self._made: dict[int, _Made] = {}
-
-    def of(self, label, part, weights, make):
-        """What `make()` gives for a part, the first time that it is asked for."""
-        if id(part) not in self._made:
-            self._made[id(part)] = _Made(make(), weights, label)
-        made = self._made[id(part)]
-        if weights is not None and not np.array_equal(made.weights, weights):
-            raise ValueError(
-                "Mixtures that share experts or a gate must be left with the same "
-                f"experts. Received: others for {label!r} than for {made.label!r}, which "
-                f"share {part.name!r}. Pass the same indices for both."
-            )
-        return made.part
-
-
-def _resized(
-    label: str,
-    layer: MoE,
-    weights: np.ndarray,
-    k: Any,
-    parts: _Parts,
-    kept: Sequence[int] = (),
-) -> MoE:
-    """A built mixture whose experts are sums of those of another.
-
-    Args:
-        label: What the other is called in messages.
-        layer: The other.
-        weights: `(new, E)`, how much of each is in a new one.
-        k: Experts for each token, or None for as many as before.
-        parts: Those that are made for mixtures of the same model.
-        kept: Where each new expert is one of the old, which ones.
-    """
-    gate = layer.gating
-    if isinstance(gate, HierarchicalGating):
-        raise ValueError(
-            "`model` must have mixtures of one level. Received: "
-            f"{label!r} with groups of experts. Leave it out by `layers`."
-        )
-    new_gate = parts.of(label, gate, weights, lambda: _smaller(label, gate, weights, k))
-    experts = parts.of(
-        label, layer.experts, weights, lambda: _fewer(label, layer, weights, kept)
-    )
-    shared = layer.shared_experts
-    if shared is not None:
-        shared = parts.of(
-            label, shared, None, lambda: rebuild(layer.shared_experts, {})
-        )
-    new = type(layer)(
-        **{
-            **layer.get_config(),
-            "experts": experts,
-            "gating": new_gate,
-            "shared_experts": shared,
-        }
-    )
-    shape = _input_shape(layer)
-    shapes = [shape]
-    if layer.gate_features != shape[-1]:
-        shapes.append((*shape[:-1], layer.gate_features))
-    new.build(*shapes)
-    new.built = True
-    if isinstance(layer.experts, Experts):
-        # By name: what was added later, as by `enable_lora`, may stand elsewhere.
-        stacks = {weight.name: weight for weight in layer.experts.stacked_weights}
-        for weight in new.experts.stacked_weights:
-            weight.assign(_summed(weights, stacks[weight.name]))
-    _fill_gate(gate, new_gate, weights, label)
-    new.trainable = layer.trainable
-    return new
-
-
-def _smaller(label, gate, weights, k):
-    """A gate of another number of experts, without its weights."""
-    number, kind = len(weights), type(gate).__name__
-    config = gate.get_config()
-    takes_k = "k" in config
-    if config.get("num_experts") is not None:
-        config["num_experts"] = number
-    if k is not None:
-        if not takes_k:
-            raise ValueError(
-                f"`k` must be None for a gate without one, or with one of its own. "
-                f"Received: k={k}, a {kind} in {label!r}. Leave it out."
-            )
-        config["k"] = checks.verify_positive_int(k, "k")
-    elif not isinstance(gate, ExpertChoiceGating):  # its k is an average
-        k = k_of(gate)
-    if k is not None and k > number:
-        remedy = "Pass a lower `k`, or keep more." if takes_k else "Keep more."
-        raise ValueError(
-            f"`k` must be at most the experts that are left. Received: k={k} of "
-            f"{label!r}, {number} experts, and a {kind}. {remedy}"
-        )
-    try:
-        return type(gate).from_config(config)
-    except (TypeError, ValueError) as error:
-        # Keras puts a text of its own around the gate's.
-        reason = error.__context__ or error
-        raise ValueError(
-            f"The gate of {label!r} must take the experts that are left. Received: a "
-            f"{kind}, {number} experts: {reason}"
-        ) from error
-
-
-def _fewer(label, layer, weights, kept):
-    """Experts of another number, without their weights; of a list with them."""
-    experts = layer.experts
-    if isinstance(experts, ExpertList) and kept:
-        return type(experts)([rebuild(experts.experts[e], {}) for e in kept])
-    if not isinstance(experts, Experts):
-        raise ValueError(
-            "`model` must have mixtures whose experts are `Experts`, or an `ExpertList` "
-            f"that is pruned. Received: a {type(experts).__name__} in {label!r}. "
-            "Leave it out by `layers`."
-        )
-    frozen = np.isin(np.arange(experts.num_experts), experts.frozen_experts)
-    # One of several that are averaged trains if any does.
-    still = [int(i) for i, row in enumerate(weights) if frozen[row > 0].all()]
-    config = {**experts.get_config(), "num_experts": len(weights)}
-    return type(experts).from_config({**config, "frozen_experts": still})
-
-
-def _fill_gate(gate, new_gate, weights, name):
-    number = weights.shape[1]
-    found = False
-    for old_weight, weight in zip(gate.weights, new_gate.weights, strict=True):
-        value = array_of(old_weight)
-        if value.ndim and value.shape[-1] == number:
-            found = True
-            value = np.moveaxis(_summed(weights, np.moveaxis(value, -1, 0)), 0, -1)
-        weight.assign(value)
-    if not found:
-        raise ValueError(
-            "`model` must have gates whose weights have the experts as their last axis. "
-            f"Received: a {type(gate).__name__} in {name!r} without any, num_experts="
-            f"{number}. Leave the mixture out by `layers`."
-        )
-
-
-def _input_shape(layer):
-    """Of a mixture, with nothing but the features known."""
-    shape = layer.get_build_config()
-    shape = shape.get("input_shape") or shape["shapes_dict"]["inputs_shape"]
-    return (*(None for _ in shape[:-1]), layer.input_spec.axes[-1])
-
-
-def _summed(weights, stack):
-    """`(new, E)` times `(E, ...)`, a bit-for-bit copy where one weight is 1."""
-    stack = array_of(stack)
-    rows = []
-    for row in weights:
-        (used,) = np.nonzero(row)
-        if len(used) == 1:
-            rows.append(stack[used[0]])
-        else:
-            exact = sum(row[e] * stack[e].astype(np.float64) for e in used)
-            rows.append(exact.astype(stack.dtype))
-    return np.stack(rows)
-
-
 def _dense(layer, label, weights):
     """The average of all experts as `Dense` layers."""
     experts = layer.experts
@@ -475,6 +297,13 @@ def _dense(layer, label, weights):
             "`groups` must be given for mixtures that are no dense network: only "
             "FeedForwardExperts without shared experts become one. Received: "
             f"groups=None, a {type(experts).__name__} in {label!r}. Pass "
+            "groups=[[0, 1, ...]] and k=1 for a mixture of one expert."
+        )
+    shape, *seen_by_gate = input_shapes(layer)
+    if seen_by_gate:
+        raise ValueError(
+            "`groups` must be given for mixtures with `gate_inputs`, which a dense "
+            f"network does not take. Received: groups=None, {label!r}. Pass "
             "groups=[[0, 1, ...]] and k=1 for a mixture of one expert."
         )
     last = len(experts.kernels) - 1
@@ -495,11 +324,11 @@ def _dense(layer, label, weights):
                 name=f"{layer.name}_dense_{i}",
             )
         )
-    inputs = keras.Input(batch_shape=_input_shape(layer), dtype=experts.compute_dtype)
+    inputs = keras.Input(batch_shape=shape, dtype=experts.compute_dtype)
     network = keras.Sequential([inputs, *dense], name=layer.name)
     for i, each in enumerate(dense):
-        each.kernel.assign(_summed(weights, experts.kernels[i])[0])
+        each.kernel.assign(summed(weights, experts.kernels[i])[0])
         if experts.use_bias:
-            each.bias.assign(_summed(weights, experts.biases[i])[0])
+            each.bias.assign(summed(weights, experts.biases[i])[0])
     network.trainable = layer.trainable and experts.trainable
     return network

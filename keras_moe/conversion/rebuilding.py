@@ -195,7 +195,8 @@ class _Copier:
     def _replace_inside(self, layer, copy):
         changed: dict[int, Any] = {}
         removed = []
-        for one, other in zip(_inner(layer), _inner(copy), strict=True):
+        both = list(zip(_inner(layer), _inner(copy), strict=True))
+        for one, other in both:
             if not self._touches(one):
                 continue
             own = id(one) in self.replacements or id(one) in self.left_out
@@ -227,6 +228,8 @@ class _Copier:
             setattr(copy, name, value)
         for other in removed:
             copy._tracker.untrack(other)
+        # In the order of before, in which a further copy compares the weights.
+        copy._layers[:] = [changed.get(id(one), other) for one, other in both]
         if locked:
             copy._tracker.lock()
 

@@ -201,9 +201,10 @@ def test_models_of_a_class_and_their_files(tmp_path):
     pruned.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(tokens), pruned(tokens))
-    dense = keras_moe.merge_experts(model)
-    assert not dense.moe_layers
-    assert dense(tokens).shape == (3, 5, 20)
+    for each in (model, pruned):  # also what was made anew already
+        dense = keras_moe.merge_experts(each)
+        assert not dense.moe_layers
+        assert dense(tokens).shape == (3, 5, 20)
 
 
 @pytest.mark.filterwarnings("ignore:levels. with k=1")
@@ -274,6 +275,8 @@ def test_gates_with_inputs_of_their_own(tmp_path):
     wanted = np.stack([kernel[:, [0, 2]].mean(1), kernel[:, 3]], axis=1)
     gate = merged.get_layer("moe").gating
     np.testing.assert_allclose(gate.gate_kernel, wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="with `gate_inputs`.*groups=None, 'moe'"):
+        keras_moe.merge_experts(pruned)
 
 
 def test_several_gates_over_the_same_experts_are_refused():
@@ -290,6 +293,7 @@ def test_several_gates_over_the_same_experts_are_refused():
         np.testing.assert_array_equal(new, old)
 
 
+@pytest.mark.filterwarnings("ignore:[ab]. with k=1")
 def test_what_mixtures_share_they_share_afterwards(tmp_path):
     experts = layers.FeedForwardExperts(4, 8)
     beside = keras.layers.Dense(FEATURES)
@@ -347,6 +351,7 @@ def test_gates_whose_k_is_fixed_or_an_average():
     assert keras_moe.prune_experts(model, [5, 4, 2]).layers[0].num_experts == 3
 
 
+@pytest.mark.filterwarnings("ignore:dense.* with k=2")
 def test_the_usage_of_a_mixture_is_not_that_of_its_upcycling():
     dense = keras.Sequential(
         [keras.layers.Dense(8, "relu"), keras.layers.Dense(FEATURES)]

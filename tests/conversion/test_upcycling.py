@@ -285,6 +285,9 @@ def test_blocks_of_a_transformer_take_the_mixture_as_an_argument(within, tmp_pat
     sparse.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(tokens), sparse(tokens))
+    # What was made anew is made anew again.
+    pruned = keras_moe.prune_experts(sparse, [3, 0, 2])
+    np.testing.assert_allclose(pruned(tokens), dense(tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
