@@ -229,7 +229,10 @@ class _Copier:
         for other in removed:
             copy._tracker.untrack(other)
         # In the order of before, in which a further copy compares the weights.
-        copy._layers[:] = [changed.get(id(one), other) for one, other in both]
+        for one, other in both:
+            own = changed.get(id(one), other)
+            copy._tracker.untrack(own)
+            copy._tracker.track(own)
         if locked:
             copy._tracker.lock()
 
