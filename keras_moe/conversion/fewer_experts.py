@@ -1,20 +1,19 @@
 """Mixtures made smaller: experts left out, or averaged."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_moe import checks
+from keras_moe.conversion.blocks import blocks_of, with_network
 from keras_moe.conversion.pairs import chosen, named_layers
-from keras_moe.conversion.rebuilding import rebuild
-from keras_moe.layers.base_experts import Experts
-from keras_moe.layers.expert_list import ExpertList
+from keras_moe.conversion.rebuilding import array_of, rebuild, verify_specs
+from keras_moe.conversion.resizing import Parts, input_shapes, resized, summed
 from keras_moe.layers.experts import FeedForwardExperts
-from keras_moe.layers.gating import k_of
-from keras_moe.layers.hierarchical_gating import HierarchicalGating
 from keras_moe.layers.moe import MoE
+from keras_moe.layers.multi_gate_moe import MultiGateMoE
 
 
 def prune_experts(
@@ -31,8 +30,10 @@ def prune_experts(
     Kept are the weights of some experts and their columns of the gate. A token none of
     whose experts is left out gets the same output, exactly, if its gates depend on
     chosen logits alone (`normalization="selected"`). With `normalization="all"` gates of
-    all tokens grow, as the softmax is one of fewer logits. A token one of whose experts
-    is left out goes to the next of those that are kept.
+    all tokens grow, as the softmax is one of fewer logits; with `ExpertChoiceGating`
+    the experts that are left take more tokens. A token one of whose experts is left out
+    goes to the next of those that are kept. Experts or a gate that several mixtures
+    share are shared in the new model too.
 
     Args:
         model: A built model or layer with mixtures, or a `MoE`. It stays as it is.
@@ -42,9 +43,10 @@ def prune_experts(
             takes all, or those of the dict `keep`. Defaults to `None`.
         usage: For a number in `keep`: tokens of each expert, `(num_experts,)`, or a
             dict of these by name. None takes what the mixture has counted in the last
-            `evaluate` or epoch. Defaults to `None`.
-        k: Int or None. Experts for each token from now on; None leaves it. Defaults to
+            `evaluate` or epoch, and in any eager call of the model since. Defaults to
             `None`.
+        k: Int or None. Experts for each token from now on, for gates that take a `k`;
+            None leaves it. Defaults to `None`.
         inputs: Specs of the inputs of a subclassed model that does not know how it was
             built. Defaults to `None`.
 
@@ -53,7 +55,8 @@ def prune_experts(
 
     Raises:
         ValueError: `keep` has no different indices of experts; fewer than `k` are left;
-            nothing is known of the usage; a mixture has two levels, or experts or a
+            nothing is known of the usage; mixtures that share experts or a gate keep
+            different ones; a mixture has two levels or several gates, or experts or a
             gate of which it is not known what belongs to an expert: weights of a gate
             have the experts as their last axis.
 
@@ -67,6 +70,8 @@ def prune_experts(
     3
     """
 
+    parts = Parts()
+
     def pruned(label, layer):
         own = _own(keep, label)
         if np.ndim(own) == 0:
@@ -76,7 +81,7 @@ def prune_experts(
             own = np.sort(np.argsort(-counts, kind="stable")[:most])
         own = _verify_indices(own, "keep", layer.num_experts)
         weights = np.eye(layer.num_experts)[own]
-        return _resized(layer, weights, k, own)
+        return resized(label, layer, weights, k, parts, own)
 
     return _with_mixtures(model, pruned, layers, keep, inputs)
 
@@ -97,6 +102,7 @@ def merge_experts(
     columns; all into one, where all experts compute the same and the gates sum to 1:
     this takes back `upcycle`. Of experts that have grown apart an average is a start
     for training, no more. The parts of a copy (`split` of `upcycle`) have no average.
+    Mixtures of groups share what they shared; of dense networks each has its own.
 
     Args:
         model: A built model or layer with mixtures, or a `MoE`. It stays as it is.
@@ -116,9 +122,10 @@ def merge_experts(
 
     Raises:
         ValueError: `groups` are no partition of the experts; there are fewer than `k`;
-            a group has no usage; a mixture has two levels, or experts that are no
-            stack of one form; for a dense network, it has other experts than
-            `FeedForwardExperts`, or shared ones.
+            a group has no usage; mixtures that share experts or a gate have different
+            groups or usage; a mixture has two levels or several gates, or experts that
+            are no stack of one form; for a dense network, it has other experts than
+            `FeedForwardExperts`, or shared ones, or `gate_inputs`.
 
     Example:
 
@@ -129,6 +136,8 @@ def merge_experts(
     >>> x = np.random.default_rng(0).normal(size=(5, 8)).astype("float32")
     >>> np.testing.assert_allclose(again(x), dense(x), atol=1e-5)
     """
+
+    parts = Parts()
 
     def merged(label, layer):
         _verify_plain(label, layer.experts)
@@ -149,7 +158,7 @@ def merge_experts(
             row /= row.sum()
         if _own(groups, label) is None:
             return _dense(layer, label, weights)
-        return _resized(layer, weights, k)
+        return resized(label, layer, weights, k, parts)
 
     return _with_mixtures(model, merged, layers, groups, inputs)
 
@@ -161,20 +170,49 @@ def _with_mixtures(model, change: Callable, layers, by_name, inputs):
             "`model` must be a built Keras model or layer. Received: "
             f"model={model!r}. Call it on a batch first, or load its weights."
         )
-    if isinstance(model, MoE):
+    if inputs is not None:
+        verify_specs(inputs)
+    if isinstance(model, MoE | MultiGateMoE):
+        _verify_changeable(model.name, model, {})
         return change(model.name, model)
     found: list[tuple[str, Any]] = []
     for label, layer in named_layers(model):
         within = any(label.startswith(f"{around}/") for around, _ in found)
-        if isinstance(layer, MoE) and not within:
+        if isinstance(layer, MoE | MultiGateMoE) and not within:
             found.append((label, layer))
     if layers is None and isinstance(by_name, Mapping):
         layers = list(by_name)
     labels = chosen(found, layers, "a mixture", {})
-    replacements = {
-        id(layer): change(label, layer) for label, layer in found if label in labels
-    }
+    left = {label: layer for label, layer in found if label not in labels}
+    replacements = {}
+    for label, layer in found:
+        if label in labels:
+            _verify_changeable(label, layer, left)
+            replacements[id(layer)] = change(label, layer)
+    for block in blocks_of(model):
+        network = replacements.get(id(block.moe))
+        if network is not None and not isinstance(network, MoE):
+            # Its config has another argument for a dense network.
+            replacements[id(block)] = with_network(block, network)
     return rebuild(model, replacements, (), inputs)
+
+
+def _verify_changeable(label, layer, left):
+    """Raises for a mixture whose parts others need as they are."""
+    if isinstance(layer, MultiGateMoE):
+        raise ValueError(
+            "`model` must have mixtures of one gate each. Received: "
+            f"{label!r}, a MultiGateMoE of {len(layer.gatings)} gates over the same "
+            "experts. Leave it out by `layers`."
+        )
+    own = {id(layer.experts), id(layer.gating)}
+    for other, mixture in left.items():
+        gates = getattr(mixture, "gatings", None) or [mixture.gating]
+        if own & {id(mixture.experts), *map(id, gates)}:
+            raise ValueError(
+                "`layers` must hold all of the mixtures that share experts or a gate. "
+                f"Received: {label!r} without {other!r}. Add it, or leave out both."
+            )
 
 
 def _own(given, label):
@@ -193,7 +231,7 @@ def _own(given, label):
 def _usage_of(layer, label, usage):
     """`(E,)` counts of a mixture."""
     if usage is None:
-        counts = np.array(layer.balance.counts()) if hasattr(layer, "balance") else 0
+        counts = array_of(layer.balance.counts()) if hasattr(layer, "balance") else 0
         if not np.any(counts):
             raise ValueError(
                 f"`usage` must be given for mixtures that have counted nothing. "
@@ -251,115 +289,6 @@ def _verify_groups(value, num_experts):
     return [list(group) for group in groups]
 
 
-def _resized(layer: MoE, weights: np.ndarray, k: Any, kept: Sequence[int] = ()) -> MoE:
-    """A built mixture whose experts are sums of those of another.
-
-    Args:
-        layer: The other.
-        weights: `(new, E)`, how much of each is in a new one.
-        k: Experts for each token, or None for as many as before.
-        kept: Where each new expert is one of the old, which ones.
-    """
-    gate = layer.gating
-    if isinstance(gate, HierarchicalGating):
-        raise ValueError(
-            "`model` must have mixtures of one level. Received: "
-            f"{layer.name!r} with groups of experts. Leave it out by `layers`."
-        )
-    number = len(weights)
-    own_k = k_of(gate)
-    if k is None and own_k is not None and own_k > number:
-        raise ValueError(
-            f"`k` must be at most the experts that are left. Received: k={own_k} of "
-            f"{layer.name!r}, {number} experts. Pass `k`, or keep more."
-        )
-    gate_config = gate.get_config()
-    if gate_config.get("num_experts") is not None:
-        gate_config["num_experts"] = number
-    if k is not None:
-        if own_k is None:
-            raise ValueError(
-                f"`k` must be None for a gate without one. Received: k={k}, a "
-                f"{type(gate).__name__} in {layer.name!r}. Leave it out."
-            )
-        gate_config["k"] = checks.verify_k(k, number)
-    new_gate = type(gate).from_config(gate_config)
-    shared = layer.shared_experts
-    new = type(layer)(
-        **{
-            **layer.get_config(),
-            "experts": _fewer(layer, weights, kept),
-            "gating": new_gate,
-            "shared_experts": None if shared is None else rebuild(shared, {}),
-        }
-    )
-    new.build(_input_shape(layer))
-    new.built = True
-    if isinstance(layer.experts, Experts):
-        # By name: what was added later, as by `enable_lora`, may stand elsewhere.
-        stacks = {weight.name: weight for weight in layer.experts.stacked_weights}
-        for weight in new.experts.stacked_weights:
-            weight.assign(_summed(weights, stacks[weight.name]))
-    _fill_gate(gate, new_gate, weights, layer.name)
-    new.trainable = layer.trainable
-    return new
-
-
-def _fewer(layer, weights, kept):
-    """Experts of another number, without their weights; of a list with them."""
-    experts = layer.experts
-    if isinstance(experts, ExpertList) and kept:
-        return type(experts)([rebuild(experts.experts[e], {}) for e in kept])
-    if not isinstance(experts, Experts):
-        raise ValueError(
-            "`model` must have mixtures whose experts are `Experts`, or an `ExpertList` "
-            f"that is pruned. Received: a {type(experts).__name__} in {layer.name!r}. "
-            "Leave it out by `layers`."
-        )
-    frozen = np.isin(np.arange(experts.num_experts), experts.frozen_experts)
-    # One of several that are averaged trains if any does.
-    still = [int(i) for i, row in enumerate(weights) if frozen[row > 0].all()]
-    config = {**experts.get_config(), "num_experts": len(weights)}
-    return type(experts).from_config({**config, "frozen_experts": still})
-
-
-def _fill_gate(gate, new_gate, weights, name):
-    number = weights.shape[1]
-    found = False
-    for old_weight, weight in zip(gate.weights, new_gate.weights, strict=True):
-        value = keras.ops.convert_to_numpy(old_weight)
-        if value.ndim and value.shape[-1] == number:
-            found = True
-            value = np.moveaxis(_summed(weights, np.moveaxis(value, -1, 0)), 0, -1)
-        weight.assign(value)
-    if not found:
-        raise ValueError(
-            "`model` must have gates whose weights have the experts as their last axis. "
-            f"Received: a {type(gate).__name__} in {name!r} without any, num_experts="
-            f"{number}. Leave the mixture out by `layers`."
-        )
-
-
-def _input_shape(layer):
-    """Of a mixture, with nothing but the features known."""
-    shape = layer.get_build_config()["input_shape"]
-    return (*(None for _ in shape[:-1]), shape[-1])
-
-
-def _summed(weights, stack):
-    """`(new, E)` times `(E, ...)`, a bit-for-bit copy where one weight is 1."""
-    stack = keras.ops.convert_to_numpy(stack)
-    rows = []
-    for row in weights:
-        (used,) = np.nonzero(row)
-        if len(used) == 1:
-            rows.append(stack[used[0]])
-        else:
-            exact = sum(row[e] * stack[e].astype(np.float64) for e in used)
-            rows.append(exact.astype(stack.dtype))
-    return np.stack(rows)
-
-
 def _dense(layer, label, weights):
     """The average of all experts as `Dense` layers."""
     experts = layer.experts
@@ -368,6 +297,13 @@ def _dense(layer, label, weights):
             "`groups` must be given for mixtures that are no dense network: only "
             "FeedForwardExperts without shared experts become one. Received: "
             f"groups=None, a {type(experts).__name__} in {label!r}. Pass "
+            "groups=[[0, 1, ...]] and k=1 for a mixture of one expert."
+        )
+    shape, *seen_by_gate = input_shapes(layer)
+    if seen_by_gate:
+        raise ValueError(
+            "`groups` must be given for mixtures with `gate_inputs`, which a dense "
+            f"network does not take. Received: groups=None, {label!r}. Pass "
             "groups=[[0, 1, ...]] and k=1 for a mixture of one expert."
         )
     last = len(experts.kernels) - 1
@@ -388,11 +324,11 @@ def _dense(layer, label, weights):
                 name=f"{layer.name}_dense_{i}",
             )
         )
-    inputs = keras.Input(batch_shape=_input_shape(layer), dtype=experts.compute_dtype)
+    inputs = keras.Input(batch_shape=shape, dtype=experts.compute_dtype)
     network = keras.Sequential([inputs, *dense], name=layer.name)
     for i, each in enumerate(dense):
-        each.kernel.assign(_summed(weights, experts.kernels[i])[0])
+        each.kernel.assign(summed(weights, experts.kernels[i])[0])
         if experts.use_bias:
-            each.bias.assign(_summed(weights, experts.biases[i])[0])
+            each.bias.assign(summed(weights, experts.biases[i])[0])
     network.trainable = layer.trainable and experts.trainable
     return network

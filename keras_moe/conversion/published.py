@@ -1,6 +1,7 @@
 """Mixtures of published checkpoints: their experts and routers in this package's layers."""
 
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import keras
@@ -11,6 +12,7 @@ from keras_moe import checks
 from keras_moe.conversion.tensor_files import TensorFiles
 from keras_moe.layers.experts import FeedForwardExperts, GatedExperts
 from keras_moe.layers.gating import TopKGating
+from keras_moe.layers.gshard_gating import GShardGating
 from keras_moe.layers.moe import MoE
 
 
@@ -51,7 +53,8 @@ def load_mixtral(
             float16 or bfloat16.
         block: Int. Which block, from 0.
         mixture: A `MoE` of `GatedExperts` without bias and of a gate without bias, built
-            or not, to be filled; None makes one. Defaults to `None`.
+            or not, to be filled; None makes one. Of a gate that chooses or weighs in
+            another way a warning tells. Defaults to `None`.
         k: Int. Experts for each token of the layer that is made
             (`num_experts_per_tok` of the checkpoint's config). Defaults to `2`.
         prefix: What all names begin with. Defaults to `""`.
@@ -64,7 +67,8 @@ def load_mixtral(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A file is not one of safetensors; a tensor is missing or has
-            another shape; `mixture` has other sizes, experts or biases.
+            another shape; `mixture` has other sizes, experts, activations or biases, or
+            a gate without one kernel.
         ImportError: safetensors is not installed (`keras-moe[weights]`).
 
     Example:
@@ -88,12 +92,14 @@ def load_mixtral(
     layer = f"{prefix}model.layers.{block}.block_sparse_moe"
     kernels = tuple(f"{layer}.experts.{{}}.{w}.weight" for w in ("w1", "w3", "w2"))
     layout = _Layout(f"{layer}.gate.weight", kernels)
+    k = checks.verify_k(k)
 
     def make(num_experts, hidden_units):
         experts = GatedExperts(num_experts, hidden_units, dtype=dtype)
         return MoE(experts, TopKGating(k, dtype=dtype), dtype=dtype)
 
-    return _load(TensorFiles(path), layout, mixture, GatedExperts, make)
+    routing = {"k": k, "normalization": "selected"}
+    return _load(TensorFiles(path), layout, mixture, GatedExperts, make, routing)
 
 
 def load_switch(
@@ -166,10 +172,11 @@ def load_switch(
         gating = TopKGating(1, normalization="all", dtype=dtype)
         return MoE(experts, gating, dtype=dtype)
 
-    return _load(TensorFiles(path), layout, mixture, FeedForwardExperts, make)
+    routing = {"k": 1, "normalization": "all"}
+    return _load(TensorFiles(path), layout, mixture, FeedForwardExperts, make, routing)
 
 
-def _load(files, layout, mixture, kind, make):
+def _load(files, layout, mixture, kind, make, routing):
     num_experts, features = _two(files, layout.router)
     hidden_units, _ = _two(files, layout.kernels[0].format(0))
     hidden = (hidden_units, features)
@@ -185,6 +192,8 @@ def _load(files, layout, mixture, kind, make):
     if not mixture.built:
         mixture.build((None, features))
         mixture.built = True
+    _verify_gate(mixture, (features, num_experts))
+    _warn_of_routing(mixture, routing)
     for variable, (name, _) in zip(mixture.experts.kernels, kernels, strict=True):
         _fill(variable, lambda e, name=name: files.read(name.format(e)).T)
     router = files.read(layout.router)
@@ -214,6 +223,8 @@ def _verify_fits(mixture, kind, num_experts, hidden_units, features):
         "output_units": getattr(experts, "output_units", None) or features,
         "use_bias": getattr(experts, "use_bias", None),
         "quantization_mode": getattr(experts, "quantization_mode", None),
+        "activation": _name_of(getattr(experts, "activation", None)),
+        "mixture's activation": _name_of(getattr(mixture, "activation", None)),
         "features": features,
         "gate's use_bias": getattr(getattr(mixture, "gating", None), "use_bias", None),
     }
@@ -226,6 +237,8 @@ def _verify_fits(mixture, kind, num_experts, hidden_units, features):
         "output_units": features,
         "use_bias": False,
         "quantization_mode": None,
+        "activation": {GatedExperts: "silu", FeedForwardExperts: "relu"}[kind],
+        "mixture's activation": "linear",
         "features": features,
         "gate's use_bias": False,
     }
@@ -238,6 +251,45 @@ def _verify_fits(mixture, kind, num_experts, hidden_units, features):
             f"Received: {received}, mixture={mixture!r}. "
             "Leave it out to have one made."
         )
+
+
+def _name_of(activation):
+    if activation is None:
+        return None
+    name = keras.activations.serialize(activation)
+    return name if isinstance(name, str) else repr(activation)
+
+
+def _verify_gate(mixture, shape):
+    """Raises unless the gate of a built mixture has one kernel of a shape."""
+    gate = mixture.gating
+    kernel = getattr(gate, "gate_kernel", None)
+    received = None if kernel is None else tuple(kernel.shape)
+    if received != shape:
+        raise ValueError(
+            f"`mixture` must have a gate with a `gate_kernel` of the shape {shape}. "
+            f"Received: a {type(gate).__name__} with {received} in {mixture.name!r}, a "
+            f"{type(mixture).__name__}. Leave it out to have one made."
+        )
+
+
+def _warn_of_routing(mixture, routing):
+    """Warns of a mixture that uses the experts in another way than the published."""
+    gate = mixture.gating
+    wanted = {**routing, "scaling_factor": 1.0}
+    other = {name: getattr(gate, name, None) for name in wanted}
+    plain = isinstance(gate, TopKGating) and not isinstance(gate, GShardGating)
+    if plain and other == wanted and mixture.shared_experts is None:
+        return
+    given = ", ".join(f"{name}={value!r}" for name, value in other.items())
+    shared = "" if mixture.shared_experts is None else " and shared experts"
+    warnings.warn(
+        f"{mixture.name}: computes something else than the published mixture, a "
+        f"TopKGating({', '.join(f'{n}={v!r}' for n, v in routing.items())}) alone. It "
+        f"has a {type(gate).__name__} with {given}{shared}. Leave `mixture` out to have "
+        "one made.",
+        stacklevel=4,
+    )
 
 
 def _fill(variable, read):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -34,6 +35,51 @@ def rebuild(
             holds it where it cannot be reached.
     """
     return _Copier(replacements, left_out).run(model, inputs)
+
+
+def array_of(variable: Any) -> np.ndarray:
+    """The value of a variable or tensor."""
+    # By `numpy()`: the way through `__array__`, also Keras' own, is deprecated in NumPy 2.
+    return tf.convert_to_tensor(variable).numpy()
+
+
+def verify_specs(inputs: Any) -> None:
+    """Raises a `ValueError` unless all of a structure has a shape and a dtype."""
+    for spec in keras.tree.flatten(inputs):
+        if not (hasattr(spec, "shape") and hasattr(spec, "dtype")):
+            raise ValueError(
+                "`inputs` must be specs of the model's inputs, anything with a shape "
+                f"and a dtype. Received: {spec!r}. Pass for example "
+                "keras.Input((None,), dtype='int32')."
+            )
+
+
+def copy_weights(layer: Any, copy: Any) -> None:
+    """Gives a layer the weights of another, and says of the same that they train.
+
+    Args:
+        layer: The other, built.
+        copy: Made of its config, built here if it is not.
+
+    Raises:
+        ValueError: Its config makes another layer.
+    """
+    if layer.built and not copy.built:
+        copy.build_from_config(layer.get_build_config())
+    own, copied = _variables(layer), _variables(copy)
+    if [v.shape for v in own] != [v.shape for v in copied]:
+        raise ValueError(
+            f"`model` must be made of layers whose config says what they are. "
+            f"Received: {layer.name!r}, a {type(layer).__name__} with weights "
+            f"{[tuple(v.shape) for v in own]}, of whose config one with "
+            f"{[tuple(v.shape) for v in copied]} is made. Complete its `get_config`."
+        )
+    for value, variable in zip(own, copied, strict=True):
+        variable.assign(value)
+    inner, inner_copies = layer._flatten_layers(), copy._flatten_layers()
+    for one, other in zip(inner, inner_copies, strict=True):
+        if one.trainable != other.trainable:
+            other.trainable = one.trainable
 
 
 def is_graph(layer: Any) -> bool:
@@ -142,29 +188,15 @@ class _Copier:
 
     def _fill(self, layer, copy):
         """Copies weights, then puts in place what stands inside a layer."""
-        if layer.built and not copy.built:
-            copy.build_from_config(layer.get_build_config())
-        own, copied = _variables(layer), _variables(copy)
-        if [v.shape for v in own] != [v.shape for v in copied]:
-            raise ValueError(
-                f"`model` must be made of layers whose config says what they are. "
-                f"Received: {layer.name!r}, a {type(layer).__name__} with weights "
-                f"{[tuple(v.shape) for v in own]}, of whose config one with "
-                f"{[tuple(v.shape) for v in copied]} is made. Complete its `get_config`."
-            )
-        for value, variable in zip(own, copied, strict=True):
-            variable.assign(value)
-        inner, inner_copies = layer._flatten_layers(), copy._flatten_layers()
-        for one, other in zip(inner, inner_copies, strict=True):
-            if one.trainable != other.trainable:
-                other.trainable = one.trainable
+        copy_weights(layer, copy)
         if self._touches(layer):
             self._replace_inside(layer, copy)
 
     def _replace_inside(self, layer, copy):
         changed: dict[int, Any] = {}
         removed = []
-        for one, other in zip(_inner(layer), _inner(copy), strict=True):
+        both = list(zip(_inner(layer), _inner(copy), strict=True))
+        for one, other in both:
             if not self._touches(one):
                 continue
             own = id(one) in self.replacements or id(one) in self.left_out
@@ -196,6 +228,11 @@ class _Copier:
             setattr(copy, name, value)
         for other in removed:
             copy._tracker.untrack(other)
+        # In the order of before, in which a further copy compares the weights.
+        for one, other in both:
+            own = changed.get(id(one), other)
+            copy._tracker.untrack(own)
+            copy._tracker.track(own)
         if locked:
             copy._tracker.lock()
 

@@ -20,11 +20,16 @@ class TensorFiles:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A file is not what its name says.
+        ValueError: `path` is none; a file is not what its name says.
         ImportError: safetensors is not installed.
     """
 
     def __init__(self, path: str | os.PathLike):
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(
+                "`path` must be a path of a file or folder. Received: "
+                f"path={path!r}. Pass a string."
+            )
         self._path = _file_of(Path(path))
         self._open: dict[Path, Any] = {}
         if self._path.suffix == ".json":

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.conversion.blocks import blocks_of, dense_of, with_network
 from keras_moe.conversion.pairs import (
     Pair,
     chosen,
@@ -17,7 +18,12 @@ from keras_moe.conversion.pairs import (
     rules_of,
     without_overlap,
 )
-from keras_moe.conversion.rebuilding import is_graph, rebuild
+from keras_moe.conversion.rebuilding import (
+    array_of,
+    is_graph,
+    rebuild,
+    verify_specs,
+)
 from keras_moe.conversion.tracing import trace
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import k_of
@@ -75,9 +81,9 @@ def upcycle(
         noise: Float. Standard deviation of what is added to every kernel of every
             expert, in standard deviations of that kernel. Outputs then differ from the
             start. Defaults to `0.0`.
-        mixture: Makes the layer, called with experts and gate and `name`,
+        mixture: Makes the layer, a `MoE`, called with experts and gate and `name`,
             `activation`, `dtype`; for options of `MoE`, a `functools.partial` of it.
-            Defaults to `MoE`.
+            Shared experts change outputs, of which a warning tells. Defaults to `MoE`.
         inputs: Specs of the model's inputs, anything with a shape and a dtype:
             `keras.Input`, `tf.TensorSpec`, an array. Needed where the model doesn't
             say, as models of a class of their own. Defaults to `None`.
@@ -97,8 +103,9 @@ def upcycle(
     out tokens that a mask marks as padding, whose output is zero.
 
     A model that was rebuilt of layers only (`Sequential`, functional) is saved and
-    loaded as any other. A layer of a class of its own holds a mixture where its config
-    says `Dense`: such a model is brought back by upcycling again and `load_weights`.
+    loaded as any other, and so is a `MoETransformerBlock`, which gets the mixture as its
+    `moe`. Another layer of a class of its own holds a mixture where its config says
+    `Dense`: such a model is brought back by upcycling again and `load_weights`.
 
     Example:
 
@@ -162,8 +169,14 @@ def upcycle(
         made[id(pair.second)] = _mixture_of(
             pair, gate, mixture, num_experts, split, noise, generator
         )
+    replacements = dict(made)
     left_out = {id(x) for pair in apart for x in (pair.first, *pair.between)}
-    new_model = rebuild(model, made, left_out, inputs)
+    for block in blocks_of(model):
+        # As an argument of the block its config tells of the mixture.
+        first, second = dense_of(block)
+        if id(first) in left_out and id(second) in made:
+            replacements[id(block)] = with_network(block, made[id(second)])
+    new_model = rebuild(model, replacements, left_out, inputs)
     _verify_calls(new_model, apart, made, inputs)
     return new_model
 
@@ -180,6 +193,7 @@ def inputs_of(model: Any, inputs: Any) -> Any:
             f"model={model!r}. Call it on a batch first, or load its weights."
         )
     if inputs is not None:
+        verify_specs(inputs)
         return inputs
     if is_graph(model):
         return model.input
@@ -247,6 +261,12 @@ def _mixture_of(pair: Pair, gate, mixture, num_experts, split, noise, generator)
         activation=second.activation,
         dtype=second.dtype_policy,
     )
+    if not isinstance(layer, MoE):
+        raise ValueError(
+            "`mixture` must return a MoE of the experts and the gate. Received: "
+            f"mixture={mixture!r}, which returned {layer!r}. Pass a functools.partial "
+            "of MoE, for example."
+        )
     layer.build(pair.shape)
     layer.built = True
     copies = num_experts // split
@@ -288,7 +308,7 @@ class _Part:
 
 def _array(variable):
     # Half precision as float32: NumPy draws and stacks no bfloat16.
-    value = keras.ops.convert_to_numpy(variable)
+    value = array_of(variable)
     return value if value.dtype == np.float64 else value.astype("float32")
 
 
@@ -310,7 +330,7 @@ def _join_parts(gate, split):
             "TopKGating or NoisyTopKGating, or split=1."
         )
     for weight in gate.weights:
-        value = keras.ops.convert_to_numpy(weight)
+        value = array_of(weight)
         if value.ndim and value.shape[-1] == gate.num_experts:
             weight.assign(np.repeat(value[..., ::split], split, axis=-1))
 
@@ -326,9 +346,20 @@ def _verify_same(pair, layer, split):
             wanted = between(wanted)
     wanted = tf.cast(pair.second(wanted), tf.float64)
     apart = tf.reduce_max(tf.abs(tf.cast(layer(rows), tf.float64) - wanted))
+    if hasattr(layer, "balance"):
+        layer.balance.reset_state()  # of rows that are no one's data
     size = tf.maximum(tf.reduce_max(tf.abs(wanted)), 1.0)
     ratio = float(apart / size)
     if ratio <= _TOLERANCE.get(dtype, 1e-5):
+        return
+    if layer.shared_experts is not None:
+        warnings.warn(
+            f"{layer.name}: outputs differ from those of {pair.label!r} by {ratio:.2g} "
+            "of their size, since its shared experts add to them. The model has to "
+            "learn it in training; shared experts whose output kernel is zeros change "
+            "nothing at the start.",
+            stacklevel=4,
+        )
         return
     gate = type(layer.gating).__name__
     if split > 1:

@@ -1,6 +1,7 @@
 """Mixtures with fewer experts: pruned, and merged."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -200,9 +201,10 @@ def test_models_of_a_class_and_their_files(tmp_path):
     pruned.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(tokens), pruned(tokens))
-    dense = keras_moe.merge_experts(model)
-    assert not dense.moe_layers
-    assert dense(tokens).shape == (3, 5, 20)
+    for each in (model, pruned):  # also what was made anew already
+        dense = keras_moe.merge_experts(each)
+        assert not dense.moe_layers
+        assert dense(tokens).shape == (3, 5, 20)
 
 
 @pytest.mark.filterwarnings("ignore:levels. with k=1")
@@ -246,3 +248,145 @@ def test_what_cannot_be_done_is_said():
         )
     with pytest.raises(ValueError, match="`model` must be a built"):
         keras_moe.prune_experts(mixture(), [0, 1])
+
+
+def with_gate_inputs(**kwargs):
+    inputs = keras.Input((FEATURES,))
+    seen = keras.Input((3,))
+    outputs = mixture(4, **kwargs)(inputs, gate_inputs=seen)
+    model = keras.Model([inputs, seen], outputs)
+    for weight in model.weights:
+        weight.assign(np.random.default_rng(2).normal(size=weight.shape))
+    return model
+
+
+def test_gates_with_inputs_of_their_own(tmp_path):
+    model = with_gate_inputs()
+    x = [X, X[:, :3]]
+    layer = model.get_layer("moe")
+    layer.gating.gate_bias.assign([0.0, -100.0, 0.0, 0.0])
+    pruned = keras_moe.prune_experts(model, [0, 2, 3])
+    np.testing.assert_array_equal(pruned(x), model(x))
+    pruned.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x), pruned(x))
+    kernel = np.array(layer.gating.gate_kernel, np.float64)
+    merged = keras_moe.merge_experts(pruned, [[0, 1], [2]])  # once more
+    wanted = np.stack([kernel[:, [0, 2]].mean(1), kernel[:, 3]], axis=1)
+    gate = merged.get_layer("moe").gating
+    np.testing.assert_allclose(gate.gate_kernel, wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="with `gate_inputs`.*groups=None, 'moe'"):
+        keras_moe.merge_experts(pruned)
+
+
+def test_several_gates_over_the_same_experts_are_refused():
+    tasks = layers.MultiGateMoE(layers.FeedForwardExperts(4, 8), 2, name="tasks")
+    inputs = keras.Input((FEATURES,))
+    model = keras.Model(inputs, tasks(mixture()(inputs)))
+    for several in (model, tasks):
+        with pytest.raises(ValueError, match="'tasks', a MultiGateMoE of 2 gates"):
+            keras_moe.prune_experts(several, [0, 1])
+    with pytest.raises(ValueError, match="'tasks', a MultiGateMoE of 2 gates"):
+        keras_moe.merge_experts(model)
+    pruned = keras_moe.prune_experts(model, range(6), layers="moe")
+    for new, old in zip(pruned(X), model(X), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+@pytest.mark.filterwarnings("ignore:[ab]. with k=1")
+def test_what_mixtures_share_they_share_afterwards(tmp_path):
+    experts = layers.FeedForwardExperts(4, 8)
+    beside = keras.layers.Dense(FEATURES)
+    gate = layers.TopKGating(2)
+    # Two with one gate, a third with a gate of its own.
+    gates = {"a": gate, "b": gate, "c": layers.TopKGating(1, normalization="all")}
+    mixtures = [
+        layers.MoE(experts, gates[name], shared_experts=beside, name=name)
+        for name in gates
+    ]
+    model = model_of(*mixtures)
+    for pruned in (
+        keras_moe.prune_experts(model, [3, 0]),
+        keras_moe.merge_experts(model, [[3, 1], [0, 2]]),
+    ):
+        a, b, c = pruned.layers
+        assert a.experts is b.experts is c.experts is not experts
+        assert a.shared_experts is b.shared_experts is c.shared_experts is not beside
+        assert a.gating is b.gating is not c.gating
+        assert (c.gating.k, c.num_experts) == (1, 2)
+        pruned.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(loaded(X), pruned(X))
+        assert len(loaded.weights) == len(pruned.weights) == 6
+    all_kept = keras_moe.prune_experts(model, range(4))
+    np.testing.assert_array_equal(all_kept(X), model(X))
+    with pytest.raises(ValueError, match="others for 'c' than for 'a'"):
+        keras_moe.prune_experts(model, {"a": [0, 1], "b": [0, 1], "c": [1, 2]}, k=1)
+    with pytest.raises(ValueError, match="Received: 'a' without 'b'"):
+        keras_moe.prune_experts(model, {"a": [0, 1]})
+
+
+@pytest.mark.filterwarnings("ignore:.* with k=")
+def test_gates_whose_k_is_fixed_or_an_average():
+    for fixed in (layers.GShardGating, layers.SwitchGating, layers.ExpertChoiceGating):
+        model = model_of(mixture(gating=fixed()))
+        with pytest.raises(ValueError, match=f"k=1, a {fixed.__name__} in 'moe'"):
+            keras_moe.prune_experts(model, [0, 1, 2], k=1)
+        pruned = keras_moe.prune_experts(model, [0, 1, 2])
+        assert type(pruned.layers[0].gating) is fixed
+    model = model_of(mixture(gating=layers.GShardGating()))
+    with pytest.raises(ValueError, match=r"k=2 of 'moe', 1 experts.*Keep more\.$"):
+        keras_moe.merge_experts(model, [range(6)])
+    # Each of two experts takes all tokens: a token has 4 of 6, then 2 of 2.
+    model = model_of(mixture(gating=layers.ExpertChoiceGating(4.0)))
+    pruned = keras_moe.prune_experts(model, [5, 2])
+    gates = pruned.layers[0].route(X)
+    assert gates.expert_indices.shape == (2 * len(X),)
+    with pytest.raises(ValueError, match=r"k=4 of 'moe', 3 experts"):
+        keras_moe.prune_experts(model_of(mixture()), [0, 1, 2], k=4)
+    grouped = layers.LossFreeGating(2, num_groups=3, num_kept_groups=2)
+    model = model_of(mixture(gating=grouped))
+    with pytest.raises(ValueError, match=r"gate of 'moe'.* 4 experts: `num_groups`"):
+        keras_moe.prune_experts(model, [0, 1, 2, 4])
+    assert keras_moe.prune_experts(model, [5, 4, 2]).layers[0].num_experts == 3
+
+
+@pytest.mark.filterwarnings("ignore:dense.* with k=2")
+def test_the_usage_of_a_mixture_is_not_that_of_its_upcycling():
+    dense = keras.Sequential(
+        [keras.layers.Dense(8, "relu"), keras.layers.Dense(FEATURES)]
+    )
+    dense(X)
+    sparse = keras_moe.upcycle(dense, num_experts=4, k=2, inputs=X)
+    with pytest.raises(ValueError, match="`usage` must be given.*'dense.*moe'"):
+        keras_moe.prune_experts(sparse, 2)
+    sparse(X)  # an eager call counts
+    assert keras_moe.prune_experts(sparse, 2).layers[0].num_experts == 2
+
+
+def test_nothing_that_is_deprecated_is_used():
+    dense = keras.Sequential(
+        [
+            keras.Input((FEATURES,)),
+            keras.layers.Dense(8, "relu"),
+            keras.layers.Dense(FEATURES),
+        ]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        sparse = keras_moe.upcycle(dense, num_experts=4, k=2)
+        sparse(X)
+        keras_moe.prune_experts(sparse, 3)
+        keras_moe.merge_experts(sparse)
+
+
+def test_a_block_of_a_transformer_becomes_dense_in_its_config_too(tmp_path):
+    block = layers.MoETransformerBlock(2, mixture(4), causal=True, name="block")
+    inputs = keras.Input((5, FEATURES))
+    model = keras.Model(inputs, block(inputs))
+    dense = keras_moe.merge_experts(model)
+    dense.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    x = X.reshape(8, 5, FEATURES)
+    np.testing.assert_array_equal(loaded(x), dense(x))
+    assert dense.get_layer("block").moe is None

@@ -1,6 +1,7 @@
 """Mixtures of published checkpoints, from files of their real layout."""
 
 import json
+import warnings
 import weakref
 
 import keras
@@ -176,6 +177,7 @@ def test_files_that_are_none_are_refused(tmp_path):
         (lambda: layers.GatedExperts(E, H, use_bias=True), "use_bias=True"),
         (lambda: layers.FeedForwardExperts(E, H), "experts=FeedForwardExperts"),
         (lambda: layers.GatedExperts(E, 3, output_units=2), "hidden_units=3, output"),
+        (lambda: layers.GatedExperts(E, H, activation="gelu"), "activation=gelu"),
     ],
 )
 def test_a_mixture_that_does_not_fit_is_refused(tmp_path, experts, wrong):
@@ -193,3 +195,59 @@ def test_bad_arguments_are_refused(tmp_path):
         conversion.load_switch(path, -1)
     with pytest.raises(ValueError, match="`mixture` must be a MoE"):
         conversion.load_switch(path, 1, keras.layers.Dense(3))
+    with pytest.raises(ValueError, match="`path` must be a path.*path=None"):
+        conversion.load_mixtral(None, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.* with k=1")
+def test_a_mixture_of_another_kind_is_left_alone(tmp_path):
+    path = written(mixtral_tensors(), tmp_path)
+    experts = layers.GatedExperts(E, H)
+    two_levels = layers.HierarchicalMoE(experts, 2, k=(1, 2))
+    with pytest.raises(
+        ValueError, match=r"shape \(6, 4\).*HierarchicalGating with \(2, 6, 2\)"
+    ):
+        conversion.load_mixtral(path, 0, two_levels)
+    elsewhere = layers.MoE(layers.GatedExperts(E, H), layers.TopKGating(2))
+    elsewhere(X, gate_inputs=X[:, :3])
+    with pytest.raises(ValueError, match=r"a TopKGating with \(3, 4\)"):
+        conversion.load_mixtral(path, 0, elsewhere)
+    squashed = layers.MoE(experts, layers.TopKGating(2), activation="sigmoid")
+    with pytest.raises(ValueError, match="Received: mixture's activation=sigmoid"):
+        conversion.load_mixtral(path, 0, squashed)
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    for mixture in (two_levels, elsewhere):
+        kernel = np.array(mixture.experts.kernels[0])[0]
+        assert np.abs(kernel - mixtral_tensors()[name].T).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("gate", "told"),
+    [
+        (lambda: layers.TopKGating(2, normalization="all"), "normalization='all'"),
+        (lambda: layers.TopKGating(3), "TopKGating with k=3"),
+        (lambda: layers.TopKGating(2, scaling_factor=2.5), "scaling_factor=2.5"),
+        (layers.GShardGating, "a GShardGating"),
+        (lambda: layers.LossFreeGating(2), "a LossFreeGating"),
+        (layers.SoftmaxGating, "a SoftmaxGating"),
+    ],
+)
+def test_a_gate_that_chooses_in_another_way_is_warned_of(tmp_path, gate, told):
+    path = written(mixtral_tensors(blocks=(0,)), tmp_path)
+    mixture = layers.MoE(layers.GatedExperts(E, H), gate())
+    with pytest.warns(UserWarning, match=f"something else.*{told}") as warned:
+        conversion.load_mixtral(path, 0, mixture)
+    assert warned[0].filename == __file__
+
+
+def test_noise_and_the_gate_of_switch_transformers_are_not_warned_of(tmp_path):
+    (tmp_path / "switch").mkdir()
+    switch = written(switch_tensors(), tmp_path / "switch")
+    mixtral = written(mixtral_tensors(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*something else.*")
+        experts = layers.FeedForwardExperts(E, H)
+        own = layers.MoE(experts, layers.SwitchGating(), capacity_factor=1.25)
+        conversion.load_switch(switch, 1, own)
+        noisy = layers.MoE(layers.GatedExperts(E, H), layers.NoisyTopKGating(3))
+        conversion.load_mixtral(mixtral, 0, noisy, k=3)

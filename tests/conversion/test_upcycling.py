@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_moe
-from keras_moe import layers
+from keras_moe import layers, models
 from keras_moe.layers.moe import mixtures_of
 
 FEATURES = 6
@@ -257,6 +257,39 @@ def test_mixtures_in_layers_of_a_class_come_back_by_upcycling_again(tmp_path):
         keras.saving.load_model(tmp_path / "model.keras")
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_blocks_of_a_transformer_take_the_mixture_as_an_argument(within, tmp_path):
+    block = functools.partial(
+        layers.MoETransformerBlock, 2, causal=True, feed_forward=8, dropout=0.1
+    )
+    if within:
+        blocks = [block(name="one"), block(name="two")]
+        dense = models.MoETransformerLanguageModel(20, blocks, units=FEATURES)
+        tokens = np.random.default_rng(0).integers(1, 20, (3, 5))
+        inputs = keras.Input((None,), dtype="int32")
+        dense(tokens)
+    else:
+        tokens, inputs = X, None
+        source = keras.Input((None, 4), name="source")
+        target = keras.Input((None, FEATURES), name="target")
+        tokens = {"target": X, "source": X[..., :4]}
+        made = block(name="one")
+        dense = keras.Model({"target": target, "source": source}, made(target, source))
+        made.attention.trainable = False
+    randomized(dense)
+    sparse = keras_moe.upcycle(dense, "one/hidden", num_experts=4, k=2, inputs=inputs)
+    (moe,) = mixtures_of(sparse)
+    assert moe.name == "one_hidden_moe"
+    np.testing.assert_allclose(sparse(tokens), dense(tokens), rtol=1e-5, atol=1e-5)
+    assert len(sparse.trainable_weights) == len(dense.trainable_weights) + 2
+    sparse.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(tokens), sparse(tokens))
+    # What was made anew is made anew again.
+    pruned = keras_moe.prune_experts(sparse, [3, 0, 2])
+    np.testing.assert_allclose(pruned(tokens), dense(tokens), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "gating",
     [
@@ -299,6 +332,13 @@ def test_gates_that_do_not_sum_to_one_are_warned_of():
     gating = lambda: layers.TopKGating(1, normalization="all")  # noqa: E731
     with pytest.warns(UserWarning, match="gates of TopKGating do not sum to 1"):
         keras_moe.upcycle(randomized(sequential()), num_experts=4, gating=gating)
+
+
+def test_shared_experts_that_change_outputs_are_warned_of():
+    shared = keras.layers.Dense(FEATURES)
+    make = functools.partial(layers.MoE, shared_experts=shared)
+    with pytest.warns(UserWarning, match="since its shared experts add to them"):
+        keras_moe.upcycle(randomized(sequential()), num_experts=4, mixture=make)
 
 
 def test_noise_is_relative_to_the_weights_and_seeded():
@@ -465,6 +505,10 @@ def test_models_that_are_not_built_or_have_no_config_are_refused():
         )
     with pytest.raises(ValueError, match=r"`mixture` must make.*mixture='moe'"):
         keras_moe.upcycle(sequential(), num_experts=4, mixture="moe")
+    with pytest.raises(ValueError, match=r"`mixture` must return.*returned None"):
+        keras_moe.upcycle(sequential(), num_experts=4, mixture=lambda *_, **__: None)
+    with pytest.raises(ValueError, match="`inputs` must be specs.*Received: 5"):
+        keras_moe.upcycle(sequential(), num_experts=4, inputs=5)
     with pytest.raises(ValueError, match=r"`seed` must be.*seed=1\.5"):
         keras_moe.upcycle(sequential(), num_experts=4, seed=1.5)
     with pytest.raises(ValueError, match="`layers` must name.*Received: 5"):
