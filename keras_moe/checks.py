@@ -99,6 +99,24 @@ def verify_shape(shape: Any, why: str, **tensors: Any) -> None:
             )
 
 
+def verify_broadcast(mask: Any, shape: Any, name: str) -> Any:
+    """Returns a mask with as many axes as `shape`, or raises unless it broadcasts to it.
+
+    An axis whose size is not known, None, may have any.
+    """
+    missing = len(shape) - len(mask.shape)
+    sizes = zip(mask.shape, shape[max(missing, 0) :], strict=False)
+    if missing < 0 or any(size and own not in (1, None, size) for own, size in sizes):
+        raise ValueError(
+            f"`{name}` must broadcast to {tuple(shape)}: True where a position (axis 1) "
+            f"may attend to another. Received: {name}.shape={tuple(mask.shape)}. Each "
+            "axis must be as long as that, or 1."
+        )
+    for _ in range(missing):
+        mask = mask[tf.newaxis]
+    return mask
+
+
 def verify_mask(mask: Any, shape: Any, name: str = "mask") -> Any:
     """Returns a mask as a tensor, or raises unless it is bool and of a shape."""
     mask = None if mask is None else tf.convert_to_tensor(mask)
@@ -163,6 +181,16 @@ def verify_k(k: Any, num_experts: int | None = None) -> int:
             "Lower `k` or add experts."
         )
     return k
+
+
+def verify_fixed(given: dict[str, Any], of: str, **fixed: Any) -> None:
+    """Raises if options that a class has settled are among those given to it."""
+    for name, value in fixed.items():
+        if name in given:
+            raise ValueError(
+                f"`{name}` of {of} is fixed: {value!r}. Received: {name}="
+                f"{given[name]!r}. Leave it out, or use TopKGating."
+            )
 
 
 def verify_weight(value: Any, name: str) -> float:
@@ -230,22 +258,22 @@ def verify_input_shape(shape: Sequence[int | None], layer_name: str) -> int:
     return int(shape[-1])
 
 
-def verify_dense(inputs: Any, layer_name: str) -> None:
-    """Raises unless `inputs` is one dense tensor."""
+def verify_dense(inputs: Any, layer_name: str, argument: str = "inputs") -> None:
+    """Raises unless an argument is one dense tensor."""
     if isinstance(inputs, tf.RaggedTensor):
         remedy = (
-            "Call the layer by `tf.ragged.map_flat_values(layer, inputs)`, or pass "
-            "`inputs.to_tensor()` and its mask"
+            f"Call the layer by `tf.ragged.map_flat_values(layer, {argument})`, or pass "
+            f"`{argument}.to_tensor()` and its mask"
         )
     elif isinstance(inputs, tf.SparseTensor):
-        remedy = "Pass `tf.sparse.to_dense(inputs)`"
+        remedy = f"Pass `tf.sparse.to_dense({argument})`"
     elif not hasattr(inputs, "dtype") or not hasattr(inputs, "shape"):
         remedy = "Pass one tensor"
     else:
         return
     raise ValueError(
-        f"`inputs` of {layer_name} must be one dense tensor (..., features). Received: "
-        f"a {type(inputs).__name__}. {remedy}."
+        f"`{argument}` of {layer_name} must be one dense tensor (..., features). "
+        f"Received: a {type(inputs).__name__}. {remedy}."
     )
 
 
@@ -279,11 +307,11 @@ def _callers():
         frame = frame.f_back
 
 
-def verify_floating(dtype: Any, layer_name: str) -> None:
+def verify_floating(dtype: Any, layer_name: str, argument: str = "inputs") -> None:
     """Raises if `dtype` is not a floating-point type."""
     if not tf.as_dtype(dtype).is_floating:
         raise ValueError(
-            f"`inputs` of {layer_name} must be floating point. "
+            f"`{argument}` of {layer_name} must be floating point. "
             f"Received: dtype={tf.as_dtype(dtype).name}. "
             "Embed token ids or cast the inputs to a float type first."
         )

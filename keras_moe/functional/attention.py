@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from keras_moe import checks
 from keras_moe.functional.ops import cast_up
 
 
@@ -101,6 +102,9 @@ def dot_product_attention(
             f"query.shape={query.shape}, keys.shape={keys.shape}. Give each group of "
             "heads as many queries."
         )
+    if mask is not None:
+        sizes = query.shape[0], query.shape[1], keys.shape[1]
+        mask = checks.verify_broadcast(mask, sizes, "mask")
     shape = tf.shape(query)
     query = query * tf.cast(query.shape[-1] ** -0.5, query.dtype)
     query = tf.reshape(

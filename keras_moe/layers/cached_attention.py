@@ -182,8 +182,6 @@ class CachedAttention(checks.FromConfig, keras.layers.Layer):
     ):
         checks.verify_floating(query.dtype, type(self).__name__)
         value = query if value is None else value
-        if attention_mask is not None:
-            attention_mask = tf.cast(attention_mask, tf.bool)
         start = 0 if cache is None else cache_update_index
         queries = self._turned(self.query_dense(query), start)
         if cache is None:
@@ -197,6 +195,7 @@ class CachedAttention(checks.FromConfig, keras.layers.Layer):
                 new = tf.stack([keys, self.value_dense(value)], axis=1)
                 cache = _written(cache, new, cache_update_index)
             keys, values = tf.unstack(cache, axis=1)
+        attention_mask = masks.of_pairs(attention_mask, query, keys)
         attended = functional.dot_product_attention(
             queries, keys, values, attention_mask
         )

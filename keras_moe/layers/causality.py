@@ -27,7 +27,8 @@ def verify_causal(layers: Iterable[Any], argument: str, of: str) -> None:
                 raise ValueError(
                     f"`{argument}` of {of} must not have a gate by which a token's "
                     "experts depend on later tokens: they would have a part in their "
-                    f"own prediction. Received: {type(inner).__name__} "
-                    f"{inner.name!r}. Use NoisyTopKGating or another gate of which "
-                    "each token chooses by itself."
+                    f"own prediction. Received: {inner.name!r}, a "
+                    f"{type(inner).__name__}, which compares tokens. Use "
+                    "NoisyTopKGating or another gate of which each token chooses by "
+                    "itself."
                 )

@@ -38,7 +38,7 @@ class DroppingExperts(KernelExperts):
     ):
         super().__init__(num_experts, **kwargs)
         self.dropout = checks.verify_rate(dropout, "dropout")
-        self.seed = seed
+        self.seed = checks.verify_seed(seed)
         if self.dropout:
             self.seed_generator = keras.random.SeedGenerator(seed)
 

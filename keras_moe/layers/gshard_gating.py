@@ -61,8 +61,9 @@ class GShardGating(TopKGating):
         As for `TopKGating`; the state of the seed generator.
 
     Raises:
-        ValueError: There are fewer than two experts; `second_policy` is unknown; a
-            weight or a factor is out of range; inputs are not `(tokens, features)`.
+        ValueError: There are fewer than two experts; `k` or `normalization` is given;
+            `second_policy` is unknown; a weight or a factor is out of range; inputs are
+            not `(tokens, features)`.
 
     XLA: `jit_compile=True` works, with gates `(tokens, 2)` where expert -1 stands for
     none, as on meshes. With a `capacity_factor` of the mixture first choices come before
@@ -102,6 +103,8 @@ class GShardGating(TopKGating):
         seed: Any = None,
         **kwargs: Any,
     ):
+        fixed = {"k": 2, "normalization": "selected"}
+        checks.verify_fixed(kwargs, type(self).__name__, **fixed)
         checks.verify_choice(second_policy, "second_policy", SECOND_POLICIES)
         self.second_policy = second_policy
         self.second_threshold = checks.verify_rate(second_threshold, "second_threshold")

@@ -62,9 +62,9 @@ class KernelExperts(Experts):
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
         if lora_rank is not None:
-            lora_rank = self._verify_lora(lora_rank)
+            lora_rank = self._verify_lora(lora_rank, "lora_rank")
         self.lora_rank: Any = lora_rank
-        self.lora_alpha: Any = lora_rank if lora_alpha is None else lora_alpha
+        self.lora_alpha: Any = _alpha(lora_alpha, lora_rank)
         self.kernels: list[Any] = []
         self.biases: list[Any] = []
         # Of each kernel, where there are such weights.
@@ -171,7 +171,7 @@ class KernelExperts(Experts):
 
         Raises:
             ValueError: The layer is not built, or has a `kernel_constraint`; it is the
-                second call; `rank` is not positive.
+                second call; `rank` or `lora_alpha` is not positive.
 
         Reference:
             Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv
@@ -190,22 +190,22 @@ class KernelExperts(Experts):
                 f"{self.name!r}, of rank {self.lora_rank}. Save and load the model, "
                 "which adds what was learned to the kernels."
             )
-        rank = self._verify_lora(rank)
-        self.lora_alpha = rank if lora_alpha is None else lora_alpha
+        rank = self._verify_lora(rank, "rank")
+        self.lora_alpha = _alpha(lora_alpha, rank)
         self._tracker.unlock()
         try:
             self._add_lora(rank, a_initializer, b_initializer)
         finally:
             self._tracker.lock()
 
-    def _verify_lora(self, rank):
+    def _verify_lora(self, rank, name):
         if self.kernel_constraint is not None:
             raise ValueError(
                 "`kernel_constraint` must be None with low-rank additions, whose sum "
                 f"with a kernel is never made. Received: {self.kernel_constraint!r} "
                 f"with rank {rank}. Leave it out."
             )
-        return checks.verify_positive_int(rank, "rank")
+        return checks.verify_positive_int(rank, name)
 
     def _add_lora(self, rank, a_initializer, b_initializer):
         self.lora_rank = rank
@@ -362,6 +362,14 @@ def quantized(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whole numbers V, `(E, in, out)` int8, and scales s, `(E, out)`: V / s is near."""
     value, scale = keras.quantizers.abs_max_quantize(kernel, axis=-2, to_numpy=True)
     return np.asarray(value), np.asarray(scale)[:, 0]
+
+
+def _alpha(value, rank):
+    """`lora_alpha`; None is the rank, with which the additions count as they are."""
+    if value is None:
+        return rank
+    rest = ". With 0 nothing would be learned; None means the rank."
+    return checks.verify_number(value, "lora_alpha", "(0, inf)", rest)
 
 
 def _verify_int8(layer, mode, config=None):

@@ -42,6 +42,14 @@ def as_mask(mask, inputs, name):
     return tf.cast(mask, tf.bool)
 
 
+def of_pairs(mask, query, keys):
+    """An `attention_mask` as bools of rank 3, for `(batch, time, ...)` of both."""
+    if mask is None:
+        return None
+    shape = (*query.shape[:2], keys.shape[1])
+    return checks.verify_broadcast(tf.cast(mask, tf.bool), shape, "attention_mask")
+
+
 def without_padding(x, mask):
     """Zeros at padding: a weight of 0 would not keep out what is not a number."""
     if mask is None:

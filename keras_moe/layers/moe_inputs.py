@@ -15,12 +15,13 @@ def verify_gate_inputs(layer: Any, gate_inputs: Any, inputs: tf.Tensor) -> None:
         gate_inputs: Those of the call, or None: the gate sees the inputs.
         inputs: Those of the experts.
     """
-    name = f"`gate_inputs` of {type(layer).__name__}"
+    layer_name = type(layer).__name__
+    name = f"`gate_inputs` of {layer_name}"
     if gate_inputs is None:
         features = inputs.shape[-1]
     else:
-        checks.verify_dense(gate_inputs, name)
-        checks.verify_floating(gate_inputs.dtype, name)
+        checks.verify_dense(gate_inputs, layer_name, "gate_inputs")
+        checks.verify_floating(gate_inputs.dtype, layer_name, "gate_inputs")
         leading, features = gate_inputs.shape[:-1], gate_inputs.shape[-1]
         if not leading.is_compatible_with(inputs.shape[:-1]):
             raise ValueError(

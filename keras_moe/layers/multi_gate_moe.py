@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_moe import checks, engine, functional
 from keras_moe.layers import configs
 from keras_moe.layers.base_experts import Experts
+from keras_moe.layers.gate_contract import verify_gating
 from keras_moe.layers.gating import SoftmaxGating
 from keras_moe.layers.moe import MoE, default_name
 from keras_moe.layers.tracking import track_entries
@@ -93,6 +94,8 @@ class MultiGateMoE(keras.layers.Layer):
                 "`gatings` must have a gate for each task. Received: gatings=[]. Pass "
                 "at least one, or a number of tasks."
             )
+        for task, gating in enumerate(gatings):
+            verify_gating(gating, f"gatings[{task}]")
         self.experts = experts
         self.gatings = list(gatings)
         self.importance_loss_weight = importance_loss_weight

@@ -33,8 +33,6 @@ def verify_takes_rows(layer: Any, features: int, argument: str) -> tuple:
             "(height, width, channels)), keras.layers.Conv2D(...), "
             "keras.layers.Flatten()])."
         ) from error
-    # A Sequential does not say by itself that its layers support masks.
-    layer.supports_masking = _supports_masks(layer)
     return tuple(outputs.shape)
 
 
@@ -45,15 +43,17 @@ def run_rows(
 
     Args:
         layer: The Keras layer.
-        rows: `(R, features)`.
-        mask: `(R,)` bool or None. False where a row is not real.
+        rows: `(..., features)`.
+        mask: `(...)` bool or None. False where a row is not real.
         training: Whether the call trains.
     """
     taken = inspect.signature(layer.call).parameters
     options: dict[str, Any] = {}
     if "training" in taken:
         options["training"] = training
-    if "mask" in taken and mask is not None and layer.supports_masking:
+    # Keras would lose it in a model that does not support masks.
+    reaches = not isinstance(layer, keras.Model) or _reaches_parts(layer)
+    if "mask" in taken and mask is not None and reaches:
         options["mask"] = mask
     return layer(rows, **options)
 
@@ -72,8 +72,17 @@ def run_any_rows(layer: Any, rows: tf.Tensor, training: bool | None) -> tf.Tenso
     return run_rows(layer, padded, real, training)[:number]
 
 
-def _supports_masks(layer):
-    """Whether a mask of the rows reaches every layer that wants one."""
-    if isinstance(layer, keras.Model):
-        return all(_supports_masks(part) for part in layer.layers)
-    return layer.supports_masking or isinstance(layer, keras.layers.InputLayer)
+def _reaches_parts(layer):
+    """Whether a mask reaches every layer inside of a model, which is told so.
+
+    A Sequential does not say by itself that its layers support masks.
+    """
+    parts = [each for each in layer.layers if isinstance(each, keras.layers.Layer)]
+    for each in parts:
+        if isinstance(each, keras.Model):
+            _reaches_parts(each)
+    layer.supports_masking = layer.supports_masking or all(
+        each.supports_masking or isinstance(each, keras.layers.InputLayer)
+        for each in parts
+    )
+    return layer.supports_masking

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_moe import checks
 from keras_moe.layers.gating import TopKGating
 
 
@@ -55,8 +56,9 @@ class SwitchGating(TopKGating):
         As for `TopKGating`.
 
     Raises:
-        ValueError: A weight or a factor is out of range; `num_experts` is unknown when
-            built; inputs are not `(tokens, features)`.
+        ValueError: `k` or `normalization` is given; a weight or a factor is out of
+            range; `num_experts` is unknown when built; inputs are not
+            `(tokens, features)`.
 
     Example:
 
@@ -83,6 +85,8 @@ class SwitchGating(TopKGating):
         seed: Any = None,
         **kwargs: Any,
     ):
+        fixed = {"k": 1, "normalization": "all"}
+        checks.verify_fixed(kwargs, type(self).__name__, **fixed)
         super().__init__(
             1,
             num_experts,

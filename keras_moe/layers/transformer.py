@@ -8,11 +8,18 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.layers import configs, masks
 from keras_moe.layers.cached_attention import CachedAttention
+from keras_moe.layers.causality import verify_causal
 from keras_moe.layers.dropout import Dropout
-from keras_moe.layers.moe import MoE
+from keras_moe.layers.moe import MoE, default_name
+from keras_moe.layers.row_layers import run_rows
 from keras_moe.layers.transformer_checks import (
     verify_attention,
+    verify_call,
+    verify_has_cache,
     verify_mixture,
+    verify_normalization,
+    verify_room,
+    verify_source,
     verify_width,
 )
 
@@ -29,12 +36,14 @@ class MoETransformerBlock(keras.layers.Layer):
     Args:
         attention: Int, the heads of a `CachedAttention`; or a layer for the
             self-attention, such as `keras.layers.MultiHeadAttention`, called with query
-            and value, and `attention_mask`. That to an encoder is a copy of it.
+            and value, and `attention_mask`. That to an encoder is a copy of it, without
+            the rotary positions of a `CachedAttention`.
         moe: A `MoE` or `HierarchicalMoE` that keeps the width, or None for a dense
             network. Defaults to `None`.
         feed_forward: What a block without a mixture has: an int, the hidden units of a
-            network of two kernels with a GELU between, or a layer that keeps the width.
-            None, without `moe`, means four times the width. Defaults to `None`.
+            network of two kernels with a GELU between, or a layer that keeps the width
+            and gets the mask if its `call` takes one. None, without `moe`, means four
+            times the width. Defaults to `None`.
         causal: Bool. Whether a position attends to itself and earlier ones only, as in
             a decoder. Defaults to `False`.
         num_key_value_heads: Of the `CachedAttention`. Defaults to `None`.
@@ -72,8 +81,9 @@ class MoETransformerBlock(keras.layers.Layer):
 
     Raises:
         ValueError: `attention` is neither an int nor a layer; both of `moe` and
-            `feed_forward`; `moe` is no mixture, or with `causal` has a gate that sees
-            other tokens; a layer changes the width.
+            `feed_forward`; `moe` is no mixture, or `feed_forward` is one; with `causal`
+            a gate in either sees other tokens; a layer changes the width; masks,
+            encoder outputs or a cache do not fit the inputs.
 
     Decoding: `call_with_cache` takes some positions at a time and keeps keys and values.
     The results are those of all at once if the tokens do not compete, as they do with
@@ -108,11 +118,14 @@ class MoETransformerBlock(keras.layers.Layer):
         normalization: keras.layers.Layer | None = None,
         normalize_first: bool = True,
         dropout: float = 0.0,
+        name: str | None = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        name = name or default_name("moe_transformer_block")
+        super().__init__(name=name, **kwargs)
         num_heads = verify_attention(attention, num_key_value_heads, max_wavelength)
-        verify_mixture(moe, feed_forward, causal)
+        verify_mixture(moe, feed_forward)
+        verify_normalization(normalization)
         policy = self.dtype_policy
         self.num_heads = num_heads
         self.moe = moe
@@ -143,6 +156,7 @@ class MoETransformerBlock(keras.layers.Layer):
         self.feed_forward_dropout = Dropout(self.dropout, dtype=policy)
         self.supports_masking = True
         configs.hold(self, moe, feed_forward, attention, normalization)
+        self._verify_causal()
 
     @property
     def _network(self):
@@ -161,7 +175,8 @@ class MoETransformerBlock(keras.layers.Layer):
         if self.has_encoder:
             source = (None, None, encoder_outputs_shape[-1])
             # Positions of a source are none of the target.
-            own = {} if self.num_heads is None else {"max_wavelength": None}
+            turns = isinstance(self.attention, CachedAttention)
+            own = {"max_wavelength": None} if turns else {}
             self.cross_attention = _copy(self.attention, "cross_attention", **own)
             self.cross_normalization = _copy(self.normalization, "cross_norm")
             self.cross_dropout = Dropout(self.dropout, dtype=self.dtype_policy)
@@ -194,10 +209,10 @@ class MoETransformerBlock(keras.layers.Layer):
         if mask is None:  # with an encoder Keras looks for another name
             mask = getattr(inputs, "_keras_mask", None)
         mask = masks.as_mask(mask, inputs, "mask")
+        verify_source(encoder_outputs, inputs)
         source, source_mask = masks.source(encoder_outputs, encoder_outputs_mask)
         seen = masks.among(mask, mask)
-        if attention_mask is not None:
-            seen = masks.both(seen, tf.cast(attention_mask, tf.bool))
+        seen = masks.both(seen, masks.of_pairs(attention_mask, inputs, inputs))
         if self.causal:
             positions = masks.positions_from(0, tf.shape(inputs)[1])
             seen = masks.both(
@@ -243,17 +258,23 @@ class MoETransformerBlock(keras.layers.Layer):
         Returns:
             outputs: As those of the call with all positions.
             cache: The cache to go on with.
+
+        Raises:
+            ValueError: The attention takes no cache; positions, but for those that
+                `mask` leaves out, are not within it; rows differ in number.
         """
+        verify_has_cache(self.attention, "call_with_cache")
         self._verify_call(inputs, "encoder" in cache)
         inputs = tf.cast(inputs, self.compute_dtype)  # `__call__` would
         mask = masks.as_mask(mask, inputs, "mask")
+        verify_room(cache, inputs, index, mask)
         keys = tf.range(tf.shape(cache["self"])[2])
         last = masks.positions_from(index, tf.shape(inputs)[1])
         if not self.causal:
             last = last[:, -1:]
         seen = keys <= last[..., tf.newaxis]  # (1 or batch, time or 1, length)
-        if attention_mask is not None:
-            seen = masks.both(seen, tf.cast(attention_mask, tf.bool))
+        kept = cache["self"][:, 0]
+        seen = masks.both(seen, masks.of_pairs(attention_mask, inputs, kept))
         cache = dict(cache)
 
         def attend(x):
@@ -294,12 +315,7 @@ class MoETransformerBlock(keras.layers.Layer):
         Raises:
             ValueError: The attention has no cache of this kind.
         """
-        if not hasattr(self.attention, "initial_cache"):
-            raise ValueError(
-                "`attention` must have a cache, as `CachedAttention` has. Received: "
-                f"attention={self.attention!r}. Leave it out, or pass a `cache` of your "
-                'own to `call_with_cache`: {"self": ...}, of what this attention takes.'
-            )
+        verify_has_cache(self.attention, "initial_cache")
         self._verify_call(None, encoder_outputs is not None)
         cache = {"self": self.attention.initial_cache(batch_size, length)}
         if encoder_outputs is not None:
@@ -308,29 +324,21 @@ class MoETransformerBlock(keras.layers.Layer):
         return cache
 
     def _verify_call(self, inputs, has_encoder):
-        name = type(self).__name__
-        if inputs is not None:
-            checks.verify_dense(inputs, name)
-            checks.verify_floating(inputs.dtype, name)
-        if not self.built:
-            raise ValueError(
-                f"{name} {self.name!r} must be built before it is used with a cache. "
-                "Received: a layer without weights. Call it, or its `build`, first."
-            )
-        if has_encoder != self.has_encoder:
-            raise ValueError(
-                "`encoder_outputs` must be given always or never: there are weights for "
-                f"it or there are none. Received: {has_encoder} in this call, "
-                f"{self.has_encoder} when {self.name!r} was built. Use two blocks."
-            )
+        verify_call(self, inputs, has_encoder)
+        self._verify_causal()  # parts may have been exchanged since
+
+    def _verify_causal(self):
+        if self.causal:
+            networks = [self.feed_forward, getattr(self, "output_dense", None)]
+            verify_causal([self.moe], "moe", "a causal block")
+            verify_causal(networks, "feed_forward", "a causal block")
 
     def _run(self, inputs, attend, attend_to_encoder, mask, training):
         def network(x):
-            if self._network is None:
-                return self.output_dense(self.hidden_dense(x))
-            if self._network is self.moe:
-                return self.moe(x, mask=mask, training=training)
-            return self._network(x)
+            if self._network is not None:
+                return run_rows(self._network, x, mask, training)
+            # Mixtures may have taken the place of the two (`upcycle`).
+            return run_rows(self.output_dense, self.hidden_dense(x), mask, training)
 
         branches = [(attend, self.normalization, self.attention_dropout)]
         if self.has_encoder:

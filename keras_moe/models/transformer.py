@@ -9,10 +9,12 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.data.vocabulary import PAD_ID
 from keras_moe.layers import configs, masks
+from keras_moe.layers.causality import verify_causal
 from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.tracking import track_entries
 from keras_moe.layers.transformer import MoETransformerBlock
+from keras_moe.layers.transformer_checks import verify_normalization
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import verify_tokens
 from keras_moe.models.parts import SavedWhole, TracedFunctions
@@ -59,7 +61,8 @@ class MoETransformerLanguageModel(SavedWhole, Generation, keras.Model):
         state: every sequence begins anew.
 
     Raises:
-        ValueError: A size or rate is out of range; a block is none, or not causal;
+        ValueError: A size or rate is out of range; there is no block, or one that is no
+            block, not causal, or has a gate that sees other tokens;
             inputs are not integers of rank 2, or longer than `max_length` where that
             counts.
 
@@ -110,6 +113,7 @@ class MoETransformerLanguageModel(SavedWhole, Generation, keras.Model):
         self.tied = bool(tied)
         self.dropout = dropout
         self.blocks = _as_blocks(blocks)
+        verify_normalization(normalization)
         track_entries(self, "blocks")
         if normalization is None:
             normalization = keras.layers.LayerNormalization(epsilon=1e-5, dtype=policy)
@@ -308,10 +312,16 @@ class MoETransformerLanguageModel(SavedWhole, Generation, keras.Model):
 
 def _as_blocks(blocks):
     blocks = list(blocks) if isinstance(blocks, Sequence) else [blocks]
+    if not blocks:
+        raise ValueError(
+            "`blocks` must be a list of at least one MoETransformerBlock. Received: "
+            "blocks=[]. Without any the model sees the last token alone."
+        )
     for block in blocks:
         if not isinstance(block, MoETransformerBlock) or not block.causal:
             raise ValueError(
                 "`blocks` must be a list of MoETransformerBlocks with causal=True. "
                 f"Received: {block!r}. Others would see the tokens they predict."
             )
+    verify_causal(blocks, "blocks", "MoETransformerLanguageModel")
     return blocks

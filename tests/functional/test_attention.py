@@ -105,3 +105,5 @@ def test_errors_of_attention_with_heads():
         functional.dot_product_attention(x, x[:, :, :2], x[:, :, :2])
     with pytest.raises(ValueError, match="`mask` must be of bools"):
         functional.dot_product_attention(x, x, x, np.ones((1, 2, 2)))
+    with pytest.raises(ValueError, match=r"`mask` must broadcast to \(1, 2, 2\)"):
+        functional.dot_product_attention(x, x, x, np.ones((1, 2, 3), bool))

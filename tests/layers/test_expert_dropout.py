@@ -192,3 +192,5 @@ def test_without_it_there_is_no_weight_more_and_bad_rates_are_refused():
         assert len(experts.variables) == len(experts.kernels)
         with pytest.raises(ValueError, match="`dropout`.*1.0"):
             kind(2, 3, dropout=1.0)
+        with pytest.raises(ValueError, match="`seed`.*1.5"):
+            kind(2, 3, seed=1.5)

@@ -99,7 +99,11 @@ def test_gate_inputs_that_do_not_fit_are_named(parts):
         (seen[:-1], r"leading dimensions.*\(6, 3\).*\(7, 4\)"),
         (seen[:, :2], "2 features, gate built for 3"),
         (None, "4 features, gate built for 3.*always or never"),
-        (seen.astype("int32"), "gate_inputs"),
+        (seen.astype("int32"), "(?<!of )`gate_inputs` of MoE must be floating.*int32"),
+        (
+            tf.RaggedTensor.from_tensor(seen),
+            "(?<!of )`gate_inputs` of MoE must.*one dense",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             layer(x, gate_inputs=changed)
@@ -152,3 +156,6 @@ def test_tasks_have_logs_and_losses_of_their_own(rng, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     with pytest.raises(ValueError, match="`gatings` must have a gate"):
         layers.MultiGateMoE(layers.FeedForwardExperts(E, H), [])
+    gatings = [layers.TopKGating(2), 5]
+    with pytest.raises(ValueError, match=r"`gatings\[1\]` must be a layer.*=5"):
+        layers.MultiGateMoE(layers.FeedForwardExperts(E, H), gatings)

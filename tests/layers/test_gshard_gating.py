@@ -184,6 +184,8 @@ def test_what_cannot_be_is_refused():
         ({"second_threshold": 1.0}, "second_threshold=1.0"),
         ({"num_experts": 1}, "k=2, num_experts=1"),
         ({"switch_loss_weight": -1}, "switch_loss_weight=-1"),
+        ({"k": 2}, "`k` of GShardGating is fixed: 2. Received: k=2"),
+        ({"normalization": "all"}, "`normalization` of GShardGating is fixed"),
     ):
         with pytest.raises(ValueError, match=message):
             layers.GShardGating(**{"num_experts": 4, **options})

@@ -273,6 +273,14 @@ def test_bad_adaptations_are_refused():
     experts.build((None, D))
     with pytest.raises(ValueError, match="rank=0"):
         experts.enable_lora(0)
+    with pytest.raises(ValueError, match="`lora_rank` must be.*lora_rank=0"):
+        layers.GatedExperts(2, H, lora_rank=0)
+    for alpha in ("a", 0, float("nan")):
+        with pytest.raises(ValueError, match=f"`lora_alpha` must be.*={alpha!r}"):
+            layers.GatedExperts(2, H, lora_rank=2, lora_alpha=alpha)
+        with pytest.raises(ValueError, match=f"`lora_alpha` must be.*={alpha!r}"):
+            experts.enable_lora(2, lora_alpha=alpha)
+    assert not experts.lora_enabled
     experts.enable_lora(2)
     with pytest.raises(ValueError, match="second call"):
         experts.enable_lora(2)

@@ -444,6 +444,14 @@ def test_choices_kept_leave_the_loop_of_a_recurrence(segments, rng):
     [
         (lambda: layers.TopKGating(z_loss_weight=-1), "`z_loss_weight`.*=-1"),
         (lambda: layers.SwitchGating(switch_loss_weight=-1), "`switch_loss_weight`"),
+        (
+            lambda: layers.SwitchGating(k=2),
+            "`k` of SwitchGating is fixed: 1. Received: k=2.*TopKGating",
+        ),
+        (
+            lambda: layers.SwitchGating(normalization="selected"),
+            "`normalization` of SwitchGating is fixed: 'all'",
+        ),
         (lambda: layers.TopKGating(input_jitter=1.0), "`input_jitter`.*=1.0"),
         (lambda: layers.TopKGating(scaling_factor=0), "`scaling_factor`.*=0"),
         (

@@ -144,6 +144,14 @@ def test_signatures_of_an_exported_model(rng, tmp_path):
 def test_errors():
     with pytest.raises(ValueError, match="`blocks` must be a list.*causal=True"):
         models.MoETransformerLanguageModel(9, [layers.MoETransformerBlock(2)])
+    with pytest.raises(ValueError, match=r"`blocks` must be a list.*Received.*\[\]"):
+        models.MoETransformerLanguageModel(9, [])
+    with pytest.raises(ValueError, match="`normalization` must be.*'rms'"):
+        models.MoETransformerLanguageModel(9, [block()], normalization="rms")
+    swapped = block()
+    swapped.moe.gating = layers.ExpertChoiceGating(4)
+    with pytest.raises(ValueError, match="`blocks` of.*ExpertChoiceGating"):
+        models.MoETransformerLanguageModel(9, [swapped])
     model = learned()
     with pytest.raises(ValueError, match="17 tokens, max_length=16"):
         model(np.ones((1, 17), "int32"))
