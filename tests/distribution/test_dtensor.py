@@ -166,7 +166,7 @@ def test_recurrent_layers_train_over_128_time_steps(layer):
 @pytest.mark.parametrize(
     ("first", "second", "optimizer"),
     [
-        ("mirrored", "dtensor", "Adam"),
+        pytest.param("mirrored", "dtensor", "Adam", marks=pytest.mark.exhaustive),
         # State of other shapes than the weights'.
         ("dtensor", "mirrored", "Adafactor"),
         pytest.param("dtensor", "mirrored", "Adam", marks=pytest.mark.exhaustive),

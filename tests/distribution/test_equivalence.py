@@ -168,7 +168,10 @@ def test_synchronized_normalization_before_and_after():
 @pytest.mark.parametrize(
     "case",
     [
-        {"examples": 29, "mask": True, "use_bias": True, "later": True},
+        pytest.param(
+            {"examples": 29, "mask": True, "use_bias": True, "later": True},
+            marks=pytest.mark.exhaustive,
+        ),
         pytest.param({**SEVEN, "examples": 25}, marks=pytest.mark.exhaustive),
         {**HIERARCHICAL, "examples": 25, "later": True},
     ],
@@ -192,6 +195,7 @@ def test_translation_models():
     )
 
 
+@pytest.mark.exhaustive
 def test_in_float64_nothing_on_the_way_has_fewer_digits():
     # Dropout, noise, masks, the loss over all replicas, the norm of all gradients.
     case = {**CLIPPED_ADAM, **HIERARCHICAL, "model": "translation", "dtype": "float64"}
@@ -220,6 +224,7 @@ def test_several_processes(cases):
         assert_equal(cases, results)
 
 
+@pytest.mark.exhaustive
 def test_many_steps_do_not_hang():
     assert_equal_on_devices(4, [{**SGD, "steps": 100}])
 

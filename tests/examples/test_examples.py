@@ -13,6 +13,18 @@ WITH_QUICK = [
     for path in sorted(EXAMPLES.rglob("*.py"))
     if '"--quick"' in path.read_text() and path.stem != "experiment"
 ]
+# The others, most of them benchmarks, are left to the exhaustive run.
+OFTEN = (
+    "balance_losses classic_mixtures devices_benchmark e1_capacity inference_benchmark "
+    "layer_benchmark many_experts step_benchmark sweep transformers upcycling"
+).split()
+
+
+def _marked(paths):
+    rest = pytest.mark.exhaustive
+    return [
+        path if path.stem in OFTEN else pytest.param(path, marks=rest) for path in paths
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +34,13 @@ def shared_folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", WITH_QUICK, ids=lambda p: p.stem)
+@pytest.mark.parametrize("script", _marked(WITH_QUICK), ids=lambda p: p.stem)
 def test_quick_mode_runs(script, tmp_path):
     assert run_quickly(script, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "script",
-    [
-        *EXPERIMENTS[:3],
-        *(pytest.param(path, marks=pytest.mark.exhaustive) for path in EXPERIMENTS[3:]),
-    ],
-    ids=lambda p: p.stem,
-)
+@pytest.mark.parametrize("script", _marked(EXPERIMENTS), ids=lambda p: p.stem)
 def test_experiments_run(script, shared_folder):
     printed = run_quickly(script, shared_folder)
     assert "| seed | arm |" in printed
