@@ -14,10 +14,19 @@ WITH_QUICK = [
     if '"--quick"' in path.read_text() and path.stem != "experiment"
 ]
 # The others, most of them benchmarks, are left to the exhaustive run.
-OFTEN = (
-    "balance_losses classic_mixtures devices_benchmark e1_capacity inference_benchmark "
-    "layer_benchmark many_experts step_benchmark sweep transformers upcycling"
-).split()
+OFTEN = [
+    "balance_losses",
+    "classic_mixtures",
+    "devices_benchmark",
+    "e1_capacity",
+    "inference_benchmark",
+    "layer_benchmark",
+    "many_experts",
+    "step_benchmark",
+    "sweep",
+    "transformers",
+    "upcycling",
+]
 
 
 def _marked(paths):
