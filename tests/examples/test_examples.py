@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-EXPERIMENTS = sorted((EXAMPLES / "paper").glob("e[0-9]_*.py"))
+EXPERIMENTS = [
+    *sorted((EXAMPLES / "paper").glob("e[0-9]_*.py")),
+    EXAMPLES / "paper" / "loss_free_balance.py",
+]
 WITH_QUICK = [
     path
     for path in sorted(EXAMPLES.rglob("*.py"))
@@ -71,4 +74,5 @@ def run_quickly(script, folder):
 def test_there_are_scripts_to_run():
     names = {path.stem for path in WITH_QUICK}
     assert {"balance_losses", "hierarchical_benchmark", "recompute_memory"} <= names
-    assert [path.stem[:2] for path in EXPERIMENTS] == [f"e{i}" for i in range(1, 9)]
+    names = [path.stem.split("_")[0] for path in EXPERIMENTS]
+    assert names == [*(f"e{i}" for i in range(1, 9)), "loss"]

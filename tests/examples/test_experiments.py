@@ -11,9 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 RECORDS = ROOT / "docs" / "experiments" / "records.jsonl"
-SCRIPTS = sorted(
-    path.stem for path in (ROOT / "examples" / "paper").glob("e[0-9]_*.py")
-)
+SCRIPTS = [
+    *sorted(path.stem for path in (ROOT / "examples" / "paper").glob("e[0-9]_*.py")),
+    "loss_free_balance",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,7 @@ CAUSES = {
     ("e6_factored_adam", "updates"): 1,
     ("e7_balanced_gating", "balance"): 2,
     ("e8_learned_gating", "learning"): 4,
+    ("loss_free_balance", "bias"): 1,
 }
 # Checks that fail with all causes in place; the record says so, too.
 CONTRARY = {"e3_balance_on_text": 1}
