@@ -49,26 +49,32 @@ class TextArm:
             self, num_experts=8, steps=3, evaluation_steps=2, units=8
         )
 
-    def run(self):
-        experiment.start_afresh(self.seed)
+    def build(self, vocabulary_size):
+        """The compiled model."""
         options = TrainLMOptions(
             num_experts=self.num_experts,
             units=self.units,
             hidden_units=2 * self.units,
             loss_weight=self.loss_weight,
         )
+        return train_lm.build_model(options, vocabulary_size, "moe", self.steps)
+
+    def run(self):
+        experiment.start_afresh(self.seed)
         corpus = data.load_text_corpus(min_count=2)
-        model = train_lm.build_model(options, len(corpus.vocabulary), "moe", self.steps)
-        shape = options.batch_size, options.sequence_length
+        model = self.build(len(corpus.vocabulary))
+        shape = TrainLMOptions.batch_size, TrainLMOptions.sequence_length
         passes = -(-self.steps // PASS)
         data_of_pass = corpus.dataset("train", *shape).take(self.steps // passes)
-        model.fit(data_of_pass, epochs=passes, shuffle=False, verbose=0)
+        fit = model.fit(data_of_pass, epochs=passes, shuffle=False, verbose=0)
         # Few rows, so that little text begins from zero state.
-        test = corpus.dataset("test", 8, options.sequence_length)
+        test = corpus.dataset("test", 8, TrainLMOptions.sequence_length)
         test = test.take(self.evaluation_steps or -1)
         logs = model.evaluate(test, verbose=0, return_dict=True)
         results = {
             "perplexity": logs["perplexity"],
+            "pass_load_cv": fit.history["moe_load_cv"][-1],
+            "pass_max_over_mean": fit.history["moe_max_over_mean_load"][-1],
             "hard_load_cv": logs["moe_load_cv"],
             "hard_max_over_mean": logs["moe_max_over_mean_load"],
         }

@@ -15,53 +15,36 @@ import dataclasses
 
 import experiment
 import keras
-from e3_balance_on_text import PASS
-from measures import balance_in_training
+from e3_balance_on_text import TextArm
 
-from keras_moe import data, layers, models
+from keras_moe import layers, models
 from keras_moe.commands import runs
 from keras_moe.optimizers import FactoredAdam, WarmupInverseSquareRoot
 
 
 @dataclasses.dataclass(frozen=True)
-class RouterArm:
-    """A language model on the embedded corpus, by one of two gates.
+class RouterArm(TextArm):
+    """The language model of E3, by one of two gates.
 
     Attributes:
         gate: `"paper"`, noisy with both losses, or `"loss_free"`.
         bias_update_rate: Of the second.
-        loss_weight: Of the first.
-        num_experts: Int.
         k: Experts of a token.
-        steps: Batches of training; after 345 the text begins again.
-        seed: Of weights, dropout and noise.
-        evaluation_steps: Batches of the test text; None takes all.
-        units: Width of the model.
     """
 
     gate: str = "loss_free"
     bias_update_rate: float = 0.01
-    loss_weight: float = 0.1
-    num_experts: int = 64
     k: int = 4
-    steps: int = 2 * PASS
-    seed: int = 0
-    evaluation_steps: int | None = None
-    units: int = 64
 
     def shortened(self):
-        return dataclasses.replace(
-            self, num_experts=8, k=2, steps=3, evaluation_steps=2, units=8
-        )
+        return dataclasses.replace(super().shortened(), k=2)
 
     def middle(self):
         """The mixture; as that of `train-lm` but for the gate."""
         gate, weight = layers.NoisyTopKGating(self.k), self.loss_weight
         if self.gate == "loss_free":
-            gate, weight = (
-                layers.LossFreeGating(self.k, bias_update_rate=self.bias_update_rate),
-                None,
-            )
+            rate = self.bias_update_rate
+            gate, weight = layers.LossFreeGating(self.k, bias_update_rate=rate), None
         return layers.MoE(
             layers.FeedForwardExperts(self.num_experts, 2 * self.units),
             gate,
@@ -71,44 +54,27 @@ class RouterArm:
             name="moe",
         )
 
-    def run(self):
-        experiment.start_afresh(self.seed)
-        corpus = data.load_text_corpus(min_count=2)
+    def build(self, vocabulary_size):
         model = models.MoELanguageModel(
-            len(corpus.vocabulary),
+            vocabulary_size,
             self.units,
             middle=self.middle(),
             dropout=0.3,
             stateful=True,
         )
-        batch = 32, 32
-        model.build(batch)
+        model.build((32, 32))
         schedule = WarmupInverseSquareRoot(0.004, 200)
         runs.compile_model(
             model, FactoredAdam(schedule, factored=[], global_clipnorm=1.0)
         )
-        passes = -(-self.steps // PASS)
-        stream = corpus.dataset("train", *batch).take(self.steps // passes)
-        history = model.fit(stream, epochs=passes, shuffle=False, verbose=0).history
-        test = corpus.dataset("test", 8, 32).take(self.evaluation_steps or -1)
-        logs = model.evaluate(test, verbose=0, return_dict=True)
-        results = {
-            "perplexity": logs["perplexity"],
-            "pass_load_cv": history["moe_load_cv"][-1],
-            "pass_max_over_mean": history["moe_max_over_mean_load"][-1],
-            "hard_load_cv": logs["moe_load_cv"],
-            "hard_max_over_mean": logs["moe_max_over_mean_load"],
-        }
-        model.reset_state()
-        batches = (tokens for tokens, *_ in corpus.dataset("train", *batch).take(20))
-        return results | balance_in_training(model, batches)
+        return model
 
 
 def plan(seed, without):
     rate = 0.0 if without == "bias" else RouterArm.bias_update_rate
     return {
         "bias": RouterArm(bias_update_rate=rate, seed=seed),
-        "losses 0.1": RouterArm("paper", seed=seed),
+        "losses 0.1": RouterArm(gate="paper", seed=seed),
         "bias that stays 0": RouterArm(bias_update_rate=0.0, seed=seed),
     }
 

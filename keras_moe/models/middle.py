@@ -102,8 +102,12 @@ def _make_gate(gating, k, loss_weight, noise):
                 "another gate."
             )
         return SwitchGating(switch_loss_weight=loss_weight)
-    kinds = {"top_k": TopKGating, "loss_free": LossFreeGating}
-    return kinds.get(gating, BalancedGating)(k)
+    kinds = {
+        "top_k": TopKGating,
+        "loss_free": LossFreeGating,
+        "balanced": BalancedGating,
+    }
+    return kinds[gating](k)
 
 
 def middle_layers(
