@@ -30,7 +30,8 @@ ALLOWED = {
     "_version": set(),
     "functional": CORE,
     "optimizers": CORE,
-    "telemetry": CORE | {"functional", "layers"},
+    "losses": CORE | {"functional"},
+    "telemetry": CORE | {"functional", "layers", "losses"},
     "data": CORE,
     "layers": CORE | {"functional"},
     "conversion": CORE | {"functional", "layers"},
@@ -40,8 +41,8 @@ ALLOWED = {
     "planning": CORE | {"models", "distribution"},
     "serving": CORE | {"functional", "layers", "models", "data"},
     "commands": CORE
-    | {"data", "distribution", "functional", "layers", "models", "optimizers"}
-    | {"planning", "serving", "telemetry"},
+    | {"data", "distribution", "functional", "layers", "losses", "models"}
+    | {"optimizers", "planning", "serving", "telemetry"},
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 

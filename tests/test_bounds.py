@@ -358,6 +358,7 @@ CALLS = {
         "gates": Of([np.full((6, 4), 0.5, "float32")], [np.ones(4)]),
         "m": Int(0, 6),
     },
+    F.cross_entropy: {"logits": Array(6, 4, free=[1]), "targets": Ids(6, size=4)},
     F.sampled_cross_entropy: {
         "inputs": Array(6, 3),
         "kernel": Array(9, 3),

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import keras
 
-from keras_moe import telemetry, writing
+from keras_moe import losses, telemetry, writing
 from keras_moe.commands import devices, folders
 from keras_moe.commands.folders import BACKUP, FINISHED, HISTORY, WEIGHTS
 from keras_moe.commands.options import DTYPES
@@ -252,7 +252,7 @@ def compile_model(model, optimizer):
     """Compiles a model of token logits, ready for checkpoints."""
     model.compile(
         optimizer,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        losses.TokenCrossentropy(),
         weighted_metrics=[telemetry.Perplexity()],
     )
     # Now and not in the first step, so that a file saved before it is complete.

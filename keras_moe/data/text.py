@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.data.files import read_lines, suffixes
+from keras_moe.data.pipelines import prefetched
 from keras_moe.data.vocabulary import (
     EOS,
     EOS_ID,
@@ -148,7 +149,7 @@ class TextCorpus:
 
         # All rows are held once, as one tensor; a batch is a slice of it.
         data = tf.data.Dataset.range(steps).map(batch)
-        return data.prefetch(tf.data.AUTOTUNE)
+        return prefetched(data)
 
 
 def _cut_into_rows(

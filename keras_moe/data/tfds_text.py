@@ -10,11 +10,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.data.pipelines import prefetched
 from keras_moe.data.text import TextCorpus
 from keras_moe.data.vocabulary import EOS, EOS_ID, Vocabulary
 
 # Sentences that are split and looked up at a time.
 _CHUNK = 512
+_PARALLEL_CALLS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +94,10 @@ class StreamedCorpus(TextCorpus):
             found = table.lookup(tf.strings.split(sentences))
             return found.flat_values, found.row_lengths()
 
-        chunks = (
+        chunks = prefetched(
             self.sentences(num_shards, shard_index)
             .batch(_CHUNK)
-            .map(ids, num_parallel_calls=tf.data.AUTOTUNE)
-            .prefetch(tf.data.AUTOTUNE)
+            .map(ids, num_parallel_calls=_PARALLEL_CALLS)
         )
         shape = (batch_size, sequence_length)
         data = tf.data.Dataset.from_generator(
@@ -107,7 +108,7 @@ class StreamedCorpus(TextCorpus):
                 tf.TensorSpec(shape, tf.float32),
             ),
         )
-        return data.prefetch(tf.data.AUTOTUNE)
+        return prefetched(data)
 
 
 def _table(vocabulary: Vocabulary) -> tf.lookup.StaticHashTable:

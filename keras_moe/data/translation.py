@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.data.files import read_lines, suffixes
+from keras_moe.data.pipelines import prefetched
 from keras_moe.data.subwords import SubwordVocabulary
 from keras_moe.data.vocabulary import EOS_ID, PAD_ID
 
@@ -152,9 +153,11 @@ class TranslationCorpus:
             sizes,
         )
 
-        return data.map(
-            lambda source, targets: ((source, target_inputs(targets)), targets)
-        ).prefetch(tf.data.AUTOTUNE)
+        return prefetched(
+            data.map(
+                lambda source, targets: ((source, target_inputs(targets)), targets)
+            )
+        )
 
     def _encoded(self, split, vocabulary, temperature, shuffle, seed):
         """Pairs of ids, one by one; encoded in the first pass, then held."""

@@ -43,6 +43,7 @@ from keras_moe.functional.feed_forward import (
     gated_network,
     mix_feed_forward_experts,
 )
+from keras_moe.functional.full_softmax import cross_entropy
 from keras_moe.functional.gating import (
     largest_logits,
     make_gating_result,
@@ -117,6 +118,7 @@ __all__ = [
     "biased_gating",
     "choices_kept",
     "combine",
+    "cross_entropy",
     "cv_squared",
     "default_computation",
     "dispatch",
@@ -185,6 +187,7 @@ _SHAPES = {
     "biased_gating": "logits:NE bias:E",
     "choices_kept": "clean_logits:NE expert_indices:NK#E mask:N?",
     "combine": "gates:~",
+    "cross_entropy": "logits:NV targets:N#V",
     "dispatch": "inputs:ND",
     "dot_product_attention": "query:BTQH keys:BSGH values:BSGV mask:...?",
     "expert_choice_gating": "logits:NE mask:N?",

@@ -5,6 +5,7 @@ import math
 import tensorflow as tf
 
 from keras_moe.functional import ops
+from keras_moe.functional.full_softmax import normalizer
 
 
 def unbiased_candidates(
@@ -100,13 +101,13 @@ def sampled_cross_entropy(
     unbiased estimate of the full normalizer. With every word among the candidates
     and $q = 1$ this is the full cross-entropy.
 
-    Only rows of the kernel that are targets or candidates are read, and get a
-    gradient (`tf.IndexedSlices`).
+    Only rows of the kernel that are targets or candidates are read (of a `tf.Variable`
+    no copy is made), and get a gradient (`tf.IndexedSlices`).
 
     Args:
         inputs: `(N, D)` floating point.
-        kernel: `(V, D)`, a row for each word, of the same type.
-        bias: `(V,)`, of the same type.
+        kernel: `(V, D)`, a row for each word, of the same type; tensor or variable.
+        bias: `(V,)`, of the same type; tensor or variable.
         targets: `(N,)` ints below V.
         candidates: `(C,)` int64, shared by all rows.
         expected_counts: `(C,)`, of the type of `inputs`, positive.
@@ -121,7 +122,8 @@ def sampled_cross_entropy(
         The target is always there, so its expected count is 1 here, which makes
         the normalizer unbiased and the loss comparable with the full one.
     """
-    kernel, bias = tf.convert_to_tensor(kernel), tf.convert_to_tensor(bias)
+    if not ops.values_are_here():  # on a mesh variables are read whole
+        kernel, bias = tf.convert_to_tensor(kernel), tf.convert_to_tensor(bias)
     targets, candidates = tf.cast(targets, tf.int64), tf.cast(candidates, tf.int64)
     target_scores = tf.gather(bias, targets) + tf.reduce_sum(
         inputs * tf.gather(kernel, targets), axis=-1
@@ -154,8 +156,8 @@ def _normalized(inputs, kernel, bias, target_scores, hits):
     """`log(exp(t) + sum(exp(x W^T + b))) - t` for each row, without the hits.
 
     The array of scores, `(N, C + 1)`, is by far the largest of a step. Here it is
-    written by the product (bias and all), corrected in place, and read once for
-    loss and gradient together; stock operations for the same pass over it ten times.
+    written by the product (bias and all), corrected in place, and its softmax gives
+    loss and gradient; stock operations for the same pass over it ten times.
 
     Args:
         inputs: `(N, D)`.
@@ -187,20 +189,21 @@ def _normalized(inputs, kernel, bias, target_scores, hits):
         scores = tf.tensor_scatter_nd_update(
             scores, cells, tf.concat([target_scores, lowest], axis=0)
         )
-        losses, d_scores = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
-            features=scores, labels=tf.zeros_like(rows)
-        )
+        # But for column 0 also the gradient of the scores: 0 for hits.
+        softmax = tf.nn.softmax(scores)
+        losses = normalizer(scores, softmax) - target_scores
 
         def grad(dy):
-            # Of hits the gradient is 0, and column 0 meets weights of 0.
-            dy = dy[:, tf.newaxis]
-            d_inputs = tf.matmul(d_scores, weights) * dy
-            d_weights = tf.matmul(d_scores, rows_with_one * dy, transpose_a=True)
+            # Column 0 meets weights of 0.
+            d_inputs = tf.matmul(softmax, weights) * dy[:, tf.newaxis]
+            d_weights = tf.matmul(
+                softmax, rows_with_one * dy[:, tf.newaxis], transpose_a=True
+            )
             return (
                 d_inputs[:, :-1],
                 d_weights[1:, :-1],
                 d_weights[1:, -1],
-                d_scores[:, 0] * dy[:, 0],
+                (softmax[:, 0] - 1) * dy,
             )
 
         return losses, grad

@@ -127,14 +127,16 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         shape = inputs.shape[:-1]
         checks.verify_shape(shape, "a word for each row of `inputs`", targets=targets)
         if not training:
-            return tf.nn.sparse_softmax_cross_entropy_with_logits(
-                labels=targets, logits=self._logits(inputs)
+            losses = functional.cross_entropy(
+                tf.reshape(self._logits(inputs), (-1, self.vocabulary_size)),
+                tf.reshape(targets, (-1,)),
             )
+            return tf.reshape(losses, tf.shape(inputs)[:-1])
         candidates, expected_counts = self.sample()
         losses = functional.sampled_cross_entropy(
             tf.reshape(inputs, (-1, inputs.shape[-1])),
-            self.kernel,
-            self.bias,
+            self.kernel.value,
+            self.bias.value,
             tf.reshape(targets, (-1,)),
             candidates,
             tf.cast(expected_counts, inputs.dtype),

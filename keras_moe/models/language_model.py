@@ -10,6 +10,7 @@ from keras_moe import checks
 from keras_moe.data.vocabulary import PAD_ID
 from keras_moe.layers import configs
 from keras_moe.layers.dropout import Dropout
+from keras_moe.layers.embedding import Embedding
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.layers.tracking import track_entries
@@ -143,7 +144,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
         track_entries(self, "middle")
         configs.hold(self, *self.middle)
         policy = self.dtype_policy
-        self.embedding = keras.layers.Embedding(
+        self.embedding = Embedding(
             vocabulary_size, units, name="embedding", dtype=policy
         )
         self.first_lstm = make_lstm(units, lstm_units, "first_lstm", policy)

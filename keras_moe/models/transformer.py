@@ -11,6 +11,7 @@ from keras_moe.data.vocabulary import PAD_ID
 from keras_moe.layers import configs, masks
 from keras_moe.layers.causality import verify_causal
 from keras_moe.layers.dropout import Dropout
+from keras_moe.layers.embedding import Embedding
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.tracking import track_entries
 from keras_moe.layers.transformer import MoETransformerBlock
@@ -119,13 +120,11 @@ class MoETransformerLanguageModel(SavedWhole, Generation, keras.Model):
             normalization = keras.layers.LayerNormalization(epsilon=1e-5, dtype=policy)
         self.normalization = normalization
         configs.hold(self, *self.blocks, normalization)
-        self.embedding = keras.layers.Embedding(
+        self.embedding = Embedding(
             vocabulary_size, units, name="embedding", dtype=policy
         )
         self.position_embedding = (
-            keras.layers.Embedding(
-                max_length, units, name="position_embedding", dtype=policy
-            )
+            Embedding(max_length, units, name="position_embedding", dtype=policy)
             if self.learned_positions
             else None
         )

@@ -13,6 +13,7 @@ from keras_moe.data.vocabulary import PAD_ID
 from keras_moe.layers import configs
 from keras_moe.layers.attention_lstm import AttentionLSTM
 from keras_moe.layers.dropout import Dropout
+from keras_moe.layers.embedding import Embedding
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.routing_record import recorded_routing, routing_arrays
 from keras_moe.layers.tracking import track_entries
@@ -189,7 +190,7 @@ class MoETranslator(SavedWhole, Decoding, keras.Model):
         self._searches = TracedFunctions()
 
     def _make_embedding(self, name):
-        return keras.layers.Embedding(
+        return Embedding(
             self.vocabulary_size, self.units, name=name, dtype=self.dtype_policy
         )
 

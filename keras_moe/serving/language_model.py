@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from keras_moe import functional
 from keras_moe.data.vocabulary import EOS_ID, PAD_ID
 from keras_moe.layers.routing_record import recorded_routing
 from keras_moe.models.continuation import continue_tokens
@@ -97,7 +98,7 @@ def _log_probs(model, hidden, ids):
     def body(i, found):
         rows = slice(i * _ROWS_OF_LOGITS, (i + 1) * _ROWS_OF_LOGITS)
         logits = model.softmax(hidden[tf.newaxis, rows])[0]
-        part = -tf.nn.sparse_softmax_cross_entropy_with_logits(flat[rows], logits)
+        part = -functional.cross_entropy(logits, flat[rows])
         return i + 1, found.write(i, part)
 
     dtype = at_least_float32(model.compute_dtype)

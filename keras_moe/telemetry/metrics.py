@@ -3,9 +3,11 @@
 import keras
 import tensorflow as tf
 
+from keras_moe import losses
+
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class Perplexity(keras.metrics.SparseCategoricalCrossentropy):
+class Perplexity(keras.metrics.MeanMetricWrapper):
     """Exponential of the mean cross-entropy over all tokens, weighted.
 
     $\\exp\\left(-\\frac{\\sum_t w_t \\log p(y_t)}{\\sum_t w_t}\\right)$
@@ -24,7 +26,9 @@ class Perplexity(keras.metrics.SparseCategoricalCrossentropy):
     """
 
     def __init__(self, name="perplexity", dtype=None, from_logits=True):
-        super().__init__(name=name, dtype=dtype, from_logits=from_logits)
+        function = losses.TokenCrossentropy(from_logits, reduction=None).call
+        super().__init__(function, name=name, dtype=dtype)
+        self.from_logits = from_logits
 
     def result(self):
         return tf.exp(super().result())

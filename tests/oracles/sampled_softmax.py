@@ -21,3 +21,13 @@ def cross_entropy(inputs, kernel, bias, targets):
     scores = inputs @ kernel.T + bias
     normalizers = np.log(np.sum(np.exp(scores), axis=1))
     return normalizers - scores[np.arange(len(targets)), targets]
+
+
+def cross_entropy_of_logits(logits, targets):
+    """`(N,)` losses."""
+    losses = []
+    for scores, target in zip(logits, targets, strict=True):
+        highest = max(scores)
+        total = sum(np.exp(score - highest) for score in scores)
+        losses.append(np.log(total) + highest - scores[target])
+    return np.array(losses)
