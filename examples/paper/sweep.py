@@ -65,6 +65,7 @@ class LanguageModelArm:
     k: int = K
     hidden_units: int = HIDDEN
     units: int = UNITS
+    shared_units: int = 0
     gating: str = "noisy_top_k"
     noise: str = "learned"
     activation: str = "linear"
@@ -89,7 +90,8 @@ class LanguageModelArm:
     def count(self):
         """A `models.Count` of the model."""
         k = (self.k,) if self.num_groups is None else (self.k, self.k)
-        same = ("vocabulary_size", "units", "middle", "num_groups", "hidden_units")
+        same = ("vocabulary_size", "units", "middle", "num_groups")
+        same += ("hidden_units", "shared_units")
         settings = {name: getattr(self, name) for name in same}
         return models.count(
             models.Preset(
@@ -230,11 +232,11 @@ def twin(mixture, kind="dense"):
         else:
             sizes = {"middle": "moe_1_deep", "hidden_units": size}
         # What a dense model has no use for is not to tell its records apart.
-        rest = {"num_experts": 0, "loss_weight": 0.0}
+        rest = {"num_experts": 0, "loss_weight": 0.0, "shared_units": 0}
         rest |= {"gating": "noisy_top_k", "noise": "learned"}
         return dataclasses.replace(mixture, **sizes, **rest)
 
-    sizes = range(1, 3 * mixture.k * mixture.hidden_units)
+    sizes = range(1, 3 * (mixture.k * mixture.hidden_units + mixture.shared_units))
     return min(
         map(dense, sizes), key=lambda arm: abs(arm.count().core_operations - wanted)
     )

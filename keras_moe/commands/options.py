@@ -40,12 +40,16 @@ class TrainOptions:
         "num_groups": None,
         "tokens": None,
         "mixtures": "both",
+        "shared_units": 0,
     }
 
     output_dir: str = _option("runs/model", "folder for everything written")
     num_experts: int = _option(64, "number of experts of a mixture")
     units: int = _option(128, "width of the model")
     hidden_units: int = _option(256, "hidden units of an expert")
+    shared_units: int = _option(
+        0, "hidden units of an expert that every token passes, beside the chosen ones"
+    )
     lstm_units: int | None = _option(
         None, "LSTM cells, projected to --units; default: --units, no projection"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import keras
 
-from keras_moe import losses, telemetry, writing
+from keras_moe import checks, losses, telemetry, writing
 from keras_moe.commands import devices, folders
 from keras_moe.commands.folders import BACKUP, FINISHED, HISTORY, WEIGHTS
 from keras_moe.commands.options import DTYPES
@@ -50,6 +50,7 @@ def verify_mixture(options):
             "`noise` must be learned or a number of at least 0. Received: "
             f"noise={options.noise!r}. Pass 0 for none."
         )
+    checks.verify_int(options.shared_units, "shared_units", 0)
     try:
         keras.activations.get(options.activation)
     except ValueError as error:

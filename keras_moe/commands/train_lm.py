@@ -222,12 +222,11 @@ def build_model(
 
 
 def _middle(options, kind):
-    common = {"hidden_units": options.hidden_units, "activation": options.activation}
+    same = ("hidden_units", "activation", "shared_units", "units")
+    common = {name: getattr(options, name) for name in same}
     levels = (options.k,) if options.num_groups is None else (options.k, options.k)
     if kind != "moe":
-        return models.middle_layers(
-            kind, units=options.units, k=math.prod(levels), **common
-        )
+        return models.middle_layers(kind, k=math.prod(levels), **common)
     return [
         models.make_mixture(
             num_experts=options.num_experts,

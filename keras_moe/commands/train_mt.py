@@ -150,6 +150,7 @@ def build_model(
             loss_weight=options.loss_weight,
             noise=options.noise_stddev,
             activation=options.activation,
+            shared_units=options.shared_units,
             name=f"{side}_moe",
         )
         for side in ("encoder", "decoder")

@@ -160,11 +160,14 @@ def _gating(preset):
 def _experts(preset):
     d, h = preset.units, preset.hidden_units
     one = 2 * d * h
+    shared = 2 * d * preset.shared_units
     if preset.middle == "moe":
-        return preset.experts_per_token * one, preset.num_experts * one
+        chosen = preset.experts_per_token * one
+        return chosen + shared, preset.num_experts * one + shared
     if preset.middle == "moe_1_wide":
-        return preset.k[0] * one, preset.k[0] * one
+        return preset.k[0] * one + shared, preset.k[0] * one + shared
     if preset.middle == "moe_1_deep":
-        size = one + (num_deep_layers(d, h, preset.k[0]) - 1) * h * h
+        k = preset.k[0] + preset.shared_units / h
+        size = one + (num_deep_layers(d, h, k) - 1) * h * h
         return size, size
     return 0, 0

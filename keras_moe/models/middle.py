@@ -39,6 +39,8 @@ def make_mixture(
     noise: Any = "learned",
     activation: Any = "sigmoid",
     recompute: bool = False,
+    shared_units: int = 0,
+    units: int | None = None,
     name: str = "moe",
 ) -> keras.layers.Layer:
     """A mixture of experts with one hidden layer, flat or hierarchical.
@@ -57,11 +59,15 @@ def make_mixture(
         noise: `noise_stddev` of noisy gates. Defaults to `"learned"`.
         activation: Activation of the combined output. Defaults to `"sigmoid"`.
         recompute: Bool. See `FeedForwardExperts`. Defaults to `False`.
+        shared_units: Int. Hidden units of an expert that every token passes, beside
+            those that the gate chooses. Defaults to `0`: no such expert.
+        units: Int or None. Width of its output, needed with `shared_units`. Defaults
+            to `None`.
         name: Str. Name of the layer. Defaults to `"moe"`.
 
     Raises:
-        ValueError: `gating` is unknown, a size is out of range, or `k` does not fit
-            `num_groups`.
+        ValueError: `gating` is unknown, a size is out of range, `k` does not fit
+            `num_groups`, or `units` is missing.
     """
     checks.verify_choice(gating, "gating", GATINGS)
     k = checks.verify_units(k, "k")
@@ -77,6 +83,7 @@ def make_mixture(
         "importance_loss_weight": 0.0 if gating in _OWN_BALANCE else loss_weight,
         "load_loss_weight": loss_weight if gating == "noisy_top_k" else 0.0,
         "activation": activation,
+        "shared_experts": _shared_expert(shared_units, units),
         "name": name,
     }
     experts = FeedForwardExperts(num_experts, hidden_units, recompute=recompute)
@@ -85,6 +92,19 @@ def make_mixture(
     primary = None if gating == "noisy_top_k" else gate
     return HierarchicalMoE(
         experts, num_groups, k=k, primary_gating=primary, noise_stddev=noise, **options
+    )
+
+
+def _shared_expert(shared_units, units):
+    if checks.verify_int(shared_units, "shared_units", 0) == 0:
+        return None
+    units = checks.verify_positive_int(units, "units")
+    return keras.Sequential(
+        [
+            keras.layers.Dense(shared_units, activation="relu", use_bias=False),
+            keras.layers.Dense(units, use_bias=False),
+        ],
+        name="shared_expert",
     )
 
 
@@ -121,6 +141,7 @@ def middle_layers(
     gating: str = "noisy_top_k",
     noise: Any = "learned",
     activation: Any = "sigmoid",
+    shared_units: int = 0,
 ) -> list[keras.layers.Layer]:
     """Layers for `MoELanguageModel(middle=...)`, mixture or dense baseline.
 
@@ -132,7 +153,8 @@ def middle_layers(
         kind: One of
 
             * `"moe"`: `num_experts` experts with one hidden layer, and a gate;
-            * `"moe_1_wide"`: one expert, hidden layer of `k * hidden_units`;
+            * `"moe_1_wide"`: one expert, hidden layer of `k * hidden_units`, and
+              `shared_units` more;
             * `"moe_1_deep"`: one expert, hidden layers of `hidden_units`, as
               many as give equal operations (4 at the paper's sizes);
             * `"4xlstm"`: two more LSTMs;
@@ -147,6 +169,8 @@ def middle_layers(
         noise: `noise_stddev` of noisy gates. Defaults to `"learned"`.
         activation: Activation of the output of a mixture, or of one expert.
             Defaults to `"sigmoid"`.
+        shared_units: Hidden units of an expert that every token passes, see
+            `make_mixture`. Defaults to `0`.
 
     Returns:
         A list of new layers.
@@ -170,12 +194,14 @@ def middle_layers(
                 loss_weight=loss_weight,
                 noise=noise,
                 activation=activation,
+                shared_units=shared_units,
+                units=units,
             )
         ]
     if kind == "moe_1_wide":
-        return [single_expert(k * hidden_units, kind, activation)]
+        return [single_expert(k * hidden_units + shared_units, kind, activation)]
     if kind == "moe_1_deep":
-        layers = num_deep_layers(units, hidden_units, k)
+        layers = num_deep_layers(units, hidden_units, k + shared_units / hidden_units)
         return [single_expert([hidden_units] * layers, kind, activation)]
     if kind == "4xlstm":
         return [

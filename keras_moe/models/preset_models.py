@@ -66,6 +66,8 @@ def make_middle(preset: Preset) -> list[keras.layers.Layer]:
                 gating=preset.gating,
                 loss_weight=preset.loss_weight,
                 recompute=preset.recompute,
+                shared_units=preset.shared_units,
+                units=preset.units,
             )
         ]
     layers = middle_layers(
@@ -73,6 +75,7 @@ def make_middle(preset: Preset) -> list[keras.layers.Layer]:
         units=preset.units,
         hidden_units=preset.hidden_units,
         k=preset.k[0],
+        shared_units=preset.shared_units,
     )
     for layer in layers:
         if preset.recompute and hasattr(layer, "experts"):
@@ -120,6 +123,7 @@ def build_translation_model(preset: Preset | str, **options: Any) -> MoETranslat
             num_groups=preset.num_groups,
             gating=preset.gating,
             loss_weight=preset.loss_weight,
+            shared_units=preset.shared_units,
             name=f"{side}_moe",
         )
         for side in ("encoder", "decoder")

@@ -9,7 +9,9 @@ from keras_moe.layers.hierarchical_gating import verify_groups
 from keras_moe.models.middle import GATINGS, KINDS, verify_levels
 
 EXPERT_OPTIMIZERS = ("adam", "factored_adam")
-_MAY_BE_0 = "lstm_layers num_experts constant_steps encoder_lstms decoder_lstms"
+_MAY_BE_0 = (
+    "lstm_layers num_experts shared_units constant_steps encoder_lstms decoder_lstms"
+)
 _CHOICES = {
     "kind": ("language_model", "translation"),
     "middle": KINDS,
@@ -42,6 +44,7 @@ class Preset:
             mixture; None is flat.
         k: Tuple. `(k,)`, or `(groups, experts in each)` for a hierarchical one.
         hidden_units: Int. Hidden units of one expert.
+        shared_units: Int. Hidden units of an expert that every token passes.
         gating: `"noisy_top_k"`, `"balanced"` (appendix F) or another gate of
             `make_mixture`.
         recompute: Bool. Whether hidden activations are computed again in the
@@ -80,6 +83,7 @@ class Preset:
     num_groups: int | None = None
     k: tuple[int, ...] = (4,)
     hidden_units: int = 1024
+    shared_units: int = 0
     gating: str = "noisy_top_k"
     recompute: bool = False
     expert_optimizer: str = "adam"

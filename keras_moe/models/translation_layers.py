@@ -28,6 +28,7 @@ def translation_middle(
     loss_weight: float = 0.01,
     noise: Any = "learned",
     activation: Any = "sigmoid",
+    shared_units: int = 0,
     name: str = "moe",
 ) -> list[keras.layers.Layer]:
     """Layers for one side of `MoETranslator`, mixture or dense baseline.
@@ -38,7 +39,8 @@ def translation_middle(
 
     Args:
         kind: `"moe"`; `"moe_1_wide"`, one expert with a hidden layer of the
-            product of `k` times `hidden_units`, for equal operations; or
+            product of `k` times `hidden_units`, and `shared_units` more, for equal
+            operations; or
             `"none"`.
         units: Int. Width of the model.
         hidden_units: Int. Hidden units of one expert.
@@ -53,6 +55,8 @@ def translation_middle(
         noise: `noise_stddev` of noisy gates. Defaults to `"learned"`.
         activation: Activation of the output of a mixture, or of one expert.
             Defaults to `"sigmoid"`.
+        shared_units: Int. Hidden units of an expert that every token passes, see
+            `make_mixture`. Defaults to `0`.
         name: Str. Name of the layer. Defaults to `"moe"`.
 
     Returns:
@@ -73,7 +77,8 @@ def translation_middle(
         return []
     if kind == "moe_1_wide":
         product = k[0] * (k[1] if len(k) == 2 else 1)
-        return [single_expert(product * hidden_units, name, activation)]
+        hidden = product * hidden_units + shared_units
+        return [single_expert(hidden, name, activation)]
     return [
         make_mixture(
             hidden_units,
@@ -84,6 +89,8 @@ def translation_middle(
             loss_weight=loss_weight,
             noise=noise,
             activation=activation,
+            shared_units=shared_units,
+            units=units,
             name=name,
         )
     ]

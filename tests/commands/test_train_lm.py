@@ -276,6 +276,7 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
         num_groups=2,
         activation="linear",
         decay="cosine",
+        shared_units=3,
         loss_weight=0.25,
     )
     model = train_lm.build_model(options, 23, "moe", 105)
@@ -286,13 +287,14 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
     assert moe.noise_stddev == 0.5
     assert moe.activation is keras.activations.linear
     assert moe.importance_loss_weight == 0.25
+    assert moe.shared_experts.layers[0].units == 3
     # 5 steps of rise to 0.03, then half a cosine over 100 to 0.
     rate = model.optimizer._learning_rate
     found = [float(rate(step)) for step in (0, 5, 55, 105)]
     np.testing.assert_allclose(found, [0.0, 0.03, 0.015, 0.0], atol=1e-9)
     dense = train_lm.build_model(options, 23, "moe_1_wide", 105)
     # As many operations as those of two experts in each of two groups.
-    assert dense.moe_layers[0].experts.hidden_units == 4 * options.hidden_units
+    assert dense.moe_layers[0].experts.hidden_units == 4 * options.hidden_units + 3
     assert dense.moe_layers[0].activation is keras.activations.linear
 
 

@@ -1,5 +1,7 @@
 """What stands between LSTMs: the gates that have a name."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -38,3 +40,47 @@ def test_noise_reaches_both_levels():
     assert moe.gating.primary_gating.noise_stddev == 0.5
     with pytest.raises(ValueError, match="k=2"):
         models.make_mixture(8, 4, (2,), gating="switch")
+
+
+def test_an_expert_that_every_token_passes_and_its_dense_twin(rng):
+    moe = models.make_mixture(8, 4, (2,), shared_units=16, units=6, activation="linear")
+    x = rng.normal(size=(16, 6)).astype("float32")
+    moe(x)
+    first, last = (np.asarray(w) for w in moe.shared_experts.weights)
+    assert (first.shape, last.shape) == ((6, 16), (16, 6))
+    # Without the chosen experts only what the shared one says is left.
+    moe.experts.set_weights([np.zeros_like(w) for w in moe.experts.get_weights()])
+    np.testing.assert_allclose(moe(x), np.maximum(x @ first, 0) @ last, atol=1e-5)
+    [dense] = models.middle_layers(
+        "moe_1_wide", units=6, hidden_units=8, k=2, shared_units=16
+    )
+    assert dense.experts.hidden_units == 2 * 8 + 16
+    with pytest.raises(ValueError, match="`units`"):
+        models.make_mixture(8, 4, (2,), shared_units=16)
+    with pytest.raises(ValueError, match="shared_units=-1"):
+        models.make_mixture(8, 4, (2,), shared_units=-1, units=6)
+
+
+@pytest.mark.parametrize("middle", ["moe", "moe_1_wide", "moe_1_deep"])
+def test_counts_with_an_expert_that_every_token_passes_are_those_of_the_model(middle):
+    preset = models.Preset(
+        "own",
+        vocabulary_size=11,
+        units=8,
+        middle=middle,
+        num_experts=4 if middle == "moe" else 0,
+        k=(2,),
+        hidden_units=8,
+        shared_units=16,
+        num_sampled=None,
+    )
+    model = models.build_language_model(preset)
+    model.build((None, None))
+    found = sum(
+        int(np.prod(w.shape)) for w in model.trainable_weights if "bias" not in w.path
+    )
+    assert found == sum(models.count(preset).parameters.values())
+    without = models.count(dataclasses.replace(preset, shared_units=0))
+    more = models.count(preset).core_operations - without.core_operations
+    # Two layers more of 8 units in the deep one: as many as two kernels of 16.
+    assert more == (2 * 8 * 16 if middle != "moe_1_deep" else 4 * 8 * 8)
