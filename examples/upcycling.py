@@ -48,8 +48,11 @@ class Run:
     """A model in training: its batches, its steps, its seconds."""
 
     def __init__(self, model, text, a, seed):
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(a.learning_rate), loss)
+        model.compile(
+            keras.optimizers.Adam(a.learning_rate),
+            keras_moe.losses.TokenCrossentropy(),
+            jit_compile=a.jit_compile,
+        )
         self.model, self.text, self.a = model, text, a
         self.rng = np.random.default_rng(seed)
         self.steps, self.seconds = 0, 0.0
@@ -68,8 +71,8 @@ class Run:
 
 
 def perplexity(model, text, a):
-    """Of all whole windows of a text."""
-    rows = (len(text) - 1) // a.length
+    """Of all whole windows of a text, or of its first tokens."""
+    rows = min(len(text) - 1, a.valid_tokens) // a.length
     inputs = text[: rows * a.length].reshape(rows, a.length)
     targets = text[1 : rows * a.length + 1].reshape(rows, a.length)
     logs = model.evaluate(inputs, targets, verbose=0, return_dict=True)
@@ -122,6 +125,12 @@ def main():
     parser.add_argument("--hidden-units", type=int, default=512)
     parser.add_argument("--length", type=int, default=64, help="tokens of a window")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--data-dir", help="folder of a text; default: the embedded one"
+    )
+    parser.add_argument("--vocabulary-size", type=int, help="words, at most")
+    parser.add_argument("--valid-tokens", type=int, default=200_000, help="at most")
+    parser.add_argument("--jit-compile", action="store_true", help="by XLA")
     parser.add_argument("--min-count", type=int, default=5, help="of a word")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
@@ -129,7 +138,13 @@ def main():
     if a.quick:
         a.minutes, a.blocks, a.units, a.hidden_units = 0.001, 1, 8, 16
         a.length, a.min_count, a.num_experts = 16, 200, 4
-    corpus = keras_moe.data.load_text_corpus(min_count=a.min_count)
+    known = {} if a.data_dir is None else {"tokenizer": "words"}
+    corpus = keras_moe.data.load_text_corpus(
+        a.data_dir,
+        min_count=a.min_count,
+        vocabulary_size=a.vocabulary_size,
+        **known,
+    )
     if a.quick:
         corpus = corpus.__class__(
             corpus.name,

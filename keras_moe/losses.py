@@ -10,9 +10,9 @@ from keras_moe import functional
 class TokenCrossentropy(keras.losses.SparseCategoricalCrossentropy):
     """`keras.losses.SparseCategoricalCrossentropy` of logits, in less time on CPUs.
 
-    Values and gradients are those of Keras' loss. Its kernel for CPUs takes about five
-    times as long as a softmax of the same logits, which for a vocabulary of some
-    thousand words is a good part of a step; see `functional.cross_entropy`.
+    Values and gradients are those of Keras' loss, whose kernel for CPUs takes five times
+    as long (with the gradient three times): for a vocabulary of some thousand words a
+    good part of a step. See `functional.cross_entropy`.
 
     Args:
         from_logits: Bool. Whether predictions are logits; probabilities are left to

@@ -43,7 +43,7 @@ def make_model(num_sampled, a):
         )
     model.compile(
         optimizer,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        keras_moe.losses.TokenCrossentropy(),
         weighted_metrics=[keras_moe.telemetry.Perplexity()],
     )
     return model
