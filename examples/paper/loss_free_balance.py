@@ -18,7 +18,7 @@ import keras
 from e3_balance_on_text import TextArm
 
 from keras_moe import layers, models
-from keras_moe.commands import runs
+from keras_moe.commands import compiling
 from keras_moe.optimizers import FactoredAdam, WarmupInverseSquareRoot
 
 
@@ -64,7 +64,7 @@ class RouterArm(TextArm):
         )
         model.build((32, 32))
         schedule = WarmupInverseSquareRoot(0.004, 200)
-        runs.compile_model(
+        compiling.compile_model(
             model, FactoredAdam(schedule, factored=[], global_clipnorm=1.0)
         )
         return model

@@ -41,6 +41,9 @@ class TrainOptions:
         "tokens": None,
         "mixtures": "both",
         "shared_units": 0,
+        "expert_dropout": 0.0,
+        "expert_learning_rate": 1.0,
+        "gate_learning_rate": 1.0,
     }
 
     output_dir: str = _option("runs/model", "folder for everything written")
@@ -54,6 +57,9 @@ class TrainOptions:
         None, "LSTM cells, projected to --units; default: --units, no projection"
     )
     dropout: float = _option(0.3, "fraction of each layer's output that is dropped")
+    expert_dropout: float = _option(
+        0.0, "fraction of the hidden units of experts that is dropped in training"
+    )
     gating: str = _option(
         "noisy_top_k",
         "gate of the mixtures: noisy top-k, the same without noise, balanced by a bias "
@@ -74,6 +80,12 @@ class TrainOptions:
     )
     loss_weight: float = _option(0.1, "weight of the importance and the load loss")
     learning_rate: float = _option(0.004, "highest learning rate of Adam")
+    expert_learning_rate: float = _option(
+        1.0, "factor of the learning rate for the weights of experts"
+    )
+    gate_learning_rate: float = _option(
+        1.0, "factor of the learning rate for the weights of gates"
+    )
     warmup_steps: int = _option(200, "steps over which the learning rate rises")
     decay: str = _option(
         "inverse_square_root",

@@ -11,11 +11,10 @@ from pathlib import Path
 import h5py
 import keras
 
-from keras_moe import checks, losses, telemetry, writing
+from keras_moe import checks, telemetry, writing
 from keras_moe.commands import devices, folders
 from keras_moe.commands.folders import BACKUP, FINISHED, HISTORY, WEIGHTS
 from keras_moe.commands.options import DTYPES
-from keras_moe.optimizers import WarmupInverseSquareRoot
 
 TENSORBOARD, USAGE_PICTURE = "tensorboard", "expert_usage.png"
 
@@ -51,6 +50,10 @@ def verify_mixture(options):
             f"noise={options.noise!r}. Pass 0 for none."
         )
     checks.verify_int(options.shared_units, "shared_units", 0)
+    checks.verify_rate(options.expert_dropout, "expert_dropout")
+    for name in ("expert_learning_rate", "gate_learning_rate"):
+        rest = ". Pass 1 for the rate of all others."
+        checks.verify_number(getattr(options, name), name, rest=rest)
     try:
         keras.activations.get(options.activation)
     except ValueError as error:
@@ -234,30 +237,6 @@ def _opens(path):
     except OSError:  # cut
         return False
     return True
-
-
-def learning_rate(
-    options, steps: int
-) -> keras.optimizers.schedules.LearningRateSchedule:
-    """The schedule of the options, for a training of so many steps."""
-    peak, warmup = options.learning_rate, options.warmup_steps
-    if options.decay == "cosine":
-        return keras.optimizers.schedules.CosineDecay(
-            0.0, max(1, steps - warmup), warmup_target=peak, warmup_steps=warmup
-        )
-    constant = getattr(options, "constant_steps", 0)
-    return WarmupInverseSquareRoot(peak, warmup, constant)
-
-
-def compile_model(model, optimizer):
-    """Compiles a model of token logits, ready for checkpoints."""
-    model.compile(
-        optimizer,
-        losses.TokenCrossentropy(),
-        weighted_metrics=[telemetry.Perplexity()],
-    )
-    # Now and not in the first step, so that a file saved before it is complete.
-    model.optimizer.build(model.trainable_variables)
 
 
 def train(model, folder, options, fit, strategy=None) -> float:

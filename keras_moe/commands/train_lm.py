@@ -9,11 +9,10 @@ import keras
 import numpy as np
 
 from keras_moe import data, distribution, models, serving, telemetry
-from keras_moe.commands import devices, folders, pictures, runs
+from keras_moe.commands import compiling, devices, folders, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.data.vocabulary import PAD_ID, UNK_ID
-from keras_moe.optimizers import FactoredAdam
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
 REPORT = "report.json"
@@ -188,7 +187,7 @@ def build_model(
         steps: Of the whole training.
     """
     common: dict[str, Any] = {"stateful": True, "num_sampled": options.num_sampled}
-    factored: list | None = []
+    is_factored = False
     if options.preset is None:
         model = models.MoELanguageModel(
             vocabulary_size,
@@ -204,25 +203,22 @@ def build_model(
             k = (preset.experts_per_token,)
             preset = dataclasses.replace(preset, middle=middle, k=k, num_groups=None)
         elif preset.expert_optimizer == "factored_adam":
-            factored = None
+            is_factored = True
         model = models.build_language_model(preset, **common)
     model.build((options.batch_size, options.sequence_length))
-    schedule = runs.learning_rate(options, steps)
-    if factored is None or options.num_sampled is not None:
-        optimizer = FactoredAdam(
-            schedule,
-            factored=factored,
-            untouched_rows="decay" if options.num_sampled is None else "keep",
-            global_clipnorm=1.0,
-        )
-    else:
-        optimizer = keras.optimizers.Adam(schedule, global_clipnorm=1.0)
-    runs.compile_model(model, optimizer)
+    schedule = compiling.learning_rate(options, steps)
+    own = {"factored": None} if is_factored else {}
+    if options.num_sampled is not None:
+        own["untouched_rows"] = "keep"
+    optimizer = compiling.make_optimizer(
+        options, model, schedule, global_clipnorm=1.0, **own
+    )
+    compiling.compile_model(model, optimizer)
     return model
 
 
 def _middle(options, kind):
-    same = ("hidden_units", "activation", "shared_units", "units")
+    same = ("hidden_units", "activation", "shared_units", "units", "expert_dropout")
     common = {name: getattr(options, name) for name in same}
     levels = (options.k,) if options.num_groups is None else (options.k, options.k)
     if kind != "moe":

@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 
 from keras_moe import checks, data, models, serving, telemetry, writing
-from keras_moe.commands import folders, pairs, pictures, runs
+from keras_moe.commands import compiling, folders, pairs, pictures, runs
 from keras_moe.commands.language_experts import (
     experts_by_language,
     information_report,
@@ -151,6 +151,7 @@ def build_model(
             noise=options.noise_stddev,
             activation=options.activation,
             shared_units=options.shared_units,
+            expert_dropout=options.expert_dropout,
             name=f"{side}_moe",
         )
         for side in ("encoder", "decoder")
@@ -165,8 +166,9 @@ def build_model(
         vocabulary=vocabulary,
     )
     model.build([(None, None), (None, None)])
-    schedule = runs.learning_rate(options, steps)
-    runs.compile_model(model, keras.optimizers.Adam(schedule, global_clipnorm=5.0))
+    schedule = compiling.learning_rate(options, steps)
+    optimizer = compiling.make_optimizer(options, model, schedule, global_clipnorm=5.0)
+    compiling.compile_model(model, optimizer)
     return model
 
 

@@ -7,6 +7,7 @@ import keras
 
 from keras_moe import checks
 from keras_moe.layers.balanced_gating import BalancedGating
+from keras_moe.layers.dropout import Dropout
 from keras_moe.layers.experts import FeedForwardExperts
 from keras_moe.layers.gating import SoftmaxGating, TopKGating
 from keras_moe.layers.hierarchical_moe import HierarchicalMoE
@@ -41,6 +42,7 @@ def make_mixture(
     recompute: bool = False,
     shared_units: int = 0,
     units: int | None = None,
+    expert_dropout: float = 0.0,
     name: str = "moe",
 ) -> keras.layers.Layer:
     """A mixture of experts with one hidden layer, flat or hierarchical.
@@ -63,6 +65,8 @@ def make_mixture(
             those that the gate chooses. Defaults to `0`: no such expert.
         units: Int or None. Width of its output, needed with `shared_units`. Defaults
             to `None`.
+        expert_dropout: Float. Share of the hidden units of every expert that is
+            dropped in training, of the shared one too. Defaults to `0.0`.
         name: Str. Name of the layer. Defaults to `"moe"`.
 
     Raises:
@@ -83,10 +87,12 @@ def make_mixture(
         "importance_loss_weight": 0.0 if gating in _OWN_BALANCE else loss_weight,
         "load_loss_weight": loss_weight if gating == "noisy_top_k" else 0.0,
         "activation": activation,
-        "shared_experts": _shared_expert(shared_units, units),
+        "shared_experts": _shared_expert(shared_units, units, expert_dropout),
         "name": name,
     }
-    experts = FeedForwardExperts(num_experts, hidden_units, recompute=recompute)
+    experts = FeedForwardExperts(
+        num_experts, hidden_units, recompute=recompute, dropout=expert_dropout
+    )
     if num_groups is None:
         return MoE(experts, gate, **options)
     primary = None if gating == "noisy_top_k" else gate
@@ -95,17 +101,14 @@ def make_mixture(
     )
 
 
-def _shared_expert(shared_units, units):
+def _shared_expert(shared_units, units, dropout):
     if checks.verify_int(shared_units, "shared_units", 0) == 0:
         return None
     units = checks.verify_positive_int(units, "units")
-    return keras.Sequential(
-        [
-            keras.layers.Dense(shared_units, activation="relu", use_bias=False),
-            keras.layers.Dense(units, use_bias=False),
-        ],
-        name="shared_expert",
-    )
+    hidden = keras.layers.Dense(shared_units, activation="relu", use_bias=False)
+    dropped = [Dropout(dropout)] if dropout else []
+    output = keras.layers.Dense(units, use_bias=False)
+    return keras.Sequential([hidden, *dropped, output], name="shared_expert")
 
 
 # Gates that need no importance loss: they have a loss or a bias of their own.
@@ -142,6 +145,7 @@ def middle_layers(
     noise: Any = "learned",
     activation: Any = "sigmoid",
     shared_units: int = 0,
+    expert_dropout: float = 0.0,
 ) -> list[keras.layers.Layer]:
     """Layers for `MoELanguageModel(middle=...)`, mixture or dense baseline.
 
@@ -171,6 +175,8 @@ def middle_layers(
             Defaults to `"sigmoid"`.
         shared_units: Hidden units of an expert that every token passes, see
             `make_mixture`. Defaults to `0`.
+        expert_dropout: Share of the hidden units of every expert, or of the one,
+            that is dropped in training. Defaults to `0.0`.
 
     Returns:
         A list of new layers.
@@ -196,13 +202,15 @@ def middle_layers(
                 activation=activation,
                 shared_units=shared_units,
                 units=units,
+                expert_dropout=expert_dropout,
             )
         ]
+    one = {"name": kind, "activation": activation, "dropout": expert_dropout}
     if kind == "moe_1_wide":
-        return [single_expert(k * hidden_units + shared_units, kind, activation)]
+        return [single_expert(k * hidden_units + shared_units, **one)]
     if kind == "moe_1_deep":
         layers = num_deep_layers(units, hidden_units, k + shared_units / hidden_units)
-        return [single_expert([hidden_units] * layers, kind, activation)]
+        return [single_expert([hidden_units] * layers, **one)]
     if kind == "4xlstm":
         return [
             keras.layers.LSTM(units, return_sequences=True, return_state=True)
@@ -220,11 +228,14 @@ def num_deep_layers(units, hidden_units, k):
 
 
 def single_expert(
-    hidden_units: int | Sequence[int], name: str, activation: Any = "sigmoid"
+    hidden_units: int | Sequence[int],
+    name: str,
+    activation: Any = "sigmoid",
+    dropout: float = 0.0,
 ) -> MoE:
     """One expert with a gate that is constantly 1: a dense layer."""
     return MoE(
-        FeedForwardExperts(1, hidden_units),
+        FeedForwardExperts(1, hidden_units, dropout=dropout),
         SoftmaxGating(),
         importance_loss_weight=0.0,
         load_loss_weight=0.0,

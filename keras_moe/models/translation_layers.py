@@ -29,6 +29,7 @@ def translation_middle(
     noise: Any = "learned",
     activation: Any = "sigmoid",
     shared_units: int = 0,
+    expert_dropout: float = 0.0,
     name: str = "moe",
 ) -> list[keras.layers.Layer]:
     """Layers for one side of `MoETranslator`, mixture or dense baseline.
@@ -57,6 +58,8 @@ def translation_middle(
             Defaults to `"sigmoid"`.
         shared_units: Int. Hidden units of an expert that every token passes, see
             `make_mixture`. Defaults to `0`.
+        expert_dropout: Float. Share of the hidden units of every expert, or of the
+            one, that is dropped in training. Defaults to `0.0`.
         name: Str. Name of the layer. Defaults to `"moe"`.
 
     Returns:
@@ -78,7 +81,7 @@ def translation_middle(
     if kind == "moe_1_wide":
         product = k[0] * (k[1] if len(k) == 2 else 1)
         hidden = product * hidden_units + shared_units
-        return [single_expert(hidden, name, activation)]
+        return [single_expert(hidden, name, activation, expert_dropout)]
     return [
         make_mixture(
             hidden_units,
@@ -91,6 +94,7 @@ def translation_middle(
             activation=activation,
             shared_units=shared_units,
             units=units,
+            expert_dropout=expert_dropout,
             name=name,
         )
     ]

@@ -1,7 +1,7 @@
 """Adam that keeps next to no state for the weights of experts."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -54,6 +54,11 @@ class FactoredAdam(keras.optimizers.Adam):
             them (`re.search`), e.g. `["experts/kernel"]`. The last two axes are
             factored, so the weight must have rank 2 or more. Defaults to
             `None`.
+        learning_rate_factors: None or a dict of regular expression to a number of
+            at least 0, by which the learning rate is multiplied for the weights
+            whose path is matched (`re.search`), e.g. `{"_experts": 0.5}`; 0
+            leaves them as they are. Of several that match one weight the product is
+            taken. Weight decay goes by the rate without them. Defaults to `None`.
         name: Str. Defaults to `"factored_adam"`.
         **kwargs: Those of `keras.optimizers.Adam` but `amsgrad`: weight decay,
             clipping, EMA, loss scale, gradient accumulation.
@@ -66,8 +71,9 @@ class FactoredAdam(keras.optimizers.Adam):
     Raises:
         ValueError: A decay is not within [0, 1), `epsilon` is 0 to float32 or another
             number is negative or not finite, `factored` is not a list of regular
-            expressions, `amsgrad` is set; when built: a pattern matches a weight of
-            rank below 2, or matches none.
+            expressions or `learning_rate_factors` no dict of them, `amsgrad` is set;
+            when built: a pattern matches no weight, or one of `factored` a weight of
+            rank below 2.
 
     Example:
 
@@ -93,6 +99,7 @@ class FactoredAdam(keras.optimizers.Adam):
         *,
         untouched_rows: str = "decay",
         factored: Sequence[str] | None = None,
+        learning_rate_factors: Mapping[str, float] | None = None,
         name: str = "factored_adam",
         **kwargs: Any,
     ):
@@ -121,6 +128,7 @@ class FactoredAdam(keras.optimizers.Adam):
         )
         self.untouched_rows = untouched_rows
         self.factored = None if factored is None else _verify_patterns(factored)
+        self.learning_rate_factors = _verify_factors(learning_rate_factors)
 
     def build(self, var_list):
         """Makes the slots.
@@ -135,6 +143,7 @@ class FactoredAdam(keras.optimizers.Adam):
         self._momentums, self._velocities = [], []
         self._rows, self._columns = [], []
         selected = self._select(var_list)
+        self._rate_factors = self._factors_of(var_list)
         for variable in var_list:
             row = column = momentum = velocity = None
             if variable.path in selected:
@@ -160,14 +169,7 @@ class FactoredAdam(keras.optimizers.Adam):
             }
         found = set()
         for pattern in self.factored:
-            matched = [v for v in var_list if re.search(pattern, v.path)]
-            if not matched:
-                raise ValueError(
-                    "`factored` must match weights of the model. Received: "
-                    f"{pattern!r}, which matches none of "
-                    f"{[v.path for v in var_list]}. Correct it or leave it out."
-                )
-            for variable in matched:
+            for variable in _matched(pattern, var_list, "factored"):
                 if len(variable.shape) < 2:
                     raise ValueError(
                         "`factored` must match weights of rank 2 or more. Received: "
@@ -176,6 +178,15 @@ class FactoredAdam(keras.optimizers.Adam):
                     )
                 found.add(variable.path)
         return found
+
+    def _factors_of(self, var_list):
+        """What the learning rate of each variable is multiplied by."""
+        found = dict.fromkeys((v.path for v in var_list), 1.0)
+        for pattern, factor in self.learning_rate_factors.items():
+            matched = _matched(pattern, var_list, "learning_rate_factors")
+            for path in {v.path for v in matched}:
+                found[path] *= factor
+        return [found[v.path] for v in var_list]
 
     def add_factor(self, variable, shape, name):
         """Makes a slot of another shape than its variable's.
@@ -209,6 +220,8 @@ class FactoredAdam(keras.optimizers.Adam):
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable and its slots."""
         index = self._get_variable_index(variable)
+        if self._rate_factors[index] != 1.0:
+            learning_rate = learning_rate * self._rate_factors[index]
         if self._rows[index] is not None:
             self._update_factored(gradient, variable, learning_rate, index)
         elif _is_sparse(gradient) and self.untouched_rows == "keep":
@@ -313,6 +326,7 @@ class FactoredAdam(keras.optimizers.Adam):
             **config,
             "untouched_rows": self.untouched_rows,
             "factored": None if self.factored is None else list(self.factored),
+            "learning_rate_factors": dict(self.learning_rate_factors),
         }
 
 
@@ -329,6 +343,31 @@ def _verify_patterns(patterns):
             f"factored={patterns!r}. Pass e.g. ['experts/kernel']."
         )
     return tuple(patterns)
+
+
+def _verify_factors(factors):
+    try:
+        patterns = {} if factors is None else dict(factors)
+        _verify_patterns(list(patterns))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`learning_rate_factors` must be None or a dict of regular expression to "
+            f"factor. Received: learning_rate_factors={factors!r}. Pass e.g. "
+            "{'_experts': 0.5}."
+        ) from error
+    name, rest = "learning_rate_factors", ". Pass 1 for the rate as it is."
+    return {p: checks.verify_number(f, name, rest=rest) for p, f in patterns.items()}
+
+
+def _matched(pattern, var_list, name):
+    """The variables whose path a pattern matches, at least one."""
+    matched = [v for v in var_list if re.search(pattern, v.path)]
+    if not matched:
+        raise ValueError(
+            f"`{name}` must match weights of the model. Received: {pattern!r}, which "
+            f"matches none of {[v.path for v in var_list]}. Correct it or leave it out."
+        )
+    return matched
 
 
 # Bytes of weights that are updated at a time, at least, and most parts of a stack.

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_moe import writing
-from keras_moe.commands import folders, runs
+from keras_moe.commands import compiling, folders, runs
 
 TOKENS = np.arange(48).reshape(12, 4) % 7
 
@@ -48,7 +48,7 @@ def train(folder, *more, options=None, epochs_run=None):
     ]
     model = Model(layers)
     model.build((None, 4))
-    runs.compile_model(model, keras.optimizers.Adam(0.1))
+    compiling.compile_model(model, keras.optimizers.Adam(0.1))
     folder.mkdir(exist_ok=True)
 
     def fit(announce, callbacks, **arguments):

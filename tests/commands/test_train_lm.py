@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import shutil
@@ -222,6 +223,9 @@ def test_a_folder_of_other_files_is_refused_and_kept(data_dir, tmp_path):
         ({"learning_rate": 0.0}, r"learning_rate=0.0"),
         ({"learning_rate": float("inf")}, r"learning_rate=inf"),
         ({"dropout": 1.0}, r"dropout=1.0"),
+        ({"expert_dropout": 1.0}, r"expert_dropout=1.0"),
+        ({"expert_learning_rate": -0.5}, r"expert_learning_rate=-0.5"),
+        ({"gate_learning_rate": float("nan")}, r"gate_learning_rate=nan"),
         ({"loss_weight": -1.0}, r"-1.0"),
         ({"seed": -1}, r"`seed`.*seed=-1"),
         ({"batch_size": 2000}, r"'train' text.*2000 tokens.*lower `batch_size`"),
@@ -296,6 +300,42 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
     # As many operations as those of two experts in each of two groups.
     assert dense.moe_layers[0].experts.hidden_units == 4 * options.hidden_units + 3
     assert dense.moe_layers[0].activation is keras.activations.linear
+
+
+@pytest.mark.parametrize("num_sampled", [None, 5])
+def test_experts_and_gates_have_rates_and_dropout_of_their_own(
+    data_dir, tmp_path, num_sampled
+):
+    changes = {"expert_dropout": 0.5, "expert_learning_rate": 0.25, "shared_units": 3}
+    options = small(
+        data_dir, tmp_path, num_sampled=num_sampled, gate_learning_rate=3.0, **changes
+    )
+    for num_groups, middle in ((None, "moe"), (2, "moe"), (None, "moe_1_wide")):
+        options = dataclasses.replace(options, num_groups=num_groups)
+        model = train_lm.build_model(options, 23, middle, 105)
+        [moe] = model.moe_layers
+        assert moe.experts.dropout == 0.5
+        if middle == "moe":
+            assert moe.shared_experts.layers[1].rate == 0.5
+        found = dict(
+            zip(
+                (v.path for v in model.trainable_variables),
+                model.optimizer._rate_factors,
+                strict=True,
+            )
+        )
+        assert len(found) == len(model.trainable_variables)
+        for part, factor in ((moe.experts, 0.25), (moe.gating, 3.0)):
+            paths = [v.path for v in part.trainable_variables]
+            assert paths
+            assert {found.pop(path) for path in paths} == {factor}
+        assert set(found.values()) == {1.0}
+        kept = "decay" if num_sampled is None else "keep"
+        assert model.optimizer.untouched_rows == kept
+        assert model.optimizer.factored == ()
+    # There is neither an expert nor a gate.
+    plain = train_lm.build_model(options, 23, "4xlstm", 105)
+    assert not getattr(plain.optimizer, "learning_rate_factors", {})
 
 
 def test_training_text_can_be_cut(data_dir, tmp_path):

@@ -201,17 +201,33 @@ def test_experts_are_counted_by_the_target_language(data_dir, tmp_path):
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 def test_one_side_alone_may_have_the_mixture(data_dir, tmp_path, side):
-    options = small(data_dir, tmp_path, mixtures=side, activation="linear")
+    factors = {"expert_learning_rate": 0.5, "gate_learning_rate": 2.0}
+    options = small(
+        data_dir,
+        tmp_path,
+        mixtures=side,
+        activation="linear",
+        expert_dropout=0.25,
+        **factors,
+    )
     corpus = train_mt.data.load_translation_corpus(data_dir)
     vocabulary = train_mt.data.SubwordVocabulary.learn(
         corpus.texts(), 300, corpus.target_languages
     )
     model = train_mt.build_model(options, vocabulary, "moe", 10)
     found = {layer.name: layer for layer in model.moe_layers}
+    paths = [v.path for v in model.trainable_variables]
+    rates = dict(zip(paths, model.optimizer._rate_factors, strict=True))
     for name, layer in found.items():
         experts = options.num_experts if name == f"{side}_moe" else 1
         assert layer.num_experts == experts
         assert layer.activation is keras.activations.linear
+        # The dense expert has what the others have.
+        assert layer.experts.dropout == 0.25
+        for part, factor in ((layer.experts, 0.5), (layer.gating, 2.0)):
+            for weight in part.trainable_variables:
+                assert rates[weight.path] == factor
+    assert sorted(set(rates.values())) == [0.5, 1.0, 2.0]
     assert set(found) == {"encoder_moe", "decoder_moe"}
 
 

@@ -62,6 +62,31 @@ def test_an_expert_that_every_token_passes_and_its_dense_twin(rng):
 
 
 @pytest.mark.parametrize("middle", ["moe", "moe_1_wide", "moe_1_deep"])
+def test_hidden_units_of_experts_are_dropped_in_training_alone(middle, rng):
+    [layer] = models.middle_layers(
+        middle,
+        units=6,
+        hidden_units=64,
+        k=2,
+        noise=0.0,
+        shared_units=64,
+        activation="linear",
+        expert_dropout=0.5,
+    )
+    x = np.repeat(rng.normal(size=(1, 6)), 1000, axis=0).astype("float32")
+    still = layer(x)
+    np.testing.assert_array_equal(layer(x), still)
+    drawn = np.asarray(layer(x, training=True))
+    spread = drawn.std(axis=0)
+    assert np.all(spread > 0)
+    if middle != "moe_1_deep":  # what is dropped is made up for, on average
+        error = 4 * spread / len(drawn) ** 0.5  # 4 standard errors
+        assert np.all(np.abs(drawn.mean(axis=0) - still[0]) < error)
+    with pytest.raises(ValueError, match="dropout=1.0"):
+        models.make_mixture(8, 4, (2,), expert_dropout=1.0)
+
+
+@pytest.mark.parametrize("middle", ["moe", "moe_1_wide", "moe_1_deep"])
 def test_counts_with_an_expert_that_every_token_passes_are_those_of_the_model(middle):
     preset = models.Preset(
         "own",

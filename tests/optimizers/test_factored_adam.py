@@ -165,6 +165,82 @@ def test_look_ups_are_clipped_as_keras_does(clip):
     )
 
 
+FACTORS = {"experts_kernel": 0.25, "gate": 3.0, "kernel$": 2.0}
+
+
+def test_factors_of_the_learning_rate_equal_the_oracles():
+    """Factored, full, and rows alone: each weight has a rate of its own."""
+    rng = np.random.default_rng(7)
+    table, slices, values = look_ups()
+    rows = [list(zip(r, v, strict=True)) for r, v in zip(LOOK_UPS, values, strict=True)]
+    start, gate, bias = (rng.normal(size=s) for s in (RNG_SHAPE, (4, 5), (5,)))
+    steps = len(LOOK_UPS)
+    kernels, gates, biases = (
+        rng.normal(size=(steps, *w.shape)) for w in (start, gate, bias)
+    )
+    variables = [
+        expert_variable(start, "experts_kernel"),
+        *(
+            keras.Variable(w, dtype="float64", name=name)
+            for w, name in ((gate, "gate"), (bias, "bias"), (table, "gate_table"))
+        ),
+    ]
+    gradients = [
+        [tf.constant(k), tf.constant(g), tf.constant(b), s]
+        for k, g, b, s in zip(kernels, gates, biases, slices, strict=True)
+    ]
+    adam = (0.8, 0.9, 1e-7)
+    wanted = [
+        # Both patterns match: a quarter and twice.
+        oracle.factored_adam(start, kernels, 0.05 * 0.25 * 2.0, 0.9, 1e-7),
+        oracle.adam(gate, gates, 0.05 * 3.0, *adam),
+        oracle.adam(bias, biases, 0.05, *adam),
+        oracle.adam_of_rows(table, rows, 0.05 * 3.0, *adam),
+    ]
+    options = {"beta_1": 0.8, "beta_2": 0.9, "untouched_rows": "keep"}
+    optimizer = FactoredAdam(0.05, learning_rate_factors=FACTORS, **options)
+    for found, expected in zip(
+        run(optimizer, variables, gradients), wanted, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    # Half of the steps, and the rest by a copy of the optimizer, with its state.
+    for variable, value in zip(variables, (start, gate, bias, table), strict=True):
+        variable.assign(value)
+    first = FactoredAdam.from_config(optimizer.get_config())
+    run(first, variables, gradients[:2])
+    second = FactoredAdam.from_config(first.get_config())
+    assert second.learning_rate_factors == FACTORS
+    second.build(variables)
+    state = {}
+    first.save_own_variables(state)
+    second.load_own_variables({k: np.array(v) for k, v in state.items()})
+    for found, expected in zip(
+        run(second, variables, gradients[2:]), wanted, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_factor_goes_with_a_schedule_and_with_adam_on_all_weights():
+    rng = np.random.default_rng(8)
+    start, gradients = rng.normal(size=(4, 5)), rng.normal(size=(3, 4, 5))
+    rates = [0.05, 0.02, 0.01]
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([0, 1], rates)
+    variable = keras.Variable(start, dtype="float64", name="experts_kernel")
+    optimizer = FactoredAdam(
+        schedule, 0.8, 0.9, factored=[], learning_rate_factors={"experts": 0.5, "k": 1}
+    )
+    (found,) = run(optimizer, [variable], [[tf.constant(g)] for g in gradients])
+    # Adam's moments do not depend on the rate: the steps' differences do.
+    wanted, before = start, start
+    for number, rate in enumerate(rates, 1):
+        now = oracle.adam(start, gradients[:number], 1.0, 0.8, 0.9, 1e-7)
+        wanted, before = wanted + 0.5 * rate * (now - before), now
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
+    frozen = FactoredAdam(0.1, learning_rate_factors={"experts": 0})
+    (left,) = run(frozen, [variable], [[tf.constant(gradients[0])]])
+    np.testing.assert_array_equal(left, found)
+
+
 def test_scaling_all_gradients_changes_nothing_even_near_underflow():
     gradients = np.random.default_rng(3).normal(size=(4, *RNG_SHAPE))
     found = [
@@ -219,6 +295,9 @@ def test_patterns_choose_the_weights():
         ({"untouched_rows": "lazy"}, "untouched_rows='lazy'"),
         ({"beta_2": 1.0}, "beta_2=1.0"),
         ({"beta_1": -0.1}, "beta_1=-0.1"),
+        ({"learning_rate_factors": ["kernel"]}, r"factors=\['kernel'\]"),
+        ({"learning_rate_factors": {"(": 1.0}}, r"factors=\{'\(': 1.0\}"),
+        ({"learning_rate_factors": {"kernel": -1.0}}, "learning_rate_factors=-1.0"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -230,6 +309,8 @@ def test_patterns_that_fit_no_weight_are_refused():
     variable = keras.Variable(np.zeros(3), name="bias")
     with pytest.raises(ValueError, match="'kernel', which matches none"):
         FactoredAdam(factored=["kernel"]).build([variable])
+    with pytest.raises(ValueError, match="`learning_rate_factors` must match.*'gate'"):
+        FactoredAdam(learning_rate_factors={"gate": 2.0}).build([variable])
     with pytest.raises(ValueError, match=r"'bias' of shape \(3,\)"):
         FactoredAdam(factored=["bias"]).build([variable])
 
