@@ -51,6 +51,10 @@ class Records:
         """The record of an arm, None if there is none."""
         return self._known.get(_key(_settings(arm)))
 
+    def all(self):
+        """All records, one for each arm."""
+        return list(self._known.values())
+
     def result(self, arm, again=False):
         """The record of an arm, which is run if there is none."""
         if not again and self.known(arm):
@@ -64,12 +68,12 @@ class Records:
             cpu_seconds=round(time.process_time() - cpu, 1),
         )
 
-    def keep(self, arm, results, **times):
-        """Adds the record of an arm, in place of one that there is."""
+    def keep(self, arm, results, **more):
+        """Adds the record of an arm, in place of one that there is; `more` goes in."""
         record = {
             "arm": _settings(arm),
             "results": results,
-            **times,
+            **more,
             "versions": versions(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +87,20 @@ def _settings(arm):
     return {"kind": type(arm).__name__, **dataclasses.asdict(arm)}
 
 
+# What an arm had before there was a setting for it: what is recorded stays valid.
+BEFORE = {
+    "LanguageModelArm": {
+        "shared_units": 0,
+        "expert_dropout": 0.0,
+        "expert_learning_rate": 1.0,
+        "gate_learning_rate": 1.0,
+    }
+}
+
+
 def _key(settings):
-    return json.dumps(settings, sort_keys=True)
+    before = BEFORE.get(settings["kind"], {})
+    return json.dumps({**before, **settings}, sort_keys=True)
 
 
 def versions():

@@ -207,7 +207,7 @@ def build_model(
         model = models.build_language_model(preset, **common)
     model.build((options.batch_size, options.sequence_length))
     schedule = compiling.learning_rate(options, steps)
-    own = {"factored": None} if is_factored else {}
+    own: dict[str, Any] = {"factored": None} if is_factored else {}
     if options.num_sampled is not None:
         own["untouched_rows"] = "keep"
     optimizer = compiling.make_optimizer(

@@ -126,6 +126,7 @@ def build_model(
     vocabulary: data.SubwordVocabulary,
     middle: str,
     steps: int,
+    dense_units: int | None = None,
 ) -> models.MoETranslator:
     """The compiled translation model that the options describe.
 
@@ -135,24 +136,16 @@ def build_model(
         middle: That of the options, or `"moe_1_wide"` for the dense model of equal
             operations.
         steps: Of the whole training.
+        dense_units: Hidden units of a dense expert. Defaults to those of the experts
+            that a token meets.
     """
-    k = (options.k,) if options.num_groups is None else (options.k, options.k)
     without = {"encoder": "decoder", "decoder": "encoder"}.get(options.mixtures)
     sides = {
-        side: models.translation_middle(
+        side: _middle(
+            options,
             "moe_1_wide" if middle == "moe" and side == without else middle,
-            units=options.units,
-            hidden_units=options.hidden_units,
-            num_experts=options.num_experts,
-            num_groups=options.num_groups,
-            k=k,
-            gating=options.gating,
-            loss_weight=options.loss_weight,
-            noise=options.noise_stddev,
-            activation=options.activation,
-            shared_units=options.shared_units,
-            expert_dropout=options.expert_dropout,
-            name=f"{side}_moe",
+            dense_units,
+            f"{side}_moe",
         )
         for side in ("encoder", "decoder")
     }
@@ -170,6 +163,29 @@ def build_model(
     optimizer = compiling.make_optimizer(options, model, schedule, global_clipnorm=5.0)
     compiling.compile_model(model, optimizer)
     return model
+
+
+def _middle(options, kind, dense_units, name):
+    sizes = {
+        "hidden_units": options.hidden_units,
+        "shared_units": options.shared_units,
+        "k": (options.k,) if options.num_groups is None else (options.k, options.k),
+        "num_groups": options.num_groups,
+    }
+    if kind == "moe_1_wide" and dense_units is not None:
+        sizes = {"hidden_units": dense_units, "k": (1,)}
+    return models.translation_middle(
+        kind,
+        units=options.units,
+        num_experts=options.num_experts,
+        gating=options.gating,
+        loss_weight=options.loss_weight,
+        noise=options.noise_stddev,
+        activation=options.activation,
+        expert_dropout=options.expert_dropout,
+        name=name,
+        **sizes,
+    )
 
 
 def _verify_options(options):

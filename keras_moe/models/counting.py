@@ -112,7 +112,7 @@ def _translation(preset, biases):
     others = preset.encoder_lstms + preset.decoder_lstms - 1
     gating, gating_parameters = _gating(preset)
     experts, expert_parameters = _experts(preset)
-    n = preset.num_mixtures
+    n = len(preset.moe_after)  # with a mixture or a dense expert
     return Count(
         {
             "embedding": 0,

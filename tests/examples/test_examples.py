@@ -59,9 +59,17 @@ def test_experiments_run(script, shared_folder):
     assert "seed 0: " in printed  # a check and what it found
 
 
-def run_quickly(script, folder):
+@pytest.mark.slow
+def test_the_sweep_trains_translation_models(tmp_path):
+    script = EXAMPLES / "paper" / "sweep.py"
+    printed = run_quickly(script, tmp_path, "--task", "translation")
+    assert "| mean BLEU (perplexity of all) |" in printed
+    assert "Signatures: `BLEU|nrefs:1" in printed
+
+
+def run_quickly(script, folder, *options):
     ran = subprocess.run(
-        [sys.executable, str(script), "--quick"],
+        [sys.executable, str(script), "--quick", *options],
         cwd=folder,
         capture_output=True,
         text=True,

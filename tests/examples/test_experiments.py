@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -145,72 +144,3 @@ def test_every_cause_of_every_script_is_named_here():
         text = (ROOT / "examples" / "paper" / f"{script}.py").read_text()
         assert "causes=" in text
         assert script in {name for name, _ in CAUSES}
-
-
-@pytest.fixture
-def arm_of_the_sweep():
-    import sweep
-
-    return sweep.LanguageModelArm(
-        tokens=3_000,
-        vocabulary_size=200,
-        units=16,
-        hidden_units=16,
-        num_experts=8,
-        batch_size=8,
-        num_sampled=None,  # TensorFlow's sampler begins anew in another process
-        points=3,
-        validation_tokens=1_100,
-        test_tokens=1_100,
-    )
-
-
-@pytest.mark.slow
-def test_an_arm_of_the_sweep_goes_on_where_it_was_cut(
-    arm_of_the_sweep, monkeypatch, tmp_path
-):
-    import sweep
-
-    corpus = sweep.data.load_text_corpus(vocabulary_size=200)
-    whole = arm_of_the_sweep.run(tmp_path / "whole", corpus, with_test=True)
-    assert [p["tokens"] for p in whole["curve"]] == [1_024, 1_792, 2_816]
-    evaluate = sweep.evaluate
-
-    def cut(model, tokens, corpus):
-        if sweep.runs.checkpoints(tmp_path / "cut"):
-            raise KeyboardInterrupt
-        return evaluate(model, tokens, corpus)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep, "evaluate", cut)
-        with pytest.raises(KeyboardInterrupt):
-            arm_of_the_sweep.run(tmp_path / "cut", corpus, with_test=True)
-    again = arm_of_the_sweep.run(tmp_path / "cut", corpus, with_test=True)
-    for name in ("perplexity", "test_perplexity"):
-        assert again[name] == pytest.approx(whole[name], rel=1e-5)
-    for mine, other in zip(again["curve"], whole["curve"], strict=True):
-        assert mine["tokens"] == other["tokens"]
-        assert mine["perplexity"] == pytest.approx(other["perplexity"], rel=1e-5)
-
-
-def test_twins_of_the_sweep_have_equal_operations():
-    import sweep
-
-    for name in ("moe_4", "moe_64", "moe_256", "hierarchical_256"):
-        mixture = sweep.arm_of(name, {})
-        for kind in ("dense", "deep"):
-            dense = sweep.twin(mixture, kind)
-            wanted = mixture.count().core_operations
-            assert dense.count().core_operations == pytest.approx(wanted, rel=0.005)
-    # 2 LSTMs of 8 d^2, k experts of 2 d h, a gate with noise of 2 d E.
-    assert sweep.arm_of("moe_64", {}).count().core_operations == (
-        2 * 8 * 128**2 + 4 * 2 * 128 * 256 + 2 * 128 * 64
-    )
-    curves = [np.array([10, 20, 30])] * 2
-    for values, expected in (
-        ([3, 1, 1], "20"),
-        ([1, 3, 3], "never"),
-        ([1, 1, 1], "10"),
-    ):
-        other = curves[0], np.array([2, 2, 2])
-        assert sweep.overtaking((curves[0], np.array(values)), other) == expected

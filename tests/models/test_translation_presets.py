@@ -1,5 +1,7 @@
 """The paper's translation models: what the presets count is what is built."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,19 @@ def test_the_paper_counts_come_out_part_by_part():
     for name, billions in (("mt_moe_2048_h", "8.7"), ("mt_moe_multilingual", "8.7")):
         total = models.count(models.preset(name)).total_parameters
         assert f"{total / 1e9:.1f}" == billions
+
+
+def test_dense_experts_of_a_translation_model_are_counted():
+    dense = dataclasses.replace(
+        models.preset("mt_moe_32"), middle="moe_1_wide", num_experts=0
+    )
+    counted, mixtures = models.count(dense), models.count(models.preset("mt_moe_32"))
+    assert counted.operations["experts"] == mixtures.operations["experts"]
+    # One of each side: 4 * 2 * 512 * 2048.
+    assert counted.parameters["experts"] == 2 * 8_388_608
+    assert counted.operations["gating"] == counted.parameters["gating"] == 0
+    without = models.count(dataclasses.replace(dense, middle="none"))
+    assert without.operations["experts"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
