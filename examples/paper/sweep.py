@@ -26,7 +26,9 @@ the dense expert on the other side of `decoder_moe_32`.
 
     python examples/paper/sweep.py --report records.jsonl --picture sweep.png
 
-prints the tables of a file of records, and runs nothing.
+prints the tables of a file of records, and runs nothing. In a document beside the file
+they stand between `<!-- tables of records.jsonl -->` and `<!-- end of tables -->`, where
+a test compares them (`tests/examples/test_sweep.py`).
 """
 
 import argparse

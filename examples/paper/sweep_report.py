@@ -213,30 +213,21 @@ def overtaking(curve, other):
 
 
 def draw(path, records):
-    """Perplexity by tokens and by the number of experts, a picture a comparison."""
+    """Perplexity by tokens, and beside it BLEU or the number of experts.
+
+    A picture for each comparison: the second one has a 2 in its name.
+    """
     from matplotlib.figure import Figure
 
     for i, rows in enumerate(comparisons(records).values()):
         figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
         left, right = figure.subplots(1, 2)
-        lines = {}
-        for row in rows:
-            tokens, values = row.curve()
-            style = "-" if row.is_mixture else "--"
-            [line] = left.plot(tokens / 1e6, values, style, marker=".", label=row.title)
-            if row.is_mixture:
-                kind = row.name.rpartition("_")[0]
-                experts = row.settings["num_experts"]
-                lines.setdefault(kind, []).append((experts, values[-1]))
-            else:
-                color = line.get_color()
-                right.axhline(values[-1], color=color, linestyle="--", label=row.title)
-        for kind, points in lines.items():
-            right.plot(*zip(*sorted(points), strict=True), "o-", label=kind)
-        left.set(xlabel="tokens (millions)", ylabel="validation perplexity")
-        right.set(xlabel="experts", ylabel="validation perplexity at the end")
+        draw_curves(left, rows, "perplexity", "validation perplexity")
         left.set_yscale("log")
-        right.set_xscale("log")
+        if all("bleu" in row.found[0] for row in rows):
+            draw_curves(right, rows, "bleu", "validation BLEU, greedy")
+        else:
+            draw_by_experts(right, rows)
         for axes in (left, right):
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
@@ -244,3 +235,27 @@ def draw(path, records):
         own = path if i == 0 else path.with_stem(f"{path.stem}_{i + 1}")
         figure.savefig(own)
         print(f"\nPicture: {own}")
+
+
+def draw_curves(axes, rows, figure, label):
+    for row in rows:
+        tokens, values = row.curve(figure)
+        style = "-" if row.is_mixture else "--"
+        axes.plot(tokens / 1e6, values, style, marker=".", label=row.title)
+    axes.set(xlabel="tokens (millions)", ylabel=label)
+
+
+def draw_by_experts(axes, rows):
+    """Perplexity at the end: mixtures by their experts, dense models as lines."""
+    mixtures = {}
+    for i, row in enumerate(rows):
+        final = row.mean("perplexity")
+        if row.is_mixture:
+            points = mixtures.setdefault(row.name.rpartition("_")[0], [])
+            points.append((row.settings["num_experts"], final))
+        else:
+            axes.axhline(final, color=f"C{i}", linestyle="--", label=row.title)
+    for kind, points in mixtures.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=kind)
+    axes.set(xlabel="experts", ylabel="validation perplexity at the end")
+    axes.set_xscale("log")

@@ -368,6 +368,7 @@ def arm_of(name, common):
     # What a dense model has no use for is not to tell its records apart.
     rest = {"num_experts": 0, "k": 1, "hidden_units": 0, "shared_units": 0}
     rest |= {"loss_weight": 0.0, "gating": "noisy_top_k", "noise": "learned"}
+    rest |= {"gate_learning_rate": 1.0}
     return dataclasses.replace(mixture, middle="moe_1_wide", dense_units=wide, **rest)
 
 

@@ -115,6 +115,10 @@ def optimizer_case(optimizer, options, exhaustive=True, **settings):
         optimizer_case("Ftrl", {"learning_rate": 0.1}),
         optimizer_case("RMSprop", RATE),
         optimizer_case("Adafactor", RATE, False, **SEVEN),
+        optimizer_case(
+            "FactoredAdam",
+            {**RATE, "learning_rate_factors": {"_experts": 0.5, "_gating": 3.0}},
+        ),
     ],
 )
 def test_optimizers_step_as_on_one_device(case):

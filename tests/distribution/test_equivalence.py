@@ -149,7 +149,8 @@ def test_clipping_and_accumulation_act_on_the_global_gradient():
 def test_factored_state_is_sharded_as_the_experts_are():
     # All rank-2 weights factored too: their state is the same on every device.
     everything = {"optimizer": "FactoredAdam", "options": {"factored": ["kernel"]}}
-    clipped = {"learning_rate": 0.01, "global_clipnorm": 0.05}
+    factors = {"learning_rate_factors": {"_experts": 0.5, "_gating": 3.0}}
+    clipped = {"learning_rate": 0.01, "global_clipnorm": 0.05, **factors}
     assert_equal_on_devices(
         2,
         [
