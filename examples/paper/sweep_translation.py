@@ -240,10 +240,17 @@ class Measure(keras.callbacks.Callback):
     def __init__(self, arm, folder, corpus, curve):
         super().__init__()
         self.arm, self.folder, self.corpus, self.curve = arm, folder, corpus, curve
+        self._is_running = False
         self.held_out = Sets(arm, corpus, "valid", arm.validation_pairs)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._clock, self._cpu = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The first step waits until all pairs are encoded, and is traced.
+        if not self._is_running:
+            self._clock, self._cpu = time.perf_counter(), time.process_time()
+            self._is_running = True
 
     def on_epoch_end(self, epoch, logs=None):
         seconds = time.perf_counter() - self._clock, time.process_time() - self._cpu
