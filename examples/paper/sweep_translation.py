@@ -77,7 +77,7 @@ class TranslationArm:
     warmup_steps: int = 400
     decay: str = "cosine"
     batch_tokens: int = 2048
-    max_length: int = 64
+    max_length: int = 96
     temperature: float = 1.0
     seed: int = 0
     points: int = 8

@@ -124,6 +124,7 @@ def translation_arm():
             "units": 16,
             "hidden_units": 16,
             "batch_tokens": 128,
+            "max_length": 64,
             "expert_dropout": 0.1,
             "gate_learning_rate": 2.0,
             "warmup_steps": 3,
