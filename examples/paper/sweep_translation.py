@@ -296,9 +296,10 @@ class Sets:
             name: (direction, [side[:most] for side in sides[split]])
             for name, (direction, sides) in corpus.sets.items()
         }
-        options = dataclasses.replace(
-            arm.options(), max_length=LONGEST, batch_tokens=max(4096, arm.batch_tokens)
-        )
+        # Once each, in their order.
+        batch_tokens = max(4096, arm.batch_tokens)
+        changes = {"max_length": LONGEST, "batch_tokens": batch_tokens}
+        options = dataclasses.replace(arm.options(), **changes, temperature=1.0)
         self.batches = {}
         for name, (direction, sides) in self.pairs.items():
             one = data.TranslationCorpus(name, {split: {direction: tuple(sides)}})

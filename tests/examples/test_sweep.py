@@ -167,6 +167,21 @@ def test_folders_of_pairs_are_one_training_set_and_apart_in_tests(
     assert list(alone.sets) == ["en-fr", "fr-en"]
 
 
+def test_sets_are_judged_by_whole_whatever_training_draws(
+    pair_folders, translation_arm, tmp_path
+):
+    import sweep_translation as sweep
+
+    changes = {"temperature": 5.0, "max_length": 4}
+    arm = dataclasses.replace(translation_arm, **changes)
+    corpus = pairs_of(pair_folders, arm, tmp_path)
+    for split, most, expected in (("valid", 10, 10), ("test", None, 8)):
+        sets = sweep.Sets(arm, corpus, split, most)
+        for batches in sets.batches.values():
+            # None is too long, none is drawn twice.
+            assert sum(len(targets) for _, targets in batches) == expected
+
+
 @pytest.mark.slow
 def test_a_translation_model_goes_on_where_it_was_cut(
     pair_folders, translation_arm, monkeypatch, tmp_path
