@@ -92,6 +92,7 @@ BEFORE = {
     "LanguageModelArm": {
         "shared_units": 0,
         "expert_dropout": 0.0,
+        "scaling_factor": 1.0,
         "expert_learning_rate": 1.0,
         "gate_learning_rate": 1.0,
     }

@@ -47,6 +47,7 @@ class LanguageModelArm:
     units: int = UNITS
     shared_units: int = 0
     expert_dropout: float = 0.0
+    scaling_factor: float = 1.0
     gating: str = "noisy_top_k"
     noise: str = "learned"
     activation: str = "linear"
@@ -222,7 +223,7 @@ def twin(mixture, kind="dense"):
             sizes = {"middle": "moe_1_deep", "hidden_units": size}
         # What a dense model has no use for is not to tell its records apart.
         rest = {"num_experts": 0, "loss_weight": 0.0, "shared_units": 0}
-        rest |= {"gate_learning_rate": 1.0}
+        rest |= {"gate_learning_rate": 1.0, "scaling_factor": 1.0}
         rest |= {"gating": "noisy_top_k", "noise": "learned"}
         return dataclasses.replace(mixture, **sizes, **rest)
 

@@ -66,6 +66,7 @@ class TranslationArm:
     units: int = 192
     shared_units: int = 0
     expert_dropout: float = 0.0
+    scaling_factor: float = 1.0
     gating: str = "noisy_top_k"
     noise: str = "learned"
     activation: str = "linear"
@@ -376,7 +377,7 @@ def arm_of(name, common):
     # What a dense model has no use for is not to tell its records apart.
     rest = {"num_experts": 0, "k": 1, "hidden_units": 0, "shared_units": 0}
     rest |= {"loss_weight": 0.0, "gating": "noisy_top_k", "noise": "learned"}
-    rest |= {"gate_learning_rate": 1.0}
+    rest |= {"gate_learning_rate": 1.0, "scaling_factor": 1.0}
     return dataclasses.replace(mixture, middle="moe_1_wide", dense_units=wide, **rest)
 
 

@@ -42,6 +42,7 @@ class TrainOptions:
         "mixtures": "both",
         "shared_units": 0,
         "expert_dropout": 0.0,
+        "scaling_factor": 1.0,
         "expert_learning_rate": 1.0,
         "gate_learning_rate": 1.0,
     }
@@ -65,6 +66,9 @@ class TrainOptions:
         "gate of the mixtures: noisy top-k, the same without noise, balanced by a bias "
         "without a loss, that of Switch (k 1), or strictly balanced (appendix F)",
         choices=GATINGS,
+    )
+    scaling_factor: float = _option(
+        1.0, "factor of all gates, which otherwise sum to 1 (all but balanced ones)"
     )
     noise: str = _option(
         "learned", "standard deviation of a noisy gate's noise, learned or a number"

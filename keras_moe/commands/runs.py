@@ -51,6 +51,7 @@ def verify_mixture(options):
         )
     checks.verify_int(options.shared_units, "shared_units", 0)
     checks.verify_rate(options.expert_dropout, "expert_dropout")
+    checks.verify_number(options.scaling_factor, "scaling_factor", "(0, inf)")
     for name in ("expert_learning_rate", "gate_learning_rate"):
         rest = ". Pass 1 for the rate of all others."
         checks.verify_number(getattr(options, name), name, rest=rest)

@@ -230,6 +230,7 @@ def _middle(options, kind):
             num_groups=options.num_groups,
             gating=options.gating,
             loss_weight=options.loss_weight,
+            scaling_factor=options.scaling_factor,
             noise=options.noise_stddev,
             **common,
         )

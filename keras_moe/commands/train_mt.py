@@ -183,6 +183,7 @@ def _middle(options, kind, dense_units, name):
         noise=options.noise_stddev,
         activation=options.activation,
         expert_dropout=options.expert_dropout,
+        scaling_factor=options.scaling_factor,
         name=name,
         **sizes,
     )

@@ -43,6 +43,7 @@ def make_mixture(
     shared_units: int = 0,
     units: int | None = None,
     expert_dropout: float = 0.0,
+    scaling_factor: float = 1.0,
     name: str = "moe",
 ) -> keras.layers.Layer:
     """A mixture of experts with one hidden layer, flat or hierarchical.
@@ -67,11 +68,15 @@ def make_mixture(
             to `None`.
         expert_dropout: Float. Share of the hidden units of every expert that is
             dropped in training, of the shared one too. Defaults to `0.0`.
+        scaling_factor: Float above 0. Factor of all gates, of those of the groups in a
+            hierarchical mixture. Gates that sum to 1 divide what a step of Adam does
+            to the answer by k, compared with a dense layer: a factor of about k takes
+            that back. Defaults to `1.0`: the paper's gates.
         name: Str. Name of the layer. Defaults to `"moe"`.
 
     Raises:
         ValueError: `gating` is unknown, a size is out of range, `k` does not fit
-            `num_groups`, or `units` is missing.
+            `num_groups`, `units` is missing, or the gate takes no `scaling_factor`.
     """
     checks.verify_choice(gating, "gating", GATINGS)
     k = checks.verify_units(k, "k")
@@ -82,7 +87,7 @@ def make_mixture(
             f"noise={noise!r}, gating={gating!r}. Leave it out, or pass "
             'gating="noisy_top_k".'
         )
-    gate = _make_gate(gating, k[0], loss_weight, noise)
+    gate = _make_gate(gating, k[0], loss_weight, noise, scaling_factor)
     options: dict[str, Any] = {
         "importance_loss_weight": 0.0 if gating in _OWN_BALANCE else loss_weight,
         "load_loss_weight": loss_weight if gating == "noisy_top_k" else 0.0,
@@ -95,7 +100,8 @@ def make_mixture(
     )
     if num_groups is None:
         return MoE(experts, gate, **options)
-    primary = None if gating == "noisy_top_k" else gate
+    is_default = gating == "noisy_top_k" and scaling_factor == 1.0
+    primary = None if is_default else gate
     return HierarchicalMoE(
         experts, num_groups, k=k, primary_gating=primary, noise_stddev=noise, **options
     )
@@ -115,22 +121,26 @@ def _shared_expert(shared_units, units, dropout):
 _OWN_BALANCE = ("loss_free", "switch")
 
 
-def _make_gate(gating, k, loss_weight, noise):
+def _make_gate(gating, k, loss_weight, noise, scaling_factor):
+    if gating == "balanced":
+        if scaling_factor != 1.0:
+            raise ValueError(
+                "`scaling_factor` must be 1 with gating='balanced'. Received: "
+                f"scaling_factor={scaling_factor}. Leave it out, or pass another gate."
+            )
+        return BalancedGating(k)
+    factor = {"scaling_factor": scaling_factor}
     if gating == "noisy_top_k":
-        return NoisyTopKGating(k, noise_stddev=noise)
+        return NoisyTopKGating(k, noise_stddev=noise, **factor)
     if gating == "switch":
         if k != 1:
             raise ValueError(
                 f"`k` must be 1 with gating='switch'. Received: k={k}. Pass 1, or "
                 "another gate."
             )
-        return SwitchGating(switch_loss_weight=loss_weight)
-    kinds = {
-        "top_k": TopKGating,
-        "loss_free": LossFreeGating,
-        "balanced": BalancedGating,
-    }
-    return kinds[gating](k)
+        return SwitchGating(switch_loss_weight=loss_weight, **factor)
+    kinds = {"top_k": TopKGating, "loss_free": LossFreeGating}
+    return kinds[gating](k, **factor)
 
 
 def middle_layers(
@@ -146,6 +156,7 @@ def middle_layers(
     activation: Any = "sigmoid",
     shared_units: int = 0,
     expert_dropout: float = 0.0,
+    scaling_factor: float = 1.0,
 ) -> list[keras.layers.Layer]:
     """Layers for `MoELanguageModel(middle=...)`, mixture or dense baseline.
 
@@ -177,6 +188,7 @@ def middle_layers(
             `make_mixture`. Defaults to `0`.
         expert_dropout: Share of the hidden units of every expert, or of the one,
             that is dropped in training. Defaults to `0.0`.
+        scaling_factor: Factor of all gates, see `make_mixture`. Defaults to `1.0`.
 
     Returns:
         A list of new layers.
@@ -203,6 +215,7 @@ def middle_layers(
                 shared_units=shared_units,
                 units=units,
                 expert_dropout=expert_dropout,
+                scaling_factor=scaling_factor,
             )
         ]
     one = {"name": kind, "activation": activation, "dropout": expert_dropout}

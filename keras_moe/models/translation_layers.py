@@ -30,6 +30,7 @@ def translation_middle(
     activation: Any = "sigmoid",
     shared_units: int = 0,
     expert_dropout: float = 0.0,
+    scaling_factor: float = 1.0,
     name: str = "moe",
 ) -> list[keras.layers.Layer]:
     """Layers for one side of `MoETranslator`, mixture or dense baseline.
@@ -60,6 +61,8 @@ def translation_middle(
             `make_mixture`. Defaults to `0`.
         expert_dropout: Float. Share of the hidden units of every expert, or of the
             one, that is dropped in training. Defaults to `0.0`.
+        scaling_factor: Float. Factor of all gates, see `make_mixture`. Defaults to
+            `1.0`.
         name: Str. Name of the layer. Defaults to `"moe"`.
 
     Returns:
@@ -95,6 +98,7 @@ def translation_middle(
             shared_units=shared_units,
             units=units,
             expert_dropout=expert_dropout,
+            scaling_factor=scaling_factor,
             name=name,
         )
     ]

@@ -281,6 +281,7 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
         activation="linear",
         decay="cosine",
         shared_units=3,
+        scaling_factor=4.0,
         loss_weight=0.25,
     )
     model = train_lm.build_model(options, 23, "moe", 105)
@@ -292,6 +293,7 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
     assert moe.activation is keras.activations.linear
     assert moe.importance_loss_weight == 0.25
     assert moe.shared_experts.layers[0].units == 3
+    assert moe.primary_gating.scaling_factor == 4.0
     # 5 steps of rise to 0.03, then half a cosine over 100 to 0.
     rate = model.optimizer._learning_rate
     found = [float(rate(step)) for step in (0, 5, 55, 105)]

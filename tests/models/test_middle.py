@@ -112,3 +112,24 @@ def test_counts_with_an_expert_that_every_token_passes_are_those_of_the_model(mi
     more = models.count(preset).core_operations - without.core_operations
     # Two layers more of 8 units in the deep one: as many as two kernels of 16.
     assert more == (2 * 8 * 16 if middle != "moe_1_deep" else 4 * 8 * 8)
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+def test_a_factor_multiplies_what_the_chosen_experts_say(gating, rng):
+    k = (1,) if gating == "switch" else (2,)
+    x = rng.normal(size=(16, 6)).astype("float32")
+    options = {"gating": gating, "activation": "linear"}
+    if gating == "balanced":
+        with pytest.raises(ValueError, match="scaling_factor=3.0"):
+            models.make_mixture(8, 4, k, scaling_factor=3.0, **options)
+        return
+    for groups, levels in ((None, k), (2, (1, 1))):
+        one, three = (
+            models.make_mixture(
+                8, 4, levels, num_groups=groups, scaling_factor=factor, **options
+            )
+            for factor in (1.0, 3.0)
+        )
+        one(x), three(x)
+        three.set_weights(one.get_weights())
+        np.testing.assert_allclose(three(x), 3 * one(x), rtol=1e-5, atol=1e-6)
