@@ -14,7 +14,7 @@ the device is a GPU. Under a `tf.distribute.Strategy` they give the
 engine that `keras_moe.distribution` makes for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -73,6 +73,13 @@ class Weights:
         strategy = tf.distribute.get_strategy()
         with strategy.extended.colocate_vars_with(variable.value):
             return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
+
+    def note_experts(self, variables: Iterable[Any]) -> None:
+        """Takes note of weights of experts that Keras has made, and keeps alike.
+
+        Args:
+            variables: Keras variables.
+        """
 
     def entries_here(self, variable: Any, values: Any) -> Any:
         """Those of an array that go with the part of a weight that is here.
@@ -139,9 +146,11 @@ class Engine:
             stays among the tokens, and an assignment may be -1.
         values_are_here: Whether a value can be looked at: on a mesh it lies on many
             devices.
-        dispatcher: None, or `dispatcher(k)`, which makes what moves tokens to
-            experts here (a `functional.Dispatcher`); k is how many experts a token
-            has on average, if the gate says.
+        dispatcher: None, or `dispatcher(k, capacity_factor, most_experts)`, which
+            makes what moves tokens to experts here (a `functional.Dispatcher`); k is
+            how many experts a token has on average, if the gate says, and
+            most_experts the most of a token where their number varies, else None.
+            Nothing is dropped without a factor.
         hierarchical_mixture: None, or what takes the place of gate, experts and
             combination of a `HierarchicalMoE` here.
     """
@@ -151,8 +160,26 @@ class Engine:
     operations = operations.Operations()
     static_shapes = False
     values_are_here = True
-    dispatcher: Callable[[int | None], Any] | None = None
+    dispatcher: Callable[..., Any] | None = None
     hierarchical_mixture: Callable[..., Any] | None = None
+
+    def run_each(
+        self,
+        owner: Any,
+        experts: Sequence[Any],
+        calls: Sequence[Callable[[], tf.Tensor]],
+    ) -> list[tf.Tensor]:
+        """Calls experts that are Keras layers, each on its rows.
+
+        Args:
+            owner: The layer whose experts they are.
+            experts: The layers.
+            calls: For each of them what calls it.
+
+        Returns:
+            The answers.
+        """
+        return [call() for call in calls]
 
     @property
     def several_devices(self) -> bool:

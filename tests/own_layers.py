@@ -57,6 +57,43 @@ class HalvedExpertList(layers.ExpertList):
 
 
 @register
+class StockExperts(keras.layers.Layer):
+    """Matrices of Keras, one an expert, by the contract of rows and counts alone."""
+
+    def __init__(self, num_experts, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.num_experts, input_shape[-1], input_shape[-1]),
+            initializer=keras.initializers.RandomNormal(stddev=0.3, seed=2),
+        )
+
+    def call(self, inputs, counts=None):
+        kernels = tf.unstack(tf.convert_to_tensor(self.kernel))
+        if inputs.shape.rank == 3:
+            parts = tf.unstack(inputs, num=self.num_experts)
+        else:
+            parts = tf.split(inputs, counts, num=self.num_experts)
+        answers = [tf.matmul(x, w) for x, w in zip(parts, kernels, strict=True)]
+        join = tf.stack if inputs.shape.rank == 3 else tf.concat
+        return tf.tanh(join(answers, axis=0))
+
+    def get_config(self):
+        return {**super().get_config(), "num_experts": self.num_experts}
+
+
+@register
+class UnitLength(keras.layers.Layer):
+    """Rows of length 1. The gradient at zero is not a number."""
+
+    def call(self, inputs):
+        return inputs / tf.norm(inputs, axis=-1, keepdims=True)
+
+
+@register
 class HashGating(keras.layers.Layer):
     """One expert, by the first feature in tenths. Nothing to learn."""
 

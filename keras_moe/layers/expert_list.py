@@ -1,5 +1,6 @@
 """Any Keras layers as experts."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -94,16 +95,19 @@ class ExpertList(keras.layers.Layer):
         configs.hold(self, *experts)
         self.supports_jit = all(expert.supports_jit for expert in experts)
 
+    # Their weights are those of Keras, not stacked: every device has all of them.
+    experts_are_layers = True
+
     @property
     def num_experts(self) -> int:
         """Number of experts."""
         return len(self.experts)
 
     def build(self, input_shape):
-        engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         for expert in self.experts:
             verify_takes_rows(expert, features, "experts")
+        engine.for_weights().weights.note_experts(self.weights)
         self._output_units(features)
 
     def call(self, inputs, counts=None, training=None):
@@ -128,12 +132,14 @@ class ExpertList(keras.layers.Layer):
                 "`counts` is needed for inputs of rank 2, to know which rows are "
                 f"whose. Received: inputs.shape={inputs.shape}, counts=None."
             )
-        outputs = []
         counts = checks.verify_counts(counts, self.num_experts, inputs)
         parts = tf.split(inputs, counts, num=self.num_experts)
-        for expert, part in zip(self.experts, parts, strict=True):
-            outputs.append(run_any_rows(expert, part, training))
-        return tf.concat(outputs, axis=0)
+        calls = [
+            functools.partial(run_any_rows, expert, part, training)
+            for expert, part in zip(self.experts, parts, strict=True)
+        ]
+        answers = engine.current().run_each(self, self.experts, calls)
+        return tf.concat(answers, axis=0)
 
     def _output_units(self, features):
         shapes = [

@@ -6,24 +6,31 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe import functional
-from keras_moe.distribution.dtensor import exchange
+from keras_moe.distribution.dtensor import exchange, queue
 from keras_moe.distribution.dtensor.variables import replicated, sharded_layout
 from keras_moe.distribution.messages import other_scope
 
 
 class MeshDispatcher(functional.Dispatcher):
-    """Dropless dispatch over the devices of a mesh, in operations of static shapes.
+    """Dispatch over the devices of a mesh, in operations of static shapes.
 
     Args:
         mesh: The mesh.
         k: Experts for each token on average, if the gate says. None takes the
             width of the gates. Defaults to `None`.
+        capacity_factor: Float or None. That of the global batch, see
+            `functional.expert_capacity`; None drops nothing. Defaults to `None`.
     """
 
     static_shapes = True
 
-    def __init__(self, mesh: dtensor.Mesh, k: int | None = None):
-        self._mesh, self._k = mesh, k
+    def __init__(
+        self,
+        mesh: dtensor.Mesh,
+        k: int | None = None,
+        capacity_factor: float | None = None,
+    ):
+        self._mesh, self._k, self._capacity_factor = mesh, k, capacity_factor
 
     def mix(self, experts, tokens, result, mask=None):
         if result.is_ragged:
@@ -45,9 +52,22 @@ class MeshDispatcher(functional.Dispatcher):
             for each in (tf.cast(tokens, dtype), tf.cast(gates, dtype), chosen, real)
         ]
         tokens, gates, chosen, real = grouped
+        most, overflow = tokens.shape[1], tf.constant(0)
+        if self._capacity_factor is not None:
+            shape = experts.num_experts, k, self._capacity_factor
+            most = min(most, queue.capacity_of(num_tokens, *shape))
+            wanted = real
+            real = queue.fitting(
+                chosen,
+                wanted,
+                experts.num_experts,
+                queue.limit_of(num_tokens, mask, *shape),
+                self._mesh,
+            )
+            overflow = tf.reduce_sum(tf.cast(wanted & ~real, tf.int32))
         choice = exchange.make_choice(chosen, real, weights[0].shape[0])
         slots = exchange.slot_numbers(
-            tokens.shape[1], experts.num_experts, self._k or k
+            tokens.shape[1], experts.num_experts, self._k or k, most
         )
         gates = tf.where(real, gates, tf.zeros_like(gates))
         outputs = exchange.mix(
@@ -56,7 +76,7 @@ class MeshDispatcher(functional.Dispatcher):
         outputs = tf.reshape(outputs, [-1, outputs.shape[-1]])
         if missing:
             outputs = replicated(replicated(outputs, self._mesh)[:num_tokens])
-        return functional.Mixed(outputs, tf.constant(0))
+        return functional.Mixed(outputs, overflow)
 
     def _weights_of(self, experts: Any, tokens: tf.Tensor) -> list:
         variables = getattr(experts, "stacked_weights", ())

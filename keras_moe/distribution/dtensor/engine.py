@@ -33,7 +33,11 @@ class MeshEngine(engine.Engine):
         self.devices = f"a mesh of {mesh.size} devices"
         self.weights = _Weights(mesh)
         self.operations = _Operations(mesh)
-        self.dispatcher = lambda k: MeshDispatcher(mesh, k)
+        self.dispatcher = self._dispatcher
+
+    def _dispatcher(self, k, capacity_factor=None, most_experts=None):
+        # Gates say -1 for no expert here, in as many columns as they have at most.
+        return MeshDispatcher(self.mesh, k, capacity_factor)
 
 
 class _Weights(engine.Weights):
