@@ -144,6 +144,8 @@ class Engine:
         operations: An `operations.Operations`.
         static_shapes: Whether shapes must not depend on the data. Padding then
             stays among the tokens, and an assignment may be -1.
+        unrolls_loops: Whether a loop has no gradient here. Recurrences are then
+            written out step by step, for a known number of them.
         values_are_here: Whether a value can be looked at: on a mesh it lies on many
             devices.
         dispatcher: None, or `dispatcher(k, capacity_factor, most_experts)`, which
@@ -159,6 +161,7 @@ class Engine:
     replicas = Replicas()
     operations = operations.Operations()
     static_shapes = False
+    unrolls_loops = False
     values_are_here = True
     dispatcher: Callable[..., Any] | None = None
     hierarchical_mixture: Callable[..., Any] | None = None

@@ -81,16 +81,11 @@ class StockExperts(keras.layers.Layer):
         join = tf.stack if inputs.shape.rank == 3 else tf.concat
         return tf.tanh(join(answers, axis=0))
 
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
-
-
-@register
-class UnitLength(keras.layers.Layer):
-    """Rows of length 1. The gradient at zero is not a number."""
-
-    def call(self, inputs):
-        return inputs / tf.norm(inputs, axis=-1, keepdims=True)
 
 
 @register
@@ -134,3 +129,27 @@ class StockGating(keras.layers.Layer):
         )
         z = tf.reduce_mean(tf.square(tf.reduce_logsumexp(logits, axis=-1)))
         return result._replace(auxiliary_losses=(0.01 * z,))
+
+
+@register
+class AboveGating(keras.layers.Layer):
+    """All experts above the mean of a token's softmax, three at most: any number."""
+
+    num_experts = None
+    most_experts = 3
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=keras.initializers.GlorotUniform(seed=3),
+        )
+
+    def call(self, inputs, mask=None, training=None):
+        gates = tf.nn.softmax(4.0 * tf.matmul(inputs, self.kernel))
+        return functional.make_selection_result(
+            gates,
+            gates > 1.0 / self.num_experts,
+            most_experts=self.most_experts,
+            mask=mask,
+        )

@@ -29,6 +29,10 @@ class ExpertList(keras.layers.Layer):
     that all support masks) is told that this row, or an empty slot of a
     capacity, is not real.
 
+    On several devices the weights are on all of them. Under a strategy of replicas an
+    expert runs on one, with all its tokens; on a mesh every device runs all experts on
+    its own tokens, and dropout in them is not that of one device.
+
     Args:
         experts: Sequence of layers, models or `Sequential`s, each with inputs
             `(tokens, features)`, all with outputs `(tokens, output_units)`. No
@@ -38,7 +42,8 @@ class ExpertList(keras.layers.Layer):
         inputs: Float tensor, `(rows, features)` sorted by expert, or
             `(num_experts, capacity, features)`.
         counts: int32 tensor `(num_experts,)`: rows of each expert. Needed for
-            inputs of rank 2.
+            inputs of rank 2. For inputs of rank 3 also bool, `(num_experts,
+            capacity)`: which slots hold a row.
         training: Bool. Passed on to every expert that takes it.
 
     Input shape:
@@ -116,7 +121,9 @@ class ExpertList(keras.layers.Layer):
             # In int64, which a GPU compares; int32 would be compared by the host.
             slots = tf.cast(tf.range(tf.shape(inputs)[1]), tf.int64)
             masks: list[Any] = [None] * self.num_experts
-            if counts is not None:
+            if counts is not None and counts.dtype == tf.bool:
+                masks = tf.unstack(counts, num=self.num_experts)
+            elif counts is not None:
                 counts = tf.cast(counts, tf.int64)
                 masks = [slots < n for n in tf.unstack(counts, num=self.num_experts)]
             return tf.stack(

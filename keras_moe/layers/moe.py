@@ -65,8 +65,9 @@ class MoE(keras.layers.Layer):
             `ceil(capacity_factor * k * tokens / num_experts)` slots in training, so
             that all shapes are static and XLA can compile the layer; tokens that do
             not fit get zero from that expert, and the share of dropped
-            assignments is reported as `overflow`. Padding counts as no token. None
-            drops nothing. Defaults to `None`.
+            assignments is reported as `overflow`. Padding counts as no token. On several
+            devices tokens are those of all, and what is dropped is what one device
+            would drop. None drops nothing. Defaults to `None`.
         evaluation_capacity_factor: Float or None. That of evaluation and serving,
             where a gate without noise is less balanced. None drops nothing there.
             Defaults to `None`.

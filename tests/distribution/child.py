@@ -22,7 +22,11 @@ import tensorflow as tf
 import keras_moe
 from tests import own_layers
 
-OWN_GATES = {"hash": own_layers.HashGating, "stock": own_layers.StockGating}
+OWN_GATES = {
+    "hash": own_layers.HashGating,
+    "stock": own_layers.StockGating,
+    "above": own_layers.AboveGating,
+}
 VOCABULARY, TIME, WIDTH, BATCH = 20, 6, 16, 24
 
 
@@ -47,6 +51,8 @@ class Case:
     later: bool = False  # what gates take besides the paper
     int8: bool = False
     capacity: float | None = None
+    backwards: bool = False
+    segments: int | None = None
     nested: bool = False  # mixtures among the experts of a list
 
 
@@ -110,7 +116,7 @@ def mixture(case: Case, name: str = "moe"):
             k=2, gate_initializer="glorot_uniform", seed=5, **flat
         )
         return layers.MoE(experts, gating, **options)
-    if case.layer == "list":
+    if case.layer in ("list", "plain list"):
         return layers.MoE(expert_list(case), noisy_gate(), **options)
     if case.layer == "groups of a list":
         experts = expert_list(case)
@@ -160,27 +166,43 @@ def expert_list(case: Case):
     """Experts of different structure: with state, random numbers, losses of their own."""
     dense = keras.layers.Dense
     regularizer = keras.regularizers.L2(0.01)
-    kinds = [
-        lambda: dense(WIDTH, "tanh", activity_regularizer=regularizer),
+    plain = [
+        lambda: dense(WIDTH, "tanh"),
         lambda: keras.Sequential(
             [dense(8, "relu"), keras.layers.BatchNormalization(), dense(WIDTH)]
         ),
+    ]
+    kinds = [
+        lambda: dense(WIDTH, "tanh", activity_regularizer=regularizer),
+        plain[1],
         lambda: keras.Sequential(
             [dense(24, "silu"), keras.layers.Dropout(0.3, seed=3), dense(WIDTH)]
         ),
-        # The gradient at a row of zeros is not a number.
-        lambda: keras.Sequential([own_layers.UnitLength(), dense(WIDTH)]),
+        lambda: keras.Sequential([keras.layers.LayerNormalization(), dense(WIDTH)]),
     ]
     if case.nested:
         kinds[0] = lambda: keras_moe.layers.MoE(
             keras_moe.layers.FeedForwardExperts(3, 8), noisy_gate()
         )
+    if case.layer == "plain list":
+        kinds = plain
     made = [kinds[i % len(kinds)]() for i in range(case.num_experts)]
     return keras_moe.layers.ExpertList(made)
 
 
 def mix(case: Case, x):
     """The answer of the case's mixture, or the sum of those of two gates."""
+    if case.layer == "recurrent":
+        return keras_moe.layers.MoELSTM(
+            WIDTH,
+            case.num_experts,
+            noisy_gate(),
+            return_sequences=True,
+            go_backwards=case.backwards,
+            segment_length=case.segments,
+            losses_in_evaluation=True,
+            name="moe",
+        )(x)
     if case.layer == "several gates":
         experts = keras_moe.layers.FeedForwardExperts(case.num_experts, 24)
         first, second = keras_moe.layers.MultiGateMoE(experts, gatings=2)(x)

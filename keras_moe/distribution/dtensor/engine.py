@@ -23,7 +23,7 @@ class MeshEngine(engine.Engine):
         mesh: A mesh of one axis.
     """
 
-    static_shapes = True
+    static_shapes = unrolls_loops = True
     values_are_here = False
     several_devices = True
     devices = ""
@@ -102,7 +102,9 @@ class _Operations(operations.StaticOperations):
         values = tf.stop_gradient(values)
         num_tokens, num_experts = values.shape
         if num_tokens % self._mesh.size:
-            return function(replicated(values, self._mesh))
+            # The layout of the result would be that of the columns.
+            mask = tf.cast(function(replicated(values, self._mesh)), tf.int32)
+            return replicated(mask, self._mesh) > 0
         missing = -num_experts % self._mesh.size
         values = dtensor.relayout(values, sharded_layout(self._mesh, 2))
         padded = tf.pad(values, [[0, 0], [0, missing]], constant_values=filling)

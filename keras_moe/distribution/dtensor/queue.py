@@ -11,6 +11,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe.distribution.dtensor.variables import replicated, sharded_layout
+from keras_moe.functional import capacity
 
 
 def capacity_of(
@@ -39,11 +40,9 @@ def limit_of(
     """
     if mask is None:
         return tf.constant(capacity_of(num_tokens, num_experts, k, capacity_factor))
-    # A table of all: floats of double precision, rounded up, are no business of a mesh.
-    table = [
-        capacity_of(n, num_experts, k, capacity_factor) for n in range(num_tokens + 1)
-    ]
-    return tf.gather(tf.constant(table), tf.reduce_sum(tf.cast(mask, tf.int32)))
+    num_real = tf.reduce_sum(tf.cast(mask, tf.int64))
+    limit = capacity.limit_of(num_real, num_experts, k, capacity_factor)
+    return tf.cast(limit, tf.int32)
 
 
 def fitting(

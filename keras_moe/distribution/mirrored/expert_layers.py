@@ -64,8 +64,7 @@ def run_each(
             if not (is_here or _talks(expert)):
                 outputs = _without_gradient(outputs, expert)
             answers.append(outputs)
-            # Keras divides the losses of a step by the number of replicas.
-            share = float(replicas.number) if is_here else 0.0
+            share = 1.0 if is_here else 0.0
             losses += [share * loss for loss in scope.losses or ()]
             for variable in _state_of(expert):
                 value = scope.get_current_value(variable)
@@ -76,10 +75,14 @@ def run_each(
                 else:
                     written.append(variable)
                     told.append(value if is_here else tf.zeros_like(value))
-    if losses:
-        owner.add_loss(losses)
-    for variable, value in zip(written, _summed(replicas, told), strict=True):
+    sums = _summed(replicas, [*told, *losses])
+    for variable, value in zip(written, sums, strict=False):
         part_here(variable).assign(value)
+    for loss, total in zip(losses, sums[len(told) :], strict=True):
+        # Keras divides the losses of a step by the number of replicas, and reports
+        # their mean: the value is that of all on each.
+        loss *= replicas.number
+        owner.add_loss(loss + tf.stop_gradient(total - loss))
     return answers
 
 
@@ -119,7 +122,8 @@ def _summed(replicas, values):
     """Sums over the replicas, by one exchange. In float64, which holds all of them."""
     if not values:
         return []
-    flat = tf.concat([tf.reshape(tf.cast(v, tf.float64), [-1]) for v in values], axis=0)
+    flat = [tf.reshape(tf.cast(v, tf.float64), [-1]) for v in values]
+    flat = tf.stop_gradient(tf.concat(flat, axis=0))
     sizes = [v.shape.num_elements() for v in values]
     parts = tf.split(replicas.sum(flat), sizes)
     return [
