@@ -321,7 +321,5 @@ def verify_one_device(layer: Any) -> None:
         kind = type(layer).__name__
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
-            f"{here.devices}. Use `MoE` or `HierarchicalMoE` with "
-            f"`FeedForwardExperts` (or other `Experts`) there, or build {kind} outside "
-            "of the scope."
+            f"{here.devices}. Use `MoELSTM` there, or build {kind} outside of the scope."
         )

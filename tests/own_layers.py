@@ -137,6 +137,7 @@ class AboveGating(keras.layers.Layer):
 
     num_experts = None
     most_experts = 3
+    supports_masking = True
 
     def build(self, input_shape):
         self.kernel = self.add_weight(

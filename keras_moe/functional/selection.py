@@ -49,7 +49,7 @@ def make_selection_result(
     if most < num_experts:
         selected &= tf.cumsum(tf.cast(selected, tf.int32), axis=1) <= most
     experts = tf.range(num_experts) + tf.zeros_like(selected, tf.int32)
-    if not ops.shapes_are_static():
+    if not ops.results_are_static():
         assignments = tf.where(selected)  # (M, 2), in the order of the tokens
         return make_gating_result(
             tf.gather_nd(gates, assignments),

@@ -226,7 +226,7 @@ class MoELSTM(keras.layers.RNN):
             result = functional.moe_lstm(
                 inputs,
                 *states,
-                tf.convert_to_tensor(cell.kernel),
+                cell.real_kernel(),
                 tf.convert_to_tensor(cell.bias),
                 route,
                 segment_length=self.segment_length,

@@ -216,6 +216,13 @@ class MoELSTMCell(keras.layers.Layer):
             "unit_forget_bias": self.unit_forget_bias,
         }
 
+    def real_kernel(self) -> tf.Tensor:
+        """`kernel` without padding, which is seen where shapes are inferred for a mesh."""
+        kernel = tf.convert_to_tensor(self.kernel)
+        if kernel.shape[0] == self.num_experts:
+            return kernel
+        return kernel[: self.num_experts]
+
     def matrices(self) -> "Matrices":
         """Its experts, for a dispatcher."""
         return Matrices(self)
