@@ -182,7 +182,7 @@ def expert_list(case: Case):
     ]
     if case.nested:
         kinds[0] = lambda: keras_moe.layers.MoE(
-            keras_moe.layers.FeedForwardExperts(3, 8), noisy_gate()
+            keras_moe.layers.FeedForwardExperts(3, 8), noisy_gate(), name="inner"
         )
     if case.layer == "plain list":
         kinds = plain

@@ -110,7 +110,8 @@ def _without_gradient(outputs, expert):
 
 def _state_of(expert):
     """Its variables, those of generators of random numbers and metrics too."""
-    return {id(v): v for v in expert.variables}.values()
+    every = [*expert.variables, *expert.metrics_variables]
+    return {id(v): v for v in every}.values()
 
 
 def _is_of_replica(variable):
