@@ -62,7 +62,9 @@ def make_selection_result(
     gates = tf.where(selected, gates, tf.zeros_like(gates))
     if most < num_experts:
         # Those selected first, in the order of the experts.
-        keys = tf.cast(tf.where(selected, num_experts - experts, experts * 0), gates.dtype)
+        keys = tf.cast(
+            tf.where(selected, num_experts - experts, experts * 0), gates.dtype
+        )
         _, places = ops.top_k(tf.stop_gradient(keys), most)
         experts = tf.cast(ops.pick(tf.cast(experts, gates.dtype), places), tf.int32)
         gates = ops.pick(gates, places)

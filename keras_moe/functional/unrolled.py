@@ -85,7 +85,9 @@ def unrolled_moe_lstm(
         if chosen.choices_kept:
             kept.append(chosen.choices_kept)
     dtype = at_least_float32(h.dtype)
-    importance, load, counts = (tf.add_n(each) for each in zip(*statistics, strict=True))
+    importance, load, counts = (
+        tf.add_n(each) for each in zip(*statistics, strict=True)
+    )
     sums = GateStatistics(tf.cast(importance, dtype), tf.cast(load, dtype), counts)
     choices = tuple(tf.add_n(each) for each in zip(*kept, strict=True))
     return MoELSTMResult(tf.stack(hidden), h, c, sums, choices)

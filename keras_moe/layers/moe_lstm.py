@@ -18,6 +18,7 @@ from keras_moe.layers.gate_contract import (
 from keras_moe.layers.gating import k_of
 from keras_moe.layers.moe import default_name
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
+from keras_moe.layers.step_clock import noted_later
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -202,13 +203,16 @@ class MoELSTM(keras.layers.RNN):
         if mask is not None:
             mask = tf.transpose(tf.cast(mask, tf.bool), [1, 0])
         if self.go_backwards:
-            inputs, mask = (each if each is None else _reversed(each) for each in (inputs, mask))
+            inputs = _reversed(inputs)
+            mask = mask if mask is None else _reversed(mask)
         cell = self.cell
         # Before the gate's state is read: a schedule of its noise looks for a new step.
         noise = self._noise(inputs, training)
-        states = [tf.convert_to_tensor(state) for state in initial_state]
+        h, c = (tf.convert_to_tensor(state) for state in initial_state)
         options = {
-            "weights": [tf.convert_to_tensor(v) for v in self.gating.trainable_variables],
+            "weights": [
+                tf.convert_to_tensor(v) for v in self.gating.trainable_variables
+            ],
             "noise": noise,
             "mask": mask,
             "activation": cell.activation,
@@ -220,12 +224,13 @@ class MoELSTM(keras.layers.RNN):
             dispatcher = here.dispatcher(k_of(self.gating))  # type: ignore[misc]
             bias = tf.convert_to_tensor(cell.bias)
             result = functional.unrolled_moe_lstm(
-                inputs, *states, experts, bias, route, dispatcher, **options
+                inputs, h, c, experts, bias, route, dispatcher, **options
             )
         else:
             result = functional.moe_lstm(
                 inputs,
-                *states,
+                h,
+                c,
                 cell.real_kernel(),
                 tf.convert_to_tensor(cell.bias),
                 route,
@@ -263,7 +268,8 @@ class MoELSTM(keras.layers.RNN):
             # which this replica takes its examples.
             batches = here.replicas.gather(batch)
             whole, first = (
-                tf.reduce_sum(part) for part in (batches, batches[: here.replicas.index])
+                tf.reduce_sum(part)
+                for part in (batches, batches[: here.replicas.index])
             )
             if "first_row" in inspect.signature(draw).parameters:
                 options["first_row"] = 0
@@ -286,9 +292,8 @@ class MoELSTM(keras.layers.RNN):
             options = {"noise": noise} if takes_noise else {}
             # Not `stateless_call`, which neither casts to the gate's type nor reads
             # its weights in it.
-            with keras.StatelessScope(
-                state_mapping=[*zip(variables, weights, strict=True), *fixed]
-            ):
+            mapping = [*zip(variables, weights, strict=True), *fixed]
+            with keras.StatelessScope(state_mapping=mapping), noted_later():
                 return gating(u, mask=mask, training=training, **options)
 
         return route

@@ -193,10 +193,11 @@ def expert_list(case: Case):
 def mix(case: Case, x):
     """The answer of the case's mixture, or the sum of those of two gates."""
     if case.layer == "recurrent":
+        free = keras_moe.layers.LossFreeGating(k=2)
         return keras_moe.layers.MoELSTM(
             WIDTH,
             case.num_experts,
-            noisy_gate(),
+            free if case.later else noisy_gate(),
             return_sequences=True,
             go_backwards=case.backwards,
             segment_length=case.segments,

@@ -150,8 +150,17 @@ def test_experts_of_any_kind(num_devices):
         [
             {**SGD, **UNEVEN, "layer": "list", "num_experts": 5},
             {**SGD, **SHORT, "layer": "list", "num_experts": 3, "nested": True},
+        ],
+    )
+
+
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices):
+    assert_equal_on_devices(
+        num_devices,
+        [
             {**SGD, **SHORT, "layer": "plain list", "capacity": 0.8},
-            {**CLIPPED_ADAM, **UNEVEN, "layer": "groups of a list", "steps": 8},
+            {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "groups of a list"},
             {**CLIPPED_ADAM, **SEVEN, **UNEVEN, "layer": "own experts"},
         ],
     )
@@ -159,12 +168,14 @@ def test_experts_of_any_kind(num_devices):
 
 @pytest.mark.parametrize("num_devices", DEVICES)
 def test_a_mixture_within_a_recurrence(num_devices):
-    backwards = {"backwards": True, "segments": 2, "steps": 8}
+    backwards = {**SHORT, "backwards": True, "segments": 2}
     assert_equal_on_devices(
         num_devices,
         [
             {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
             {**CLIPPED_ADAM, **UNEVEN, "layer": "recurrent", **backwards},
+            # Counts of all steps and devices move its bias.
+            {**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True},
         ],
     )
 

@@ -77,7 +77,9 @@ def test_the_capacity_is_that_of_all_tokens(factor, rng):
         GatingResult(tf.constant(g), tf.constant(c), statistics)
         for g, c in zip(np.split(gates, ends), np.split(chosen, ends), strict=True)
     ]
-    sent = [sent_by(r, limits, tf.constant(n)) for r, n in zip(results, sizes, strict=True)]
+    sent = [
+        sent_by(r, limits, tf.constant(n)) for r, n in zip(results, sizes, strict=True)
+    ]
     limit = functional.expert_capacity(sum(sizes), num_experts, 2, factor)
     expected = fitting_by_loops(chosen, int(limit), num_experts)
     dropped = 0

@@ -75,7 +75,7 @@ class _Weights(engine.Weights):
     def note_experts(self, variables):
         for variable in variables:
             self._engine.has_experts = True
-            variable.of_experts = True
+            variable.of_experts = self._engine.replicas.number
 
     def add_slot(self, optimizer, variable, shape, name):
         if len(variable.shape) < 3:
