@@ -101,10 +101,12 @@ class _Operations(operations.StaticOperations):
         # all columns on every device.
         values = tf.stop_gradient(values)
         num_tokens, num_experts = values.shape
-        if num_tokens % self._mesh.size:
-            # The layout of the result would be that of the columns.
-            mask = tf.cast(function(replicated(values, self._mesh)), tf.int32)
-            return replicated(mask, self._mesh) > 0
+        rows = -num_tokens % self._mesh.size
+        if rows:
+            # `Pad` is expanded only if operand and result have one layout.
+            values = replicated(values, self._mesh)
+            values = tf.pad(values, [[0, rows], [0, 0]], constant_values=filling)
+            values = replicated(values, self._mesh)
         missing = -num_experts % self._mesh.size
         values = dtensor.relayout(values, sharded_layout(self._mesh, 2))
         padded = tf.pad(values, [[0, 0], [0, missing]], constant_values=filling)
@@ -113,6 +115,8 @@ class _Operations(operations.StaticOperations):
         mask = tf.cast(function(columns), tf.int32)
         mask = dtensor.relayout(mask, sharded_layout(self._mesh, 2, axis=1))
         mask = dtensor.relayout(mask, sharded_layout(self._mesh, 2))
+        if rows:
+            mask = replicated(replicated(mask, self._mesh)[:num_tokens], self._mesh)
         return mask[:, :num_experts] > 0
 
     def noise_of(self, noise, mask):
