@@ -14,7 +14,7 @@ the device is a GPU. Under a `tf.distribute.Strategy` they give the
 engine that `keras_moe.distribution` makes for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -73,6 +73,13 @@ class Weights:
         strategy = tf.distribute.get_strategy()
         with strategy.extended.colocate_vars_with(variable.value):
             return optimizer.add_variable(shape, dtype=variable.dtype, name=name)
+
+    def note_experts(self, variables: Iterable[Any]) -> None:
+        """Takes note of weights of experts that Keras has made, and keeps alike.
+
+        Args:
+            variables: Keras variables.
+        """
 
     def entries_here(self, variable: Any, values: Any) -> Any:
         """Those of an array that go with the part of a weight that is here.
@@ -137,11 +144,15 @@ class Engine:
         operations: An `operations.Operations`.
         static_shapes: Whether shapes must not depend on the data. Padding then
             stays among the tokens, and an assignment may be -1.
+        unrolls_loops: Whether a loop has no gradient here. Recurrences are then
+            written out step by step, for a known number of them.
         values_are_here: Whether a value can be looked at: on a mesh it lies on many
             devices.
-        dispatcher: None, or `dispatcher(k)`, which makes what moves tokens to
-            experts here (a `functional.Dispatcher`); k is how many experts a token
-            has on average, if the gate says.
+        dispatcher: None, or `dispatcher(k, capacity_factor, most_experts)`, which
+            makes what moves tokens to experts here (a `functional.Dispatcher`); k is
+            how many experts a token has on average, if the gate says, and
+            most_experts the most of a token where their number varies, else None.
+            Nothing is dropped without a factor.
         hierarchical_mixture: None, or what takes the place of gate, experts and
             combination of a `HierarchicalMoE` here.
     """
@@ -150,9 +161,28 @@ class Engine:
     replicas = Replicas()
     operations = operations.Operations()
     static_shapes = False
+    unrolls_loops = False
     values_are_here = True
-    dispatcher: Callable[[int | None], Any] | None = None
+    dispatcher: Callable[..., Any] | None = None
     hierarchical_mixture: Callable[..., Any] | None = None
+
+    def run_each(
+        self,
+        owner: Any,
+        experts: Sequence[Any],
+        calls: Sequence[Callable[[], tf.Tensor]],
+    ) -> list[tf.Tensor]:
+        """Calls experts that are Keras layers, each on its rows.
+
+        Args:
+            owner: The layer whose experts they are.
+            experts: The layers.
+            calls: For each of them what calls it.
+
+        Returns:
+            The answers.
+        """
+        return [call() for call in calls]
 
     @property
     def several_devices(self) -> bool:
@@ -291,7 +321,5 @@ def verify_one_device(layer: Any) -> None:
         kind = type(layer).__name__
         raise ValueError(
             f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
-            f"{here.devices}. Use `MoE` or `HierarchicalMoE` with "
-            f"`FeedForwardExperts` (or other `Experts`) there, or build {kind} outside "
-            "of the scope."
+            f"{here.devices}. Use `MoELSTM` there, or build {kind} outside of the scope."
         )

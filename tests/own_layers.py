@@ -57,6 +57,38 @@ class HalvedExpertList(layers.ExpertList):
 
 
 @register
+class StockExperts(keras.layers.Layer):
+    """Matrices of Keras, one an expert, by the contract of rows and counts alone."""
+
+    def __init__(self, num_experts, **kwargs):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.num_experts, input_shape[-1], input_shape[-1]),
+            initializer=keras.initializers.RandomNormal(stddev=0.3, seed=2),
+        )
+
+    def call(self, inputs, counts=None):
+        kernels = tf.unstack(tf.convert_to_tensor(self.kernel))
+        if inputs.shape.rank == 3:
+            parts = tf.unstack(inputs, num=self.num_experts)
+        else:
+            parts = tf.split(inputs, counts, num=self.num_experts)
+        answers = [tf.matmul(x, w) for x, w in zip(parts, kernels, strict=True)]
+        join = tf.stack if inputs.shape.rank == 3 else tf.concat
+        return tf.tanh(join(answers, axis=0))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "num_experts": self.num_experts}
+
+
+@register
 class HashGating(keras.layers.Layer):
     """One expert, by the first feature in tenths. Nothing to learn."""
 
@@ -97,3 +129,28 @@ class StockGating(keras.layers.Layer):
         )
         z = tf.reduce_mean(tf.square(tf.reduce_logsumexp(logits, axis=-1)))
         return result._replace(auxiliary_losses=(0.01 * z,))
+
+
+@register
+class AboveGating(keras.layers.Layer):
+    """All experts above the mean of a token's softmax, three at most: any number."""
+
+    num_experts = None
+    most_experts = 3
+    supports_masking = True
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=keras.initializers.GlorotUniform(seed=3),
+        )
+
+    def call(self, inputs, mask=None, training=None):
+        gates = tf.nn.softmax(4.0 * tf.matmul(inputs, self.kernel))
+        return functional.make_selection_result(
+            gates,
+            gates > 1.0 / self.num_experts,
+            most_experts=self.most_experts,
+            mask=mask,
+        )

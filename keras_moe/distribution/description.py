@@ -129,7 +129,8 @@ def describe(
         own = [v for v in sharded if _layer_of(v) == layer]
         state = [v for v in slots if any(getattr(v, "slot_of", None) is w for w in own)]
         shares += _shares(layer, own, state)
-    num_replicas = sharded[0].shards.num_replicas if sharded else 1
+    # Those of layers that are experts are alike on all replicas.
+    num_replicas = max((getattr(v, "of_experts", 1) for v in every), default=1)
     traffic = _traffic(model, num_tokens, num_replicas) if num_tokens else {}
     return Description(tuple(shares), replicated, num_replicas, traffic)
 
@@ -174,11 +175,12 @@ def _traffic(model, num_tokens, num_replicas):
         weights = [
             v for v in getattr(experts, "weights", ()) if isinstance(v, ExpertVariable)
         ]
-        if not weights or gating is None:
+        travels = weights or getattr(experts, "experts_are_layers", False)
+        k = getattr(gating, "k", None)
+        if not travels or k is None or num_replicas == 1:
             continue
-        features = weights[0].shape[1]
+        features = layer.input_spec.axes[-1]
         output = layer.compute_output_shape((None, features))[-1]
-        k = gating.k
         if not isinstance(k, int):  # a row for each group, with its primary gate
             k, features = k[0], features + 2
         found[layer.name] = exchange_bytes(

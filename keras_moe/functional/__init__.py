@@ -85,6 +85,7 @@ from keras_moe.functional.sampled_softmax import (
     unbiased_candidates,
 )
 from keras_moe.functional.second_choice import second_choice_gating
+from keras_moe.functional.selection import make_selection_result
 from keras_moe.functional.slot_runs import run_in_slots
 from keras_moe.functional.static_slots import (
     SlotPlan,
@@ -100,6 +101,7 @@ from keras_moe.functional.strict_balance import (
     threshold_mask,
     tokens_per_expert,
 )
+from keras_moe.functional.unrolled import unrolled_moe_lstm
 
 __all__ = [
     "CapacityDispatcher",
@@ -146,6 +148,7 @@ __all__ = [
     "make_gating_result",
     "make_plan",
     "make_plan_here",
+    "make_selection_result",
     "make_slot_plan",
     "masked_gating",
     "masked_softmax",
@@ -175,6 +178,7 @@ __all__ = [
     "top_k_gating",
     "unbiased_candidates",
     "uniform_rows",
+    "unrolled_moe_lstm",
     "verify_computation",
     "verify_recurrent_gating",
 ]
@@ -206,12 +210,14 @@ _SHAPES = {
     "make_slot_plan": "expert_indices:NK#-E mask:N?",
     "rotary_embedding": "x:.TQH positions:.T#",
     "run_in_slots": "inputs:ND gates:~",
+    "make_selection_result": "gates:NE selected:NE? load:E mask:N?",
     "make_gating_result": "expert_indices:~#-E gates:~ token_indices:M# load:E mask:N?",
     "masked_gating": "logits:NE mask:NE?",
     "mix_experts": "inputs:ND gates:~",
     "mix_feed_forward_experts": "inputs:ND gates:~ kernels:F.. biases:F.",
     "mixed_product": "inputs:ND kernels:EDO gates:~",
     "moe_lstm": "inputs:TBD h:BU c:BU kernels:ERZ bias:Z mask:TB?",
+    "unrolled_moe_lstm": "inputs:TBD h:BU c:BU bias:Z mask:TB?",
     "noisy_logits": "clean_logits:~ stddev:~ noise:~",
     "noisy_top_k_gating": "clean_logits:~ raw_noise:~ noise:~",
     "normal_rows": "seed:S#",

@@ -98,7 +98,7 @@ class CapacityDispatcher(Dispatcher):
 
     def _slots(self, result, num_tokens):
         num_experts, k = result.statistics.counts.shape[0], result.gates.shape[-1]
-        return _capacity(num_tokens, num_experts, k, self.capacity_factor)
+        return limit_of(num_tokens, num_experts, k, self.capacity_factor)
 
 
 def expert_capacity(
@@ -123,10 +123,10 @@ def expert_capacity(
     capacity_factor = checks.verify_capacity_factor(capacity_factor)
     k = checks.verify_k(k, num_experts)
     num_tokens = tf.cast(num_tokens, tf.int32)
-    return _capacity(num_tokens, num_experts, k, capacity_factor)
+    return limit_of(num_tokens, num_experts, k, capacity_factor)
 
 
-def _capacity(num_tokens, num_experts, k, capacity_factor):
+def limit_of(num_tokens, num_experts, k, capacity_factor):
     """The same for a checked factor, in the type of `num_tokens`."""
     with _on_host() if num_tokens.dtype == tf.int32 else contextlib.nullcontext():
         slots = rounded_up(num_tokens, capacity_factor * k / num_experts)

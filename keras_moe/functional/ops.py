@@ -63,6 +63,11 @@ def values_are_here() -> bool:
     return engine.current().values_are_here
 
 
+def results_are_static() -> bool:
+    """Whether shapes must not depend on the data, on one device or a mesh."""
+    return engine.current().static_shapes
+
+
 def shapes_are_static() -> bool:
     """Whether the code is for one device where shapes must not depend on the data."""
     here = engine.current()

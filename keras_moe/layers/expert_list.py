@@ -1,5 +1,6 @@
 """Any Keras layers as experts."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ class ExpertList(keras.layers.Layer):
     that all support masks) is told that this row, or an empty slot of a
     capacity, is not real.
 
+    On several devices the weights are on all of them. Under a strategy of replicas an
+    expert runs on one, with all its tokens; on a mesh every device runs all experts on
+    its own tokens, and dropout in them is not that of one device.
+
     Args:
         experts: Sequence of layers, models or `Sequential`s, each with inputs
             `(tokens, features)`, all with outputs `(tokens, output_units)`. No
@@ -37,7 +42,8 @@ class ExpertList(keras.layers.Layer):
         inputs: Float tensor, `(rows, features)` sorted by expert, or
             `(num_experts, capacity, features)`.
         counts: int32 tensor `(num_experts,)`: rows of each expert. Needed for
-            inputs of rank 2.
+            inputs of rank 2. For inputs of rank 3 also bool, `(num_experts,
+            capacity)`: which slots hold a row.
         training: Bool. Passed on to every expert that takes it.
 
     Input shape:
@@ -94,16 +100,19 @@ class ExpertList(keras.layers.Layer):
         configs.hold(self, *experts)
         self.supports_jit = all(expert.supports_jit for expert in experts)
 
+    # Their weights are those of Keras, not stacked: every device has all of them.
+    experts_are_layers = True
+
     @property
     def num_experts(self) -> int:
         """Number of experts."""
         return len(self.experts)
 
     def build(self, input_shape):
-        engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         for expert in self.experts:
             verify_takes_rows(expert, features, "experts")
+        engine.for_weights().weights.note_experts(self.weights)
         self._output_units(features)
 
     def call(self, inputs, counts=None, training=None):
@@ -112,7 +121,9 @@ class ExpertList(keras.layers.Layer):
             # In int64, which a GPU compares; int32 would be compared by the host.
             slots = tf.cast(tf.range(tf.shape(inputs)[1]), tf.int64)
             masks: list[Any] = [None] * self.num_experts
-            if counts is not None:
+            if counts is not None and counts.dtype == tf.bool:
+                masks = tf.unstack(counts, num=self.num_experts)
+            elif counts is not None:
                 counts = tf.cast(counts, tf.int64)
                 masks = [slots < n for n in tf.unstack(counts, num=self.num_experts)]
             return tf.stack(
@@ -128,12 +139,14 @@ class ExpertList(keras.layers.Layer):
                 "`counts` is needed for inputs of rank 2, to know which rows are "
                 f"whose. Received: inputs.shape={inputs.shape}, counts=None."
             )
-        outputs = []
         counts = checks.verify_counts(counts, self.num_experts, inputs)
         parts = tf.split(inputs, counts, num=self.num_experts)
-        for expert, part in zip(self.experts, parts, strict=True):
-            outputs.append(run_any_rows(expert, part, training))
-        return tf.concat(outputs, axis=0)
+        calls = [
+            functools.partial(run_any_rows, expert, part, training)
+            for expert, part in zip(self.experts, parts, strict=True)
+        ]
+        answers = engine.current().run_each(self, self.experts, calls)
+        return tf.concat(answers, axis=0)
 
     def _output_units(self, features):
         shapes = [

@@ -157,16 +157,8 @@ class HierarchicalMoE(MoE):
         self.z_loss_weight = gating.z_loss_weight
 
     def build(self, inputs_shape, gate_inputs_shape=None):
-        num_replicas = engine.for_weights().replicas.number
         if isinstance(self.experts, Experts):
-            self._keep_groups_together(num_replicas)
-        elif num_replicas > 1:
-            raise ValueError(
-                "`experts` of HierarchicalMoE must be FeedForwardExperts on several "
-                "devices, or other `Experts`, which hold one group's weights "
-                f"together. Received: {type(self.experts).__name__} on "
-                f"{num_replicas} replicas. Use FeedForwardExperts, or `MoE`."
-            )
+            self._keep_groups_together(engine.for_weights().replicas.number)
         super().build(inputs_shape, gate_inputs_shape)
 
     def _keep_groups_together(self, num_replicas):
@@ -195,10 +187,10 @@ class HierarchicalMoE(MoE):
                 f"{here.devices}. Record it outside of "
                 "`strategy.run`."
             )
-        outputs, statistics, losses, kept = here.hierarchical_mixture(
-            self, tokens, gate_tokens, training
+        outputs, overflow, statistics, losses, kept = here.hierarchical_mixture(
+            self, tokens, gate_tokens, training, dispatcher.capacity
         )
-        add_balance(self, statistics, training, losses, choices_kept=kept)
+        add_balance(self, statistics, training, losses, overflow, choices_kept=kept)
         return outputs, None
 
     def get_config(self):

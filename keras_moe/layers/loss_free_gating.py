@@ -12,7 +12,7 @@ from keras_moe.functional.biased_choice import (
     verify_kept_groups,
 )
 from keras_moe.layers.base_gating import Choice, _Gating
-from keras_moe.layers.step_clock import StepClock, only_looks
+from keras_moe.layers.step_clock import StepClock, notes_later, only_looks
 from keras_moe.types import GatingResult
 
 
@@ -199,7 +199,7 @@ class LossFreeGating(_Gating):
         result = functional.make_gating_result(
             self.scaling_factor * gates, experts, self.num_experts, mask=mask
         )
-        if note is not None:
+        if note is not None and not notes_later():
             note(result.statistics.counts)
         return self._with_losses(result, logits, mask, training)
 

@@ -65,8 +65,9 @@ class MoE(keras.layers.Layer):
             `ceil(capacity_factor * k * tokens / num_experts)` slots in training, so
             that all shapes are static and XLA can compile the layer; tokens that do
             not fit get zero from that expert, and the share of dropped
-            assignments is reported as `overflow`. Padding counts as no token. None
-            drops nothing. Defaults to `None`.
+            assignments is reported as `overflow`. Padding counts as no token. On several
+            devices tokens are those of all, and what is dropped is what one device
+            would drop. None drops nothing. Defaults to `None`.
         evaluation_capacity_factor: Float or None. That of evaluation and serving,
             where a gate without noise is less balanced. None drops nothing there.
             Defaults to `None`.
@@ -193,13 +194,6 @@ class MoE(keras.layers.Layer):
     def build(self, inputs_shape, gate_inputs_shape=None):
         features = checks.verify_input_shape(inputs_shape, type(self).__name__)
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: features})
-        here = engine.for_weights()
-        if self._has_capacity and here.several_devices:
-            raise ValueError(
-                "`capacity_factor` must be None on several devices, where experts "
-                f"take all their tokens. Received: {self._capacities} on "
-                f"{here.devices}. Leave it out."
-            )
         self.gate_features = features
         if gate_inputs_shape is not None:
             self.gate_features = checks.verify_input_shape(
@@ -209,6 +203,7 @@ class MoE(keras.layers.Layer):
             self.gating.build((None, self.gate_features))
         if not self.experts.built:
             self.experts.build((None, features))
+        engine.for_weights().weights.note_experts(self.experts.weights)
         units = self.compute_output_shape((None, features))[-1]
         build_shared(self.shared_experts, features, units)
         if self.num_experts > 1:  # a single expert has nothing to balance
@@ -264,9 +259,9 @@ class MoE(keras.layers.Layer):
     def _dispatcher(self, training) -> functional.Dispatcher:
         """What moves tokens to experts where this call runs."""
         here = engine.current()
-        if here.dispatcher is not None:
-            return here.dispatcher(k_of(self.gating))
         factor = self.capacity_factor if training else self.evaluation_capacity_factor
+        if here.dispatcher is not None:
+            return here.dispatcher(k_of(self.gating), factor, self._most_experts)
         if factor is not None:
             return functional.CapacityDispatcher(factor, self._most_experts)
         if here.static_shapes:

@@ -15,8 +15,10 @@ from keras_moe.layers.gate_contract import (
     set_loss_weights,
     warn_of_flat_load,
 )
+from keras_moe.layers.gating import k_of
 from keras_moe.layers.moe import default_name
 from keras_moe.layers.moe_lstm_cell import MoELSTMCell
+from keras_moe.layers.step_clock import noted_later
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -89,6 +91,10 @@ class MoELSTM(keras.layers.RNN):
     Noise: drawn for all steps before the loop. An own gate that draws random
     numbers must offer `draw_noise(num_tokens)` and take the result as the call
     argument `noise`; nothing else random may happen inside the recurrence.
+
+    Several devices: under a strategy of replicas every device has all matrices and runs
+    its own sequences. On a mesh the matrices are sharded, the loop is written out step
+    by step, for a known number of steps, and `segment_length` changes nothing.
 
     XLA: `jit_compile=True` works; experts then have static slots, as in `MoE`.
 
@@ -180,7 +186,7 @@ class MoELSTM(keras.layers.RNN):
         return self.cell.gating
 
     def build(self, sequences_shape, initial_state_shape=None):
-        engine.verify_one_device(self)
+        self.cell.is_of_moe_lstm = True
         checks.verify_input_shape(sequences_shape, type(self).__name__)
         super().build(sequences_shape, initial_state_shape)
         if self.num_experts > 1 and not hasattr(self, "balance"):
@@ -197,26 +203,41 @@ class MoELSTM(keras.layers.RNN):
         if mask is not None:
             mask = tf.transpose(tf.cast(mask, tf.bool), [1, 0])
         if self.go_backwards:
-            inputs = tf.reverse(inputs, [0])
-            mask = mask if mask is None else tf.reverse(mask, [0])
+            inputs = _reversed(inputs)
+            mask = mask if mask is None else _reversed(mask)
         cell = self.cell
         # Before the gate's state is read: a schedule of its noise looks for a new step.
         noise = self._noise(inputs, training)
-        result = functional.moe_lstm(
-            inputs,
-            tf.convert_to_tensor(initial_state[0]),
-            tf.convert_to_tensor(initial_state[1]),
-            tf.convert_to_tensor(cell.kernel),
-            tf.convert_to_tensor(cell.bias),
-            self._route(training),
-            weights=[tf.convert_to_tensor(v) for v in self.gating.trainable_variables],
-            noise=noise,
-            mask=mask,
-            activation=cell.activation,
-            recurrent_activation=cell.recurrent_activation,
-            segment_length=self.segment_length,
-            keep_steps=bool(training),
-        )
+        h, c = (tf.convert_to_tensor(state) for state in initial_state)
+        options = {
+            "weights": [
+                tf.convert_to_tensor(v) for v in self.gating.trainable_variables
+            ],
+            "noise": noise,
+            "mask": mask,
+            "activation": cell.activation,
+            "recurrent_activation": cell.recurrent_activation,
+        }
+        here, route = engine.current(), self._route(training)
+        if here.unrolls_loops:
+            experts = cell.matrices()
+            dispatcher = here.dispatcher(k_of(self.gating))  # type: ignore[misc]
+            bias = tf.convert_to_tensor(cell.bias)
+            result = functional.unrolled_moe_lstm(
+                inputs, h, c, experts, bias, route, dispatcher, **options
+            )
+        else:
+            result = functional.moe_lstm(
+                inputs,
+                h,
+                c,
+                cell.real_kernel(),
+                tf.convert_to_tensor(cell.bias),
+                route,
+                segment_length=self.segment_length,
+                keep_steps=bool(training),
+                **options,
+            )
         kept = result.choices_kept
         add_balance(self, result.statistics, training, choices_kept=kept)
         if training and hasattr(self.gating, "note_counts"):
@@ -226,7 +247,9 @@ class MoELSTM(keras.layers.RNN):
             # As in Keras: zero until the first step that is not masked, and
             # with `zero_output_for_mask` at every masked step.
             shown = mask if self.zero_output_for_mask else _seen(mask)
-            outputs = tf.where(shown[..., tf.newaxis], outputs, tf.zeros_like(outputs))
+            # Of one shape: DTensor takes no other.
+            shown = shown[..., tf.newaxis] | tf.zeros_like(outputs, tf.bool)
+            outputs = tf.where(shown, outputs, tf.zeros_like(outputs))
         last = outputs[-1]
         return last, tf.transpose(outputs, [1, 0, 2]), [result.h, result.c]
 
@@ -234,10 +257,27 @@ class MoELSTM(keras.layers.RNN):
         """`(time, batch, ...)` for all steps, or None."""
         if not training or not hasattr(self.gating, "draw_noise"):
             return None
-        time, batch = tf.unstack(tf.shape(inputs)[:2])
-        noise = self.gating.draw_noise(time * batch)
+        here, draw = engine.current(), self.gating.draw_noise
+        if here.unrolls_loops:  # where all shapes are known
+            time, batch = inputs.shape[:2]
+        else:
+            time, batch = tf.unstack(tf.shape(inputs)[:2])
+        whole, options = batch, {}
+        if here.replicas.number > 1:
+            # The numbers of one device, step by step: drawn for the global batch, of
+            # which this replica takes its examples.
+            batches = here.replicas.gather(batch)
+            whole, first = (
+                tf.reduce_sum(part)
+                for part in (batches, batches[: here.replicas.index])
+            )
+            if "first_row" in inspect.signature(draw).parameters:
+                options["first_row"] = 0
+        noise = draw(time * whole, **options)
         tail = noise.shape[1:]
-        noise = tf.reshape(noise, tf.concat([[time, batch], tail], axis=0))
+        noise = tf.reshape(noise, tf.concat([[time, whole], tail], axis=0))
+        if here.replicas.number > 1:
+            noise = noise[:, first : first + batch]
         noise.set_shape([*inputs.shape[:2], *tail])
         return noise
 
@@ -252,9 +292,8 @@ class MoELSTM(keras.layers.RNN):
             options = {"noise": noise} if takes_noise else {}
             # Not `stateless_call`, which neither casts to the gate's type nor reads
             # its weights in it.
-            with keras.StatelessScope(
-                state_mapping=[*zip(variables, weights, strict=True), *fixed]
-            ):
+            mapping = [*zip(variables, weights, strict=True), *fixed]
+            with keras.StatelessScope(state_mapping=mapping), noted_later():
                 return gating(u, mask=mask, training=training, **options)
 
         return route
@@ -279,6 +318,13 @@ class MoELSTM(keras.layers.RNN):
         checks.verify_config(cls, config)
         gating = configs.deserialize(config.get("gating"), config["num_experts"])
         return cls(**{**config, "gating": gating})
+
+
+def _reversed(x):
+    """The steps of `(time, ...)` from the last to the first."""
+    if not engine.current().unrolls_loops:
+        return tf.reverse(x, [0])
+    return tf.stack(tf.unstack(x)[::-1])  # DTensor cannot expand the other
 
 
 def _seen(mask):

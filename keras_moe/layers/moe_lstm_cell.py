@@ -17,6 +17,33 @@ from keras_moe.layers.gate_contract import (
 from keras_moe.layers.initializers import PerExpertInitializer
 
 
+class Matrices:
+    """The matrices of a cell as experts without bias, as a dispatcher takes them.
+
+    Args:
+        cell: The built `MoELSTMCell`.
+    """
+
+    def __init__(self, cell: "MoELSTMCell"):
+        self.num_experts = cell.num_experts
+        self.compute_dtype = cell.compute_dtype
+        self.stacked_weights = [cell.kernel]
+
+    def values(self, rows: tf.Tensor) -> list[tf.Tensor]:
+        """The weights, for rows of any number."""
+        return [tf.convert_to_tensor(weight) for weight in self.stacked_weights]
+
+    def compute(self, rows: tf.Tensor, kernels: tf.Tensor) -> tf.Tensor:
+        """`(E, rows, D)` -> `(E, rows, 4 * units)`."""
+        return tf.matmul(rows, kernels)
+
+    def call(self, rows: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
+        """`(rows, D)` sorted by expert -> `(rows, 4 * units)`."""
+        return functional.feed_forward_experts(rows, self.values(rows), counts=counts)
+
+    __call__ = call
+
+
 @keras.saving.register_keras_serializable(package="keras_moe")
 class MoELSTMCell(keras.layers.Layer):
     """One step of an LSTM whose weight matrix is a mixture of experts.
@@ -113,22 +140,32 @@ class MoELSTMCell(keras.layers.Layer):
         self.gating = gating
         warn_of_constant_gates(self)
         configs.hold(self, gating)
+        # Set by `MoELSTM`, which knows how to run it on several devices.
+        self.is_of_moe_lstm = False
         self.state_size = [units, units]
         self.output_size = units
 
     def build(self, input_shape):
-        engine.verify_one_device(self)
+        here = engine.for_weights()
+        if not self.is_of_moe_lstm:
+            engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(self.num_experts, features + self.units, 4 * self.units),
-            initializer=self._initial_kernel,
-        )
+        shape = self.num_experts, features + self.units, 4 * self.units
+        if here.unrolls_loops:
+            # A row cannot leave its device in a loop; step by step it can.
+            self.kernel = here.weights.add_expert_weight(
+                self, shape, self._initial_kernel, "kernel"
+            )
+        else:
+            self.kernel = self.add_weight(
+                name="kernel", shape=shape, initializer=self._initial_kernel
+            )
         self.bias = self.add_weight(
             name="bias", shape=(4 * self.units,), initializer=self._initial_bias
         )
         if not self.gating.built:
             self.gating.build((None, features + self.units))
+        here.weights.note_experts([self.kernel])
 
     def _initial_kernel(self, shape, dtype=None):
         num_experts, rows, columns = shape
@@ -178,6 +215,17 @@ class MoELSTMCell(keras.layers.Layer):
             "bias_initializer": serialize(self.bias_initializer),
             "unit_forget_bias": self.unit_forget_bias,
         }
+
+    def real_kernel(self) -> tf.Tensor:
+        """`kernel` without padding, which is seen where shapes are inferred for a mesh."""
+        kernel = tf.convert_to_tensor(self.kernel)
+        if kernel.shape[0] == self.num_experts:
+            return kernel
+        return kernel[: self.num_experts]
+
+    def matrices(self) -> "Matrices":
+        """Its experts, for a dispatcher."""
+        return Matrices(self)
 
     @classmethod
     def from_config(cls, config):

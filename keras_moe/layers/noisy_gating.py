@@ -156,12 +156,16 @@ class NoisyTopKGating(TopKGating):
             )
         self._noise.build(self, self.gate_kernel)
 
-    def draw_noise(self, num_tokens: Any, mask: Any = None) -> tf.Tensor:
+    def draw_noise(
+        self, num_tokens: Any, mask: Any = None, first_row: Any = None
+    ) -> tf.Tensor:
         """Standard normal noise `(num_tokens, num_experts)` for a training call.
 
         Args:
             num_tokens: Int or `()` int32.
             mask: That of the call. Defaults to `None`.
+            first_row: Tokens before these, over all devices. None means those of the
+                devices before this one. Defaults to `None`.
 
         Returns:
             `(num_tokens, num_experts)` float32 or float64, new at every call.
@@ -172,7 +176,8 @@ class NoisyTopKGating(TopKGating):
             self.num_experts,
             self.compute_dtype,
             self.seed_generator,
-            mask=mask,
+            first_row,
+            mask,
         )
 
     def call(self, inputs, mask=None, training=None, noise=None) -> GatingResult:

@@ -28,6 +28,24 @@ def only_looks() -> bool:
     return getattr(_here, "only_looks", False)
 
 
+@contextlib.contextmanager
+def noted_later() -> Iterator[None]:
+    """Inside, a gate's counts are not noted: they are those of one step of a loop.
+
+    Replicas would have to sum them in the loop, where they cannot talk.
+    """
+    before, _here.notes_later = notes_later(), True
+    try:
+        yield
+    finally:
+        _here.notes_later = before
+
+
+def notes_later() -> bool:
+    """Whether the call is one within `noted_later`."""
+    return getattr(_here, "notes_later", False)
+
+
 class Tick(NamedTuple):
     """What a `StepClock` says to a call.
 

@@ -22,7 +22,11 @@ import tensorflow as tf
 import keras_moe
 from tests import own_layers
 
-OWN_GATES = {"hash": own_layers.HashGating, "stock": own_layers.StockGating}
+OWN_GATES = {
+    "hash": own_layers.HashGating,
+    "stock": own_layers.StockGating,
+    "above": own_layers.AboveGating,
+}
 VOCABULARY, TIME, WIDTH, BATCH = 20, 6, 16, 24
 
 
@@ -46,6 +50,10 @@ class Case:
     dropout: float = 0.0
     later: bool = False  # what gates take besides the paper
     int8: bool = False
+    capacity: float | None = None
+    backwards: bool = False
+    segments: int | None = None
+    nested: bool = False  # mixtures among the experts of a list
 
 
 def start(num_devices: int) -> None:
@@ -86,6 +94,8 @@ def mixture(case: Case, name: str = "moe"):
         **(rules if case.rules else {}),
     )
     options = {"name": name, "losses_in_evaluation": True}
+    if case.capacity is not None:
+        options["capacity_factor"] = case.capacity
     schedule = keras.optimizers.schedules.PolynomialDecay(1.0, 10, 0.3)
     both = {"noise_stddev": schedule, "z_loss_weight": 0.02} if case.later else {}
     flat = {**both, "switch_loss_weight": 0.1, "input_jitter": 0.1}
@@ -106,6 +116,14 @@ def mixture(case: Case, name: str = "moe"):
             k=2, gate_initializer="glorot_uniform", seed=5, **flat
         )
         return layers.MoE(experts, gating, **options)
+    if case.layer in ("list", "plain list"):
+        return layers.MoE(expert_list(case), noisy_gate(), **options)
+    if case.layer == "groups of a list":
+        experts = expert_list(case)
+        return layers.HierarchicalMoE(experts, 4, k=(2, 1), **options)
+    if case.layer == "own experts":
+        experts = own_layers.StockExperts(case.num_experts)
+        return layers.MoE(experts, noisy_gate(), **options)
     if case.layer in OWN_GATES:
         return layers.MoE(experts, OWN_GATES[case.layer](), **options)
     if case.layer == "groups by hash":
@@ -138,8 +156,54 @@ def mixture(case: Case, name: str = "moe"):
     raise ValueError(case.layer)
 
 
+def noisy_gate():
+    return keras_moe.layers.NoisyTopKGating(
+        k=2, gate_initializer="glorot_uniform", seed=5
+    )
+
+
+def expert_list(case: Case):
+    """Experts of different structure: with state, random numbers, losses of their own."""
+    dense = keras.layers.Dense
+    regularizer = keras.regularizers.L2(0.01)
+    plain = [
+        lambda: dense(WIDTH, "tanh"),
+        lambda: keras.Sequential(
+            [dense(8, "relu"), keras.layers.BatchNormalization(), dense(WIDTH)]
+        ),
+    ]
+    kinds = [
+        lambda: dense(WIDTH, "tanh", activity_regularizer=regularizer),
+        plain[1],
+        lambda: keras.Sequential(
+            [dense(24, "silu"), keras.layers.Dropout(0.3, seed=3), dense(WIDTH)]
+        ),
+        lambda: keras.Sequential([keras.layers.LayerNormalization(), dense(WIDTH)]),
+    ]
+    if case.nested:
+        kinds[0] = lambda: keras_moe.layers.MoE(
+            keras_moe.layers.FeedForwardExperts(3, 8), noisy_gate(), name="inner"
+        )
+    if case.layer == "plain list":
+        kinds = plain
+    made = [kinds[i % len(kinds)]() for i in range(case.num_experts)]
+    return keras_moe.layers.ExpertList(made)
+
+
 def mix(case: Case, x):
     """The answer of the case's mixture, or the sum of those of two gates."""
+    if case.layer == "recurrent":
+        free = keras_moe.layers.LossFreeGating(k=2)
+        return keras_moe.layers.MoELSTM(
+            WIDTH,
+            case.num_experts,
+            free if case.later else noisy_gate(),
+            return_sequences=True,
+            go_backwards=case.backwards,
+            segment_length=case.segments,
+            losses_in_evaluation=True,
+            name="moe",
+        )(x)
     if case.layer == "several gates":
         experts = keras_moe.layers.FeedForwardExperts(case.num_experts, 24)
         first, second = keras_moe.layers.MultiGateMoE(experts, gatings=2)(x)
@@ -297,21 +361,22 @@ def difference(a: dict, b: dict) -> tuple[float, str]:
     return worst, where
 
 
-def choices_kept(model: keras.Model) -> list[float]:
-    """Of every mixture, in the last step."""
+def figures(model: keras.Model, name: str) -> list[float]:
+    """That of every mixture, in the last step."""
     found = model.get_metrics_result()
-    return [float(v) for k, v in sorted(found.items()) if k.endswith("choices_kept")]
+    return [float(v) for k, v in sorted(found.items()) if k.endswith(name)]
 
 
 def compare(case: Case, strategy) -> dict[str, Any]:
     model = build(case)
     before = state_of(model)
     expected = train(model, case), state_of(model)
-    kept = choices_kept(model)
+    kept, overflow = figures(model, "choices_kept"), figures(model, "overflow")
     model = build(case, strategy)
     start_apart, _ = difference(before, state_of(model))
     losses = train(model, case)
-    kept_here = choices_kept(model)
+    kept_here = figures(model, "choices_kept")
+    overflow_here = figures(model, "overflow")
     apart, where = difference(expected[1], state_of(model))
     counters = re.compile("o|.*(counts|num_steps)")
     weights = {k: v for k, v in before.items() if not counters.match(k)}
@@ -326,6 +391,8 @@ def compare(case: Case, strategy) -> dict[str, Any]:
         "moved": moved,
         "choices_kept": kept,
         "choices_kept_here": kept_here,
+        "overflow": overflow,
+        "overflow_here": overflow_here,
         "first_and_last": [expected[0][0], expected[0][-1]],
     }
 

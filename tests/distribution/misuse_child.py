@@ -92,11 +92,6 @@ def in_scope_of(kind):
     return make
 
 
-def capacity(strategy):
-    with strategy.scope():
-        build(capacity_factor=2.0)
-
-
 def plain(strategy):
     with strategy.scope():
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
@@ -127,7 +122,6 @@ def main():
         "tpu": in_scope_of(tf.distribute.TPUStrategy),
         "lamb": lamb,
         "built_in_replica": built_in_replica,
-        "capacity": capacity,
         "plain": plain,
         "second_strategy": second_strategy,
     }

@@ -36,6 +36,9 @@ def assert_equal(cases, results):
         assert result["weights"] <= 1e-5, (case, result)
         kept = result["choices_kept"]
         assert result["choices_kept_here"] == pytest.approx(kept, abs=1e-5), case
+        dropped = result["overflow"]
+        assert result["overflow_here"] == pytest.approx(dropped, abs=1e-6), case
+        assert ("capacity" in case) == bool(dropped and min(dropped) > 0.0), case
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,45 @@ def test_gates_of_a_user_work_as_on_one_device():
             # By operations that DTensor expands wrongly in their stock form.
             {**SHORT, **SGD, "layer": "stock"},
             {**SHORT, **SGD, "layer": "groups by hash"},
+        ],
+    )
+
+
+UNEVEN = {"examples": 31, "mask": True}
+DEVICES = [
+    pytest.param(1, marks=pytest.mark.exhaustive),
+    pytest.param(2, marks=pytest.mark.exhaustive),
+    3,
+    pytest.param(4, marks=pytest.mark.exhaustive),
+]
+
+
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_a_capacity_drops_what_one_device_drops(num_devices):
+    # Of every second batch, of 7 examples, all devices hold the whole.
+    assert_equal_on_devices(
+        num_devices,
+        [
+            {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
+            {**SGD, **SHORT, "layer": "second by lot", "capacity": 1.0},
+            {**SGD, **SHORT, "layer": "hierarchical", "mask": True, "capacity": 0.8},
+            # Tokens have different numbers of experts.
+            {**SGD, **SHORT, **UNEVEN, "layer": "above", "capacity": 0.6},
+        ],
+    )
+
+
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_experts_of_any_kind_and_recurrences(num_devices):
+    three = {"num_experts": 3}
+    assert_equal_on_devices(
+        num_devices,
+        [
+            {**SGD, **UNEVEN, **three, "layer": "plain list", "capacity": 0.9},
+            {**ADAM, **SHORT, **three, "layer": "own experts"},
+            {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
+            {**ADAM, **SHORT, "layer": "recurrent", "backwards": True},
+            {**SGD, **SHORT, "layer": "expert choice", "examples": 31},
         ],
     )
 

@@ -14,6 +14,8 @@ FLAT, HIERARCHICAL, BALANCED = (
 )
 SEVEN = {"num_experts": 7}
 
+CLIPPED_ADAM = {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}}
+
 OPTIMIZERS = [
     {"optimizer": "AdamW", "options": {**RATE, "weight_decay": 0.05, "use_ema": True}},
     {"optimizer": "Adafactor", "options": RATE},
@@ -39,6 +41,9 @@ def assert_equal(cases, results):
         assert result["weights"] <= 1e-5, (case, result)
         kept = result["choices_kept"]
         assert result["choices_kept_here"] == pytest.approx(kept, abs=1e-5), case
+        dropped = result["overflow"]
+        assert result["overflow_here"] == pytest.approx(dropped, abs=1e-6), case
+        assert ("capacity" in case) == bool(dropped and min(dropped) > 0.0), case
 
 
 def assert_equal_on_devices(num_devices, cases):
@@ -109,6 +114,68 @@ def test_gates_of_a_user_work_as_on_one_device():
             {**short, **SEVEN, "layer": "hash", "mask": True},
             {**short, "layer": "stock"},
             {**short, "layer": "groups by hash"},
+        ],
+    )
+
+
+SHORT = {"steps": 6}
+UNEVEN = {"examples": 25, "mask": True}
+DEVICES = [
+    pytest.param(2, marks=pytest.mark.exhaustive),
+    3,
+    pytest.param(4, marks=pytest.mark.exhaustive),
+]
+
+
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_a_capacity_drops_what_one_device_drops(num_devices):
+    # In every second batch, of one example, all devices but one have none.
+    assert_equal_on_devices(
+        num_devices,
+        [
+            {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
+            {**SGD, **UNEVEN, "layer": "second by lot", "capacity": 1.0},
+            {**ADAM, **SEVEN, **UNEVEN, **HIERARCHICAL, "capacity": 0.8},
+            # Tokens have different numbers of experts.
+            {**SGD, **UNEVEN, "layer": "above", "capacity": 0.6},
+        ],
+    )
+
+
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_experts_of_any_kind(num_devices):
+    # Batch statistics, dropout and losses of their own are those of one device.
+    assert_equal_on_devices(
+        num_devices,
+        [
+            {**SGD, **UNEVEN, "layer": "list", "num_experts": 5},
+            {**SGD, **SHORT, "layer": "list", "num_experts": 3, "nested": True},
+        ],
+    )
+
+
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices):
+    assert_equal_on_devices(
+        num_devices,
+        [
+            {**SGD, **SHORT, "layer": "plain list", "capacity": 0.8},
+            {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "groups of a list"},
+            {**CLIPPED_ADAM, **SEVEN, **UNEVEN, "layer": "own experts"},
+        ],
+    )
+
+
+@pytest.mark.parametrize("num_devices", DEVICES)
+def test_a_mixture_within_a_recurrence(num_devices):
+    backwards = {**SHORT, "backwards": True, "segments": 2}
+    assert_equal_on_devices(
+        num_devices,
+        [
+            {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
+            {**CLIPPED_ADAM, **UNEVEN, "layer": "recurrent", **backwards},
+            # Counts of all steps and devices move its bias.
+            {**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True},
         ],
     )
 
@@ -206,9 +273,6 @@ def test_in_float64_nothing_on_the_way_has_fewer_digits():
     assert result["weights"] <= 1e-11, result
 
 
-CLIPPED_ADAM = {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}}
-
-
 @pytest.mark.parametrize(
     "cases",
     [
@@ -217,8 +281,16 @@ CLIPPED_ADAM = {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}
             [{**ADAM, **SEVEN}, {**ADAM, "normalized": True}],
             marks=pytest.mark.exhaustive,
         ),
+        pytest.param(
+            [
+                {**SGD, **SEVEN, "capacity": 0.8, "examples": 25},
+                {**SGD, "layer": "list", "num_experts": 3, "steps": 6},
+                {**SGD, **SEVEN, "layer": "recurrent", "steps": 6},
+            ],
+            marks=pytest.mark.exhaustive,
+        ),
     ],
-    ids=["1", "2"],
+    ids=["1", "2", "3"],
 )
 def test_several_processes(cases):
     for results in children.run_workers("child", {"devices": 1, "cases": cases}):

@@ -25,7 +25,6 @@ def messages():
         ("tpu", ("must be a MirroredStrategy", "outside of any")),
         ("lamb", ("Lamb", "Use Adam")),
         ("built_in_replica", ("before `strategy.run`", "scope of the strategy")),
-        ("capacity", ("capacity_factor=2.0 on 2 replicas", "Leave it out")),
     ],
 )
 def test_misuse_is_a_clear_error(messages, case, parts):

@@ -17,35 +17,13 @@ class Two(engine.Engine):
     replicas = TwoReplicas()
 
 
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda: layers.MoELSTM(3, 4), "MoELSTM"),
-        (lambda: layers.ExpertList([keras.layers.Dense(3)]), "ExpertList"),
-    ],
-)
-def test_layers_of_one_device_refuse_several(make, name, monkeypatch):
+def test_a_cell_in_another_recurrence_refuses_several(monkeypatch):
     monkeypatch.setattr(engine, "for_weights", Two)
-    layer = make()
+    layer = keras.layers.RNN(layers.MoELSTMCell(3, 4))
     with pytest.raises(
-        ValueError, match=f"`{name}` runs on one device only.*2 replicas"
+        ValueError, match=r"`MoELSTMCell` runs on one device only.*2 replicas"
     ):
-        layer.build((None, 5, 3) if "LSTM" in name else (None, 3))
-
-
-def test_capacity_is_refused_on_several_devices(monkeypatch):
-    monkeypatch.setattr(engine, "for_weights", Two)
-    layer = layers.MoE(layers.FeedForwardExperts(4, 3), capacity_factor=2.0)
-    with pytest.raises(ValueError, match=r"capacity_factor=2.0 on 2 replicas"):
-        layer.build(tf.TensorShape((None, 3)))
-
-
-def test_hierarchical_mixture_of_other_experts_is_refused(monkeypatch):
-    monkeypatch.setattr(engine, "for_weights", Two)
-    experts = layers.ExpertList([keras.layers.Dense(3) for _ in range(4)])
-    layer = layers.HierarchicalMoE(experts, 2, k=(1, 1))
-    with pytest.raises(ValueError, match=r"Received: ExpertList on 2 replicas"):
-        layer.build((None, 3))
+        layer.build((None, 5, 3))
 
 
 def test_a_factor_over_sharded_experts_is_refused():

@@ -63,6 +63,61 @@ def test_moe_lstm_equals_loops_in_value_and_every_gradient(case, segment_length)
     )
 
 
+class Matrices:
+    """Linear experts, as a dispatcher takes them."""
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+
+    def call(self, rows, counts):
+        return F.feed_forward_experts(rows, [self.kernels], counts=counts)
+
+    __call__ = call
+
+
+def test_without_a_loop_value_and_every_gradient_are_the_same(case):
+    arrays, noise, mask = case
+
+    def unrolled(*arrays):
+        inputs, h, c, kernels, bias, gate_kernel = arrays
+        result = F.unrolled_moe_lstm(
+            inputs,
+            h,
+            c,
+            Matrices(kernels),
+            bias,
+            route,
+            F.Dispatcher(),
+            weights=[gate_kernel],
+            noise=tf.constant(noise),
+            mask=tf.constant(mask),
+        )
+        return flat(*result[:3], *result.statistics[:2])
+
+    assert_value_and_gradients(
+        unrolled,
+        lambda *a: flat(*oracle.moe_lstm(*a, STDDEV, noise, mask, K)),
+        arrays,
+    )
+
+
+def test_without_a_loop_the_number_of_steps_must_be_known():
+    traced = tf.function(
+        lambda x: F.unrolled_moe_lstm(
+            x,
+            tf.zeros([B, U]),
+            tf.zeros([B, U]),
+            Matrices(tf.zeros([E, D + U, 4 * U])),
+            tf.zeros([4 * U]),
+            route,
+            F.Dispatcher(),
+        ),
+        input_signature=[tf.TensorSpec([None, B, D])],
+    )
+    with pytest.raises(ValueError, match=r"known number of time steps.*\(None, 2, 2\)"):
+        traced.get_concrete_function()
+
+
 @pytest.mark.parametrize(
     ("segment_length", "masked"),
     [

@@ -6,66 +6,92 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe import functional
-from keras_moe.distribution.dtensor import exchange
+from keras_moe.distribution.dtensor import everywhere, exchange, queue
 from keras_moe.distribution.dtensor.variables import replicated, sharded_layout
 from keras_moe.distribution.messages import other_scope
 
 
 class MeshDispatcher(functional.Dispatcher):
-    """Dropless dispatch over the devices of a mesh, in operations of static shapes.
+    """Dispatch over the devices of a mesh, in operations of static shapes.
 
     Args:
         mesh: The mesh.
         k: Experts for each token on average, if the gate says. None takes the
             width of the gates. Defaults to `None`.
+        capacity_factor: Float or None. That of the global batch, see
+            `functional.expert_capacity`; None drops nothing. Defaults to `None`.
     """
 
     static_shapes = True
 
-    def __init__(self, mesh: dtensor.Mesh, k: int | None = None):
-        self._mesh, self._k = mesh, k
+    def __init__(
+        self,
+        mesh: dtensor.Mesh,
+        k: int | None = None,
+        capacity_factor: float | None = None,
+    ):
+        self._mesh, self._k, self._capacity_factor = mesh, k, capacity_factor
 
     def mix(self, experts, tokens, result, mask=None):
         if result.is_ragged:
             raise ValueError(
                 "A gate on a mesh must give gates (tokens, k), where -1 stands for no "
                 f"expert. Received: gates of shape {result.gates.shape} with "
-                "`token_indices`. Use `tf.distribute.MirroredStrategy` or one device."
+                "`token_indices`. Make the result by "
+                "`functional.make_selection_result`, which gives what a mesh takes."
             )
-        weights = self._weights_of(experts, tokens)
         gates, chosen = result.gates, result.expert_indices
         num_tokens, k = chosen.shape
         real = chosen >= 0
         if mask is not None:
             real = real & mask[:, tf.newaxis]
-        dtype = tf.as_dtype(experts.compute_dtype)
         missing = -num_tokens % self._mesh.size
-        grouped = [
-            self._grouped(each, missing)
-            for each in (tf.cast(tokens, dtype), tf.cast(gates, dtype), chosen, real)
-        ]
-        tokens, gates, chosen, real = grouped
+        grouped_choice, grouped_real = (
+            self._grouped(each, missing) for each in (chosen, real)
+        )
+        most, overflow = grouped_real.shape[1], tf.constant(0)
+        if self._capacity_factor is not None:
+            shape = experts.num_experts, k, self._capacity_factor
+            most = min(most, queue.capacity_of(num_tokens, *shape))
+            wanted = grouped_real
+            grouped_real = queue.fitting(
+                grouped_choice,
+                wanted,
+                experts.num_experts,
+                queue.limit_of(num_tokens, mask, *shape),
+                self._mesh,
+            )
+            overflow = tf.reduce_sum(tf.cast(wanted & ~grouped_real, tf.int32))
+            real = self._together(grouped_real, missing)
+        if not getattr(experts, "stacked_weights", ()):
+            outputs = everywhere.mix(experts, tokens, gates, chosen, real)
+            return functional.Mixed(outputs, overflow)
+        weights = self._weights_of(experts, tokens)
+        dtype = tf.as_dtype(experts.compute_dtype)
+        tokens, gates = (
+            self._grouped(tf.cast(each, dtype), missing) for each in (tokens, gates)
+        )
+        chosen, real = grouped_choice, grouped_real
         choice = exchange.make_choice(chosen, real, weights[0].shape[0])
         slots = exchange.slot_numbers(
-            tokens.shape[1], experts.num_experts, self._k or k
+            tokens.shape[1], experts.num_experts, self._k or k, most
         )
         gates = tf.where(real, gates, tf.zeros_like(gates))
         outputs = exchange.mix(
             tokens, gates, choice, experts.compute, weights, self._mesh, slots
         )
-        outputs = tf.reshape(outputs, [-1, outputs.shape[-1]])
-        if missing:
-            outputs = replicated(replicated(outputs, self._mesh)[:num_tokens])
-        return functional.Mixed(outputs, tf.constant(0))
+        return functional.Mixed(self._together(outputs, missing), overflow)
+
+    def _together(self, grouped, missing):
+        """`(R, n, D)` -> `(N, D)`."""
+        rows = tf.reshape(grouped, [-1, grouped.shape[-1]])
+        if not missing:
+            return rows
+        rows = replicated(rows, self._mesh)
+        return replicated(rows[: rows.shape[0] - missing])
 
     def _weights_of(self, experts: Any, tokens: tf.Tensor) -> list:
-        variables = getattr(experts, "stacked_weights", ())
-        if not variables:
-            raise ValueError(
-                "`experts` must be FeedForwardExperts on a mesh, or other `Experts`, "
-                "where all are computed as one batched product. Received: "
-                f"{experts!r}. Use `tf.distribute.MirroredStrategy` or one device."
-            )
+        variables = experts.stacked_weights
         for variable in variables:
             if getattr(variable, "mesh", None) != self._mesh:
                 raise other_scope(

@@ -23,7 +23,7 @@ class MeshEngine(engine.Engine):
         mesh: A mesh of one axis.
     """
 
-    static_shapes = True
+    static_shapes = unrolls_loops = True
     values_are_here = False
     several_devices = True
     devices = ""
@@ -33,7 +33,11 @@ class MeshEngine(engine.Engine):
         self.devices = f"a mesh of {mesh.size} devices"
         self.weights = _Weights(mesh)
         self.operations = _Operations(mesh)
-        self.dispatcher = lambda k: MeshDispatcher(mesh, k)
+        self.dispatcher = self._dispatcher
+
+    def _dispatcher(self, k, capacity_factor=None, most_experts=None):
+        # Gates say -1 for no expert here, in as many columns as they have at most.
+        return MeshDispatcher(self.mesh, k, capacity_factor)
 
 
 class _Weights(engine.Weights):
@@ -97,8 +101,12 @@ class _Operations(operations.StaticOperations):
         # all columns on every device.
         values = tf.stop_gradient(values)
         num_tokens, num_experts = values.shape
-        if num_tokens % self._mesh.size:
-            return function(replicated(values, self._mesh))
+        rows = -num_tokens % self._mesh.size
+        if rows:
+            # `Pad` is expanded only if operand and result have one layout.
+            values = replicated(values, self._mesh)
+            values = tf.pad(values, [[0, rows], [0, 0]], constant_values=filling)
+            values = replicated(values, self._mesh)
         missing = -num_experts % self._mesh.size
         values = dtensor.relayout(values, sharded_layout(self._mesh, 2))
         padded = tf.pad(values, [[0, 0], [0, missing]], constant_values=filling)
@@ -107,6 +115,8 @@ class _Operations(operations.StaticOperations):
         mask = tf.cast(function(columns), tf.int32)
         mask = dtensor.relayout(mask, sharded_layout(self._mesh, 2, axis=1))
         mask = dtensor.relayout(mask, sharded_layout(self._mesh, 2))
+        if rows:
+            mask = replicated(replicated(mask, self._mesh)[:num_tokens], self._mesh)
         return mask[:, :num_experts] > 0
 
     def noise_of(self, noise, mask):

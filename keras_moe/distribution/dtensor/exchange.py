@@ -70,21 +70,26 @@ def make_choice(experts: tf.Tensor, real: tf.Tensor, num_experts: int) -> Choice
     return Choice(experts, real, chosen, ranks, most)
 
 
-def slot_numbers(num_tokens: int, num_experts: int, k: float) -> list[int]:
+def slot_numbers(
+    num_tokens: int, num_experts: int, k: float, most: int | None = None
+) -> list[int]:
     """The numbers of slots that a step has branches for.
 
     Args:
         num_tokens: n, tokens of a group.
         num_experts: E, those that can be chosen.
         k: Experts for each token, on average.
+        most: The most that an expert can get of a group, where it has a capacity.
+            Defaults to `None`, n.
 
     Returns:
-        Ascending; the last one is n, which fits whatever the gate does.
+        Ascending; the last one is `most`, which fits whatever the gate does.
     """
+    most = num_tokens if most is None else most
     share = num_tokens * k / num_experts
     numbers = [math.ceil(factor * share) for factor in _FACTORS]
-    limit = (1.0 - _LEAST_SAVING) * num_tokens
-    return [c for c in sorted(set(numbers)) if 1 <= c <= limit] + [num_tokens]
+    limit = (1.0 - _LEAST_SAVING) * most
+    return [c for c in sorted(set(numbers)) if 1 <= c <= limit] + [most]
 
 
 def mix(

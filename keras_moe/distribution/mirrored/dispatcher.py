@@ -8,31 +8,38 @@ import tensorflow as tf
 from keras_moe import functional
 from keras_moe.distribution import compatibility
 from keras_moe.distribution.messages import other_scope
-from keras_moe.distribution.mirrored import exchange
+from keras_moe.distribution.mirrored import exchange, expert_layers
+from keras_moe.distribution.mirrored.capacity import Capacity, without_dropped
 from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
-from keras_moe.distribution.topology import Shards
+from keras_moe.distribution.topology import Shards, make_shards
 
 
 class MirroredDispatcher(functional.Dispatcher):
-    """Dropless dispatch over the replicas of a strategy.
+    """Dispatch over the replicas of a strategy; dropless without a capacity.
 
     Args:
         engine: The `MirroredEngine`.
+        capacity: A `Capacity` of the global batch, or None. Defaults to `None`.
     """
 
-    def __init__(self, engine: Any):
-        self._engine = engine
+    def __init__(self, engine: Any, capacity: Capacity | None = None):
+        self._engine, self.capacity = engine, capacity
 
     def mix(self, experts, tokens, result, mask=None):
+        overflow = tf.constant(0)
+        if self.capacity is not None:
+            result, overflow = without_dropped(
+                result, self.capacity, tf.shape(tokens)[0], self._engine.replicas
+            )
         plan = self.make_plan(result, mask)
         rows = self.at_experts(
             experts,
             plan.dispatch(tokens),
             plan.counts,
-            lambda rows, own_counts, _: experts(rows, counts=own_counts),
+            lambda rows, own_counts, _: self.run_experts(experts, rows, own_counts),
         )
         outputs = plan.combine(rows, result.gates, tf.shape(tokens)[0])
-        return functional.Mixed(outputs, plan.overflow)
+        return functional.Mixed(outputs, overflow)
 
     def at_experts(
         self,
@@ -66,6 +73,33 @@ class MirroredDispatcher(functional.Dispatcher):
         answers = function(arrived, route.counts, before)
         return exchange.from_experts(answers, route, self._all_to_all)
 
+    def run_experts(
+        self, experts: Any, rows: tf.Tensor, counts: tf.Tensor, group_size: int = 1
+    ) -> tf.Tensor:
+        """Runs the experts of this replica on rows that have come to them.
+
+        Args:
+            experts: The layer of all experts.
+            rows: `(M, D)` sorted by expert.
+            counts: `(E_own,)` int32, rows of each; `(E,)` where every replica has all.
+            group_size: Experts that live together. Defaults to 1.
+
+        Returns:
+            `(M, output_units)`.
+        """
+        number = experts.num_experts
+        if any(isinstance(v, ExpertVariable) for v in _stacked(experts)):
+            return experts(rows, counts=counts)
+        # Weights of all experts are everywhere: the layer is called on all, of which
+        # the others have no rows.
+        replicas = self._engine.replicas
+        shards = make_shards(number, replicas.number, group_size)
+        own = shards.experts_of(replicas.index)
+        if counts.shape[0] != number:
+            counts = tf.pad(counts, [[own.start, number - own.stop]])
+        with expert_layers.rows_of(shards):
+            return experts(rows, counts=counts)
+
     def _shards_of(self, experts) -> Shards | None:
         strategy, number = self._engine.strategy, self._engine.replicas.number
         for variable in experts.weights:
@@ -76,12 +110,16 @@ class MirroredDispatcher(functional.Dispatcher):
                         f"{variable.shards.num_replicas} replicas in a step of "
                         f"another with {number}"
                     )
-                return variable.shards
+                if _stacked(experts):
+                    return variable.shards
+                continue
             if not hasattr(variable._value, "_values"):
                 raise other_scope(
                     f"{experts.name!r}, built outside of any, in a step on {number} "
                     "replicas"
                 )
+        if getattr(experts, "experts_are_layers", False):
+            return make_shards(experts.num_experts, number)
         return None
 
     def _all_to_all(self, blocks):
@@ -93,3 +131,8 @@ class MirroredDispatcher(functional.Dispatcher):
             return tf.ensure_shape(received, blocks.shape), self._all_to_all
 
         return run(blocks)
+
+
+def _stacked(layer):
+    """Its weights stacked over experts or groups, none of layers that are experts."""
+    return () if getattr(layer, "experts_are_layers", False) else layer.weights

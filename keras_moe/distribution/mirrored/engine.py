@@ -10,11 +10,13 @@ from keras_moe import engine, operations
 from keras_moe.distribution import compatibility, slots
 from keras_moe.distribution.mirrored import (
     exchange,
+    expert_layers,
     hierarchical,
     optimization,
     repairs,
     training,
 )
+from keras_moe.distribution.mirrored.capacity import Capacity
 from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
 from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
 from keras_moe.distribution.topology import make_shards
@@ -35,8 +37,16 @@ class MirroredEngine(engine.Engine):
         self.weights = _Weights(self)
         self.replicas = _Replicas(self)
         self.operations = _Operations(self)
-        self.dispatcher = lambda k: MirroredDispatcher(self)
+        self.dispatcher = self._dispatcher
         self.hierarchical_mixture = partial(hierarchical.mix_at_groups, self)
+
+    def _dispatcher(self, k, capacity_factor=None, most_experts=None):
+        if capacity_factor is None:
+            return MirroredDispatcher(self)
+        return MirroredDispatcher(self, Capacity(capacity_factor, most_experts))
+
+    def run_each(self, owner, experts, calls):
+        return expert_layers.run_each(self.replicas, owner, experts, calls)
 
     @property
     def strategy(self) -> Any:
@@ -61,6 +71,11 @@ class _Weights(engine.Weights):
                 **{"dtype": layer.variable_dtype, **options},
             )
         return compatibility.track_weight(layer, variable)
+
+    def note_experts(self, variables):
+        for variable in variables:
+            self._engine.has_experts = True
+            variable.of_experts = self._engine.replicas.number
 
     def add_slot(self, optimizer, variable, shape, name):
         if len(variable.shape) < 3:

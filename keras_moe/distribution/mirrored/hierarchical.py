@@ -1,12 +1,18 @@
 """A hierarchical mixture whose groups live on different devices."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from keras_moe import functional
+from keras_moe.distribution.mirrored.capacity import (
+    Capacity,
+    fitting,
+    ranks_within_choices,
+)
 from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
 from keras_moe.distribution.topology import make_shards
+from keras_moe.functional.capacity import limit_of, verify_fixed_k
 from keras_moe.functional.hierarchical import choices_of_levels
 from keras_moe.types import GateStatistics
 
@@ -17,7 +23,8 @@ def mix_at_groups(
     tokens: tf.Tensor,
     gate_tokens: tf.Tensor,
     training: bool | None,
-) -> tuple[tf.Tensor, GateStatistics, tuple, tuple]:
+    capacity: Capacity | None = None,
+) -> tuple[tf.Tensor, tf.Tensor, GateStatistics, tuple, tuple]:
     """Runs each secondary mixture where its group lives (section 3.1).
 
     The primary gate runs where the token is. A row travels once for each of its
@@ -30,15 +37,19 @@ def mix_at_groups(
         tokens: `(N, D)`, those of this replica; no padding among them.
         gate_tokens: `(N, gate_features)`, what the gates see; usually the tokens.
         training: Whether the gates add their noise.
+        capacity: That of every expert, or None, which drops nothing. Defaults to
+            `None`.
 
     Returns:
         outputs: `(N, output_units)`.
+        overflow: `()` int32, assignments to the experts that are here that are
+            dropped.
         statistics: `GateStatistics` whose sum over the replicas is that of the
             global batch: a replica knows its own experts, the rest is zero.
         losses: Those of both levels.
         choices_kept: That of the tokens and of the groups that are here.
     """
-    gating = layer.gating
+    gating, dispatcher = layer.gating, MirroredDispatcher(engine)
     primary = gating.primary_gating(gate_tokens, training=training)
     plan = functional.make_plan(primary)
     sent = tokens
@@ -54,15 +65,23 @@ def mix_at_groups(
     # The gate travels in two columns: in half precision one would round it.
     coarse = tf.cast(gates, rows.dtype)
     fine = tf.cast(gates - tf.cast(coarse, gates.dtype), rows.dtype)
-    rows = tf.concat([rows, coarse[:, tf.newaxis], fine[:, tf.newaxis]], axis=1)
+    columns = [coarse, fine]
+    queue = None
+    if capacity is not None:
+        queue = _queue(engine.replicas, layer, primary, capacity, tf.shape(tokens)[0])
+        # Which choice of its token a row is: first choices go before second ones.
+        columns.append(tf.cast(plan.assignments_of_rows() % queue.k[0], rows.dtype))
+    rows = tf.concat([rows, tf.stack(columns, axis=1)], axis=1)
     seen = {}
 
     def secondary(rows, counts, first_row):
-        rows, coarse, fine = tf.split(rows, [rows.shape[1] - 2, 1, 1], axis=1)
+        sizes = [rows.shape[1] - len(columns), 1, 1, len(columns) - 2]
+        rows, coarse, fine, choice = tf.split(rows, sizes, axis=1)
         gates = tf.cast(coarse, primary.gates.dtype) + tf.cast(
             fine, primary.gates.dtype
         )
-        outputs, seen["gates"], *seen["statistics"] = _mix_here(
+        outputs, seen["overflow"], seen["gates"], *seen["statistics"] = _mix_here(
+            dispatcher,
             layer,
             rows[:, :width],
             rows[:, width:] if seen_apart else rows[:, :features],
@@ -70,10 +89,10 @@ def mix_at_groups(
             first_row,
             counts,
             training,
+            None if queue is None else queue._replace(choice=choice[:, 0]),
         )
         return outputs
 
-    dispatcher = MirroredDispatcher(engine)
     answers = dispatcher.at_experts(gating, rows, plan.counts, secondary)
     outputs = plan.combine(answers, tf.ones_like(primary.gates), tf.shape(tokens)[0])
     statistics = _spread(
@@ -82,11 +101,45 @@ def mix_at_groups(
     own = seen["gates"]
     losses = (*primary.auxiliary_losses, *own.auxiliary_losses)
     kept = choices_of_levels(primary.choices_kept, own.choices_kept)
-    return outputs, statistics, losses, kept
+    return outputs, seen["overflow"], statistics, losses, kept
 
 
-def _mix_here(layer, rows, gate_rows, gates, first_row, counts, training):
-    """Answers `(M, output_units)`, gates and statistics of the groups that live here."""
+class _Queue(NamedTuple):
+    """What says which rows of a group fit.
+
+    Attributes:
+        k: Groups of a token, and experts in each.
+        limit: `()` int32. Slots of an expert that may be filled.
+        choice: `(M,)` float. Which choice of its token each row at the group is.
+    """
+
+    k: tuple[int, int]
+    limit: tf.Tensor
+    choice: Any = None
+
+    def fits(self, expert_indices, num_experts):
+        """Whether assignments `(M, K2)` of rows at their groups fit."""
+        own = tf.one_hot(tf.cast(self.choice, tf.int32), self.k[0], dtype=tf.int32)
+        # The columns of one device, -1 for what another row of the token holds.
+        columns = own[:, :, tf.newaxis] * (expert_indices[:, tf.newaxis, :] + 1) - 1
+        width = self.k[0] * self.k[1]
+        flat = tf.reshape(columns, [-1, width])
+        _, counts = ranks_within_choices(flat, num_experts)
+        kept = fitting(flat, counts[tf.newaxis], 0, self.limit)
+        return tf.reduce_any(tf.reshape(kept, [-1, *self.k]), axis=1)
+
+
+def _queue(replicas, layer, primary, capacity, num_tokens):
+    verify_fixed_k(primary, None, f"capacity_factor={capacity.factor} of {layer.name}")
+    k = primary.gates.shape[1], layer.k[1]
+    total = tf.reduce_sum(replicas.gather(num_tokens))
+    return _Queue(k, limit_of(total, layer.num_experts, k[0] * k[1], capacity.factor))
+
+
+def _mix_here(
+    dispatcher, layer, rows, gate_rows, gates, first_row, counts, training, queue
+):
+    """Answers `(M, output_units)`, overflow, gates and statistics of the groups here."""
     gating = layer.gating
     size = layer.num_experts // layer.num_groups
     num_groups = gating.gate_kernel.shape[0]  # of those here; may be 0
@@ -105,15 +158,26 @@ def _mix_here(layer, rows, gate_rows, gates, first_row, counts, training):
     # A replica without groups sees no rows. It runs the same operations, so that
     # its exchanges come in the order of the others'.
     result = functional.make_gating_result(gates, expert_indices, max(num_experts, 1))
-    plan = functional.make_plan(result)
-    outputs = layer.experts(plan.dispatch(rows), counts=plan.counts[:num_experts])
-    outputs = plan.combine(outputs, gates)
+    sent, overflow = result, tf.constant(0)
+    if queue is not None:
+        kept = tf.where(queue.fits(expert_indices, max(num_experts, 1)))
+        overflow = tf.size(expert_indices) - tf.shape(kept)[0]
+        sent = result._replace(
+            gates=tf.gather_nd(gates, kept),
+            expert_indices=tf.gather_nd(expert_indices, kept),
+            token_indices=tf.cast(kept[:, 0], tf.int32),
+        )
+    plan = functional.make_plan(sent)
+    outputs = dispatcher.run_experts(
+        layer.experts, plan.dispatch(rows), plan.counts[:num_experts], size
+    )
+    outputs = plan.combine(outputs, sent.gates, tf.shape(rows)[0])
     importance = result.statistics.importance[:num_experts]
     counts = result.statistics.counts[:num_experts]
     load = secondary.load
     if load is None:
         load = tf.cast(counts, importance.dtype)
-    return outputs, secondary, importance, load, counts
+    return outputs, overflow, secondary, importance, load, counts
 
 
 def _spread(layer, replicas, primary, importance, load, counts):

@@ -34,7 +34,12 @@ _BaseOptimizer = compatibility.BaseOptimizer
 
 
 def _has_experts(optimizer) -> bool:
-    return any(isinstance(v, ExpertVariable) for v in optimizer._trainable_variables)
+    return any(is_of_experts(v) for v in optimizer._trainable_variables)
+
+
+def is_of_experts(variable: Any) -> bool:
+    """Whether a weight is one of experts, sharded or alike on all replicas."""
+    return isinstance(variable, ExpertVariable) or hasattr(variable, "of_experts")
 
 
 def _is_ours(optimizer) -> bool:

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_moe import engine
 from keras_moe.distribution import compatibility
 from keras_moe.distribution.messages import KEEP_XLA_OFF, does_not_work
-from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
+from keras_moe.distribution.mirrored.optimization import is_of_experts
 from keras_moe.types import at_least_float32
 
 _installed = False
@@ -137,7 +137,7 @@ def _install_refusals():
     stock = kind._make_function
 
     def _make_function(self, step_function):
-        if any(isinstance(v, ExpertVariable) for v in self.variables):
+        if any(is_of_experts(v) for v in self.variables):
             for name, wanted, remedy in (
                 ("run_eagerly", self.run_eagerly, "leave it False"),
                 ("jit_compile", self.jit_compile, KEEP_XLA_OFF),
@@ -148,7 +148,7 @@ def _install_refusals():
                         name,
                         getattr(self, name),
                         self.name,
-                        "with sharded experts",
+                        "with experts on several replicas",
                         remedy,
                     )
         return stock(self, step_function)
