@@ -180,11 +180,13 @@ def mix_experts(
             network, inputs, plan, weights, gates=gates, recompute=recompute
         )
     if not isinstance(plan, SortedPlan) or runtime.only_plain():
+        # A mesh fills its last shard up with experts, which get nothing.
+        missing = weights[0].shape[0] - plan.counts.shape[0]
         rows = run_experts(
             network,
             plan.dispatch(inputs),
             weights,
-            plan.counts,
+            tf.pad(plan.counts, [[0, missing]]) if missing > 0 else plan.counts,
             recompute=recompute,
             computation=computation,
         )
