@@ -338,9 +338,24 @@ def recorded(tmp_path):
     return records
 
 
+def test_a_mixture_is_compared_with_dense_models_of_as_many_operations():
+    import sweep_report
+
+    def row(name, operations, perplexity):
+        is_mixture = name.startswith("moe")
+        made = sweep_report.Row(name, {"middle": "moe" if is_mixture else "dense"})
+        made.found.append(results((perplexity,), operations=operations))
+        return made
+
+    rows = [row("moe_8", 1000, 20.0), row("near", 1015, 30.0), row("wide", 1025, 10.0)]
+    assert sweep_report.best_twin(rows[0], rows).name == "near"
+    assert sweep_report.best_twin(rows[0], rows[::2]) is None
+    assert "| 33.3% |" in sweep_report.at_the_end(rows)
+
+
 TABLES = """short, vocabulary of 32,000, 2,000 tokens:
 
-| arm | seeds | operations | parameters | validation | test | fewer than dense_8 [learning_rate=0.004] | overtakes at | CPU seconds |
+| arm | seeds | operations | parameters | validation | test | fewer than dense | overtakes at | CPU seconds |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 | moe_8 | 2 | 500 | 9,000 | 21.00 (sd 1.00) | 24.00 | 30.0% | 2,000 | 60 |
 | dense_8 [learning_rate=0.004] | 1 | 500 | 9,000 | 30.00 |  | 0.0% |  | 60 |
