@@ -35,20 +35,11 @@ class TokenCrossentropy(keras.losses.SparseCategoricalCrossentropy):
         usual = config["from_logits"] and config.get("ignore_class") is None
         if not usual or config.get("axis", -1) not in (-1, y_pred.shape.rank - 1):
             return super().call(y_true, y_pred)
-        return of_tokens(y_true, y_pred)
+        return _of_tokens(y_true, y_pred)
 
 
-def of_tokens(targets: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Cross-entropy of each token.
-
-    Args:
-        targets: Ids `(...)` or `(..., 1)`, of any type.
-        logits: `(..., V)`.
-
-    Returns:
-        `(...)`, of the type of `logits`.
-    """
-    logits = tf.convert_to_tensor(logits)
+def _of_tokens(targets, logits):
+    """Ids `(...)` or `(..., 1)` of any type, logits `(..., V)` -> `(...)`."""
     targets = tf.cast(tf.convert_to_tensor(targets), tf.int32)
     if targets.shape.rank == logits.shape.rank and targets.shape[-1] == 1:
         targets = tf.squeeze(targets, axis=-1)  # as Keras does it

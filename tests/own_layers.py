@@ -103,9 +103,8 @@ class HashGating(keras.layers.Layer):
         )
 
 
-@register
-class StockGating(keras.layers.Layer):
-    """The two best of a softmax, by TensorFlow's own operations, with a z-loss."""
+class _OneKernel(keras.layers.Layer):
+    """A gate whose logits are one product."""
 
     num_experts = None
 
@@ -115,6 +114,11 @@ class StockGating(keras.layers.Layer):
             shape=(input_shape[-1], self.num_experts),
             initializer=keras.initializers.GlorotUniform(seed=3),
         )
+
+
+@register
+class StockGating(_OneKernel):
+    """The two best of a softmax, by TensorFlow's own operations, with a z-loss."""
 
     def call(self, inputs, mask=None, training=None):
         logits = tf.matmul(inputs, self.kernel)
@@ -132,19 +136,11 @@ class StockGating(keras.layers.Layer):
 
 
 @register
-class AboveGating(keras.layers.Layer):
+class AboveGating(_OneKernel):
     """All experts above the mean of a token's softmax, three at most: any number."""
 
-    num_experts = None
     most_experts = 3
     supports_masking = True
-
-    def build(self, input_shape):
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(input_shape[-1], self.num_experts),
-            initializer=keras.initializers.GlorotUniform(seed=3),
-        )
 
     def call(self, inputs, mask=None, training=None):
         gates = tf.nn.softmax(4.0 * tf.matmul(inputs, self.kernel))

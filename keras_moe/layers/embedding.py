@@ -15,10 +15,9 @@ class Embedding(keras.layers.Embedding):
     """
 
     def call(self, inputs):
-        table = self.embeddings.value
-        # A mesh shards the table; with half precision `value` is a copy as it is.
-        if not (isinstance(table, tf.Variable) and engine.current().values_are_here):
-            return super().call(inputs)
-        if self.lora_enabled:
-            return super().call(inputs)
-        return tf.cast(tf.gather(table, inputs), self.compute_dtype)
+        # With half precision or low-rank adaptation it is a tensor made of the variable.
+        table = getattr(self.embeddings, "value", None)
+        is_here = engine.current().values_are_here  # a mesh shards it
+        if isinstance(table, tf.Variable) and is_here:
+            return tf.cast(tf.gather(table, inputs), self.compute_dtype)
+        return super().call(inputs)

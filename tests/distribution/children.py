@@ -9,7 +9,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
+# Of tests in which three devices stand for any number in the usual run.
+SEVERAL_DEVICES = [
+    pytest.param(2, marks=pytest.mark.exhaustive),
+    3,
+    pytest.param(4, marks=pytest.mark.exhaustive),
+]
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.distribution import children
+from tests.distribution.children import SEVERAL_DEVICES
 
 pytestmark = pytest.mark.slow
 
@@ -93,12 +94,7 @@ def test_gates_of_a_user_work_as_on_one_device():
 
 
 UNEVEN = {"examples": 31, "mask": True}
-DEVICES = [
-    pytest.param(1, marks=pytest.mark.exhaustive),
-    pytest.param(2, marks=pytest.mark.exhaustive),
-    3,
-    pytest.param(4, marks=pytest.mark.exhaustive),
-]
+DEVICES = [pytest.param(1, marks=pytest.mark.exhaustive), *SEVERAL_DEVICES]
 
 
 @pytest.mark.parametrize("num_devices", DEVICES)

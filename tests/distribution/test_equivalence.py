@@ -3,6 +3,7 @@
 import pytest
 
 from tests.distribution import children
+from tests.distribution.children import SEVERAL_DEVICES
 
 pytestmark = pytest.mark.slow
 
@@ -120,14 +121,9 @@ def test_gates_of_a_user_work_as_on_one_device():
 
 SHORT = {"steps": 6}
 UNEVEN = {"examples": 25, "mask": True}
-DEVICES = [
-    pytest.param(2, marks=pytest.mark.exhaustive),
-    3,
-    pytest.param(4, marks=pytest.mark.exhaustive),
-]
 
 
-@pytest.mark.parametrize("num_devices", DEVICES)
+@pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
 def test_a_capacity_drops_what_one_device_drops(num_devices):
     # In every second batch, of one example, all devices but one have none.
     assert_equal_on_devices(
@@ -142,7 +138,7 @@ def test_a_capacity_drops_what_one_device_drops(num_devices):
     )
 
 
-@pytest.mark.parametrize("num_devices", DEVICES)
+@pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
 def test_experts_of_any_kind(num_devices):
     # Batch statistics, dropout and losses of their own are those of one device.
     assert_equal_on_devices(
@@ -154,7 +150,7 @@ def test_experts_of_any_kind(num_devices):
     )
 
 
-@pytest.mark.parametrize("num_devices", DEVICES)
+@pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
 def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices):
     assert_equal_on_devices(
         num_devices,
@@ -166,7 +162,7 @@ def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices):
     )
 
 
-@pytest.mark.parametrize("num_devices", DEVICES)
+@pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
 def test_a_mixture_within_a_recurrence(num_devices):
     backwards = {**SHORT, "backwards": True, "segments": 2}
     assert_equal_on_devices(
