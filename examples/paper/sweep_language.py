@@ -1,16 +1,15 @@
 """Arms of the sweep that are language models."""
 
 import dataclasses
-import json
 import math
 import re
 import time
-from typing import ClassVar
 
 import numpy as np
+import sweep_arm
 from experiment import start_afresh
 
-from keras_moe import data, models, writing
+from keras_moe import data, models
 from keras_moe.commands import runs, train_lm
 from keras_moe.commands.options import TrainLMOptions
 
@@ -26,7 +25,7 @@ QUICK |= {"batch_size": 8, "test_tokens": 2000}
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelArm:
+class LanguageModelArm(sweep_arm.Arm):
     """One model, and how it is trained; the fields are those of `train-lm`.
 
     Attributes:
@@ -36,38 +35,21 @@ class LanguageModelArm:
         test_tokens: So much of the test text is read at the end, with `--test`.
     """
 
-    corpus: str = "embedded"
     vocabulary_size: int = 32_000
     tokens: int = 25_000_000
-    middle: str = "moe"
     num_experts: int = 64
     num_groups: int | None = None
     k: int = K
     hidden_units: int = HIDDEN
     units: int = UNITS
-    shared_units: int = 0
-    expert_dropout: float = 0.0
-    scaling_factor: float = 1.0
-    gating: str = "noisy_top_k"
-    noise: str = "learned"
-    activation: str = "linear"
-    loss_weight: float = 0.01
     dropout: float = 0.0
-    learning_rate: float = 0.004
-    expert_learning_rate: float = 1.0
-    gate_learning_rate: float = 1.0
     warmup_steps: int = 200
-    decay: str = "cosine"
     batch_size: int = 64
     sequence_length: int = 32
     num_sampled: int | None = 1024
-    seed: int = 0
     points: int = 12
     validation_tokens: int = 100_000
     test_tokens: int = 700_000
-
-    # Settings that are not in the names of folders of runs.
-    TEST_ONLY: ClassVar = ()
 
     @property
     def steps(self):
@@ -92,9 +74,7 @@ class LanguageModelArm:
 
     def build(self, vocabulary_size):
         """The compiled model."""
-        names = {field.name for field in dataclasses.fields(TrainLMOptions)}
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k in names}
-        options = TrainLMOptions(**{**settings, "epochs": 1})
+        options = self.options_of(TrainLMOptions)
         return train_lm.build_model(options, vocabulary_size, self.middle, self.steps)
 
     def run(self, folder, corpus, with_test):
@@ -104,17 +84,12 @@ class LanguageModelArm:
             Dict of figures: `curve` has a point for each measurement.
         """
         start_afresh(self.seed)
-        folder.mkdir(parents=True, exist_ok=True)
         model = self.build(len(corpus.vocabulary))
         corpus = dataclasses.replace(corpus, train=corpus.train[: self.tokens])
-        found = runs.checkpoints(folder)
-        done = max(found, default=0)
-        curve = json.loads((folder / "curve.json").read_text())[:done] if done else []
-        if done:
-            model.load_weights(found[done])
+        curve = sweep_arm.resume(folder, model)
         shape = self.batch_size, self.sequence_length
         ends = [round(self.steps * i / self.points) for i in range(self.points + 1)]
-        for point in range(done, self.points):
+        for point in range(len(curve), self.points):
             first, last = ends[point], ends[point + 1]
             stream = corpus.dataset("train", *shape).skip(first).take(last - first)
             clock, cpu = time.perf_counter(), time.process_time()
@@ -135,30 +110,21 @@ class LanguageModelArm:
                     "training_loss": logs["loss"][-1],
                     "seconds": round(seconds[0], 1),
                     "cpu_seconds": round(seconds[1], 1),
-                    **of_experts(measured),
-                    **of_experts({k: v[-1] for k, v in logs.items()}, "training_"),
+                    **sweep_arm.of_experts(measured),
+                    **sweep_arm.of_experts(
+                        {k: v[-1] for k, v in logs.items()}, "training_"
+                    ),
                 }
             )
             if not math.isfinite(curve[-1]["perplexity"]):
                 break
-            # The curve first: a point more than there are weights of is cut off.
-            writing.write_text(folder / "curve.json", json.dumps(curve))
-            runs.save_weights(model, folder / f"epoch_{point + 1}.weights.h5")
-            for old in set(runs.checkpoints(folder)) - {point + 1}:
-                (folder / f"epoch_{old}.weights.h5").unlink()
+            sweep_arm.keep(folder, model, curve)
             print(
                 f"{last * math.prod(shape):>12,} tokens: "
                 f"perplexity {curve[-1]['perplexity']:.2f}",
                 flush=True,
             )
-        count = self.count()
-        results = {
-            "curve": curve,
-            "perplexity": curve[-1]["perplexity"],
-            "operations": count.core_operations,
-            "parameters": count.core_parameters,
-            "training_cpu_seconds": round(sum(p["cpu_seconds"] for p in curve), 1),
-        }
+        results = self.results(curve)
         if with_test:
             measured = evaluate(model, corpus.test[: self.test_tokens], corpus)
             results["test_perplexity"] = measured["perplexity"]
@@ -171,16 +137,6 @@ def evaluate(model, tokens, corpus):
     return model.evaluate(
         text.dataset("valid", *EVALUATION_SHAPE), verbose=0, return_dict=True
     )
-
-
-def of_experts(logs, prefix=""):
-    """What the logs say of the mixtures."""
-    wanted = ("max_over_mean_load", "load_cv", "choices_kept")
-    return {
-        prefix + name: float(value)
-        for name, value in logs.items()
-        if name.endswith(wanted)
-    }
 
 
 Arm = LanguageModelArm
@@ -221,11 +177,7 @@ def twin(mixture, kind="dense"):
             sizes = {"middle": "moe_1_wide", "k": 1, "hidden_units": size}
         else:
             sizes = {"middle": "moe_1_deep", "hidden_units": size}
-        # What a dense model has no use for is not to tell its records apart.
-        rest = {"num_experts": 0, "loss_weight": 0.0, "shared_units": 0}
-        rest |= {"gate_learning_rate": 1.0, "scaling_factor": 1.0}
-        rest |= {"gating": "noisy_top_k", "noise": "learned"}
-        return dataclasses.replace(mixture, **sizes, **rest)
+        return dataclasses.replace(mixture, **sizes, **sweep_arm.WITHOUT_MIXTURE)
 
     sizes = range(1, 3 * (mixture.k * mixture.hidden_units + mixture.shared_units))
     return min(

@@ -5,7 +5,6 @@ each folder and direction are a set of their own.
 """
 
 import dataclasses
-import json
 import math
 import re
 import time
@@ -13,9 +12,9 @@ from typing import ClassVar
 
 import keras
 import numpy as np
+import sweep_arm
 import tensorflow as tf
 from experiment import start_afresh
-from sweep_language import of_experts
 
 from keras_moe import data, models, telemetry, writing
 from keras_moe.commands import pairs, runs, train_mt
@@ -37,7 +36,7 @@ PARTS = ("embedding", "lstm", "gating", "experts", "attention", "softmax")
 
 
 @dataclasses.dataclass(frozen=True)
-class TranslationArm:
+class TranslationArm(sweep_arm.Arm):
     """One model, and how it is trained; the fields are those of `train-mt`.
 
     Attributes:
@@ -53,34 +52,20 @@ class TranslationArm:
         longest: Subwords of a translation, at most.
     """
 
-    corpus: str = "embedded"
     directions: str | None = None
     vocabulary_size: int = 8_000
     steps: int = 8_000
-    middle: str = "moe"
     mixtures: str = "both"
     num_experts: int = 32
     k: int = 2
     hidden_units: int = 384
     dense_units: int = 0
     units: int = 192
-    shared_units: int = 0
-    expert_dropout: float = 0.0
-    scaling_factor: float = 1.0
-    gating: str = "noisy_top_k"
-    noise: str = "learned"
-    activation: str = "linear"
-    loss_weight: float = 0.01
     dropout: float = 0.1
-    learning_rate: float = 0.004
-    expert_learning_rate: float = 1.0
-    gate_learning_rate: float = 1.0
     warmup_steps: int = 400
-    decay: str = "cosine"
     batch_tokens: int = 2048
     max_length: int = 96
     temperature: float = 1.0
-    seed: int = 0
     points: int = 8
     validation_pairs: int = 500
     sentences: int = 100
@@ -134,10 +119,8 @@ class TranslationArm:
 
     def options(self):
         """Those of `train-mt`."""
-        names = {field.name for field in dataclasses.fields(TrainMTOptions)}
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k in names}
         # The order of the pairs is the same whatever the seed of the model.
-        return TrainMTOptions(**{**settings, "epochs": 1, "seed": 1})
+        return self.options_of(TrainMTOptions, seed=1)
 
     def build(self, vocabulary):
         """The compiled model, which counts what it is shown."""
@@ -165,13 +148,9 @@ class TranslationArm:
             "train", corpus.vocabulary, **{n: getattr(options, n) for n in names}
         )
         start_afresh(self.seed)
-        folder.mkdir(parents=True, exist_ok=True)
         model = self.build(corpus.vocabulary)
-        found = runs.checkpoints(folder)
-        done = max(found, default=0)
-        curve = json.loads((folder / "curve.json").read_text())[:done] if done else []
-        if done:
-            model.load_weights(found[done])
+        curve = sweep_arm.resume(folder, model)
+        done = len(curve)
         steps = self.steps // self.points
         if done < self.points:
             model.fit(
@@ -184,15 +163,7 @@ class TranslationArm:
                 verbose=0,
                 callbacks=[runs.NoiseOfEpoch(), Measure(self, folder, corpus, curve)],
             )
-        count = self.count()
-        results = {
-            "curve": curve,
-            "perplexity": curve[-1]["perplexity"],
-            "bleu": curve[-1]["bleu"],
-            "operations": count.core_operations,
-            "parameters": count.core_parameters,
-            "training_cpu_seconds": round(sum(p["cpu_seconds"] for p in curve), 1),
-        }
+        results = {**self.results(curve), "bleu": curve[-1]["bleu"]}
         if with_test:
             results |= self.test(model, corpus)
         return results
@@ -270,17 +241,13 @@ class Measure(keras.callbacks.Callback):
             "seconds": round(seconds[0], 1),
             "cpu_seconds": round(seconds[1], 1),
             "measuring_seconds": round(time.perf_counter() - clock, 1),
-            **of_experts(logs, "training_"),
+            **sweep_arm.of_experts(logs, "training_"),
         }
         self.curve.append(point)
         if not math.isfinite(point["perplexity"]):
             self.model.stop_training = True
             return
-        # The curve first: a point more than there are weights of is cut off.
-        writing.write_text(self.folder / "curve.json", json.dumps(self.curve))
-        runs.save_weights(self.model, self.folder / f"epoch_{epoch + 1}.weights.h5")
-        for old in set(runs.checkpoints(self.folder)) - {epoch + 1}:
-            (self.folder / f"epoch_{old}.weights.h5").unlink()
+        sweep_arm.keep(self.folder, self.model, self.curve)
         print(
             f"{point['pairs']:>10,} pairs, {point['tokens']:>12,} tokens: "
             f"perplexity {point['perplexity']:.2f}, BLEU {point['bleu']:.1f}",
@@ -374,11 +341,8 @@ def arm_of(name, common):
     if kind != "dense":
         side = kind.removesuffix("_moe")
         return dataclasses.replace(mixture, mixtures=side, dense_units=wide)
-    # What a dense model has no use for is not to tell its records apart.
-    rest = {"num_experts": 0, "k": 1, "hidden_units": 0, "shared_units": 0}
-    rest |= {"loss_weight": 0.0, "gating": "noisy_top_k", "noise": "learned"}
-    rest |= {"gate_learning_rate": 1.0, "scaling_factor": 1.0}
-    return dataclasses.replace(mixture, middle="moe_1_wide", dense_units=wide, **rest)
+    sizes = {"middle": "moe_1_wide", "k": 1, "hidden_units": 0, "dense_units": wide}
+    return dataclasses.replace(mixture, **sizes, **sweep_arm.WITHOUT_MIXTURE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
