@@ -180,13 +180,11 @@ def mix_experts(
             network, inputs, plan, weights, gates=gates, recompute=recompute
         )
     if not isinstance(plan, SortedPlan) or runtime.only_plain():
-        # A mesh fills its last shard up with experts, which get nothing.
-        missing = weights[0].shape[0] - plan.counts.shape[0]
         rows = run_experts(
             network,
             plan.dispatch(inputs),
             weights,
-            tf.pad(plan.counts, [[0, missing]]) if missing > 0 else plan.counts,
+            plan.counts,
             recompute=recompute,
             computation=computation,
         )

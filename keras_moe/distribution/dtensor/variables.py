@@ -179,9 +179,10 @@ class LaidOutVariable(dtensor.DVariable):
 
     def _read_variable_op(self, no_copy=False):
         value = super()._read_variable_op(no_copy)
-        if in_step() or not tf.executing_eagerly():
+        if in_step():
             return value
-        value = whole(value)
+        if tf.executing_eagerly():
+            value = whole(value)
         if _missing_rows(self.whole_shape, self._target):
             with on_host():
                 value = value[: self.whole_shape[0]]
