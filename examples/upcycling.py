@@ -64,7 +64,7 @@ class Run:
 
     def train(self, steps):
         """Steps on windows from anywhere in the text."""
-        a, begin = self.a, time.perf_counter()
+        a, begin = self.a, time.process_time()
         if self.falls:
             left = max(0.0, 1 - self.seconds / (60 * a.minutes))
             self.model.optimizer.learning_rate = a.learning_rate * left
@@ -73,7 +73,7 @@ class Run:
             windows = self.text[starts[:, np.newaxis] + np.arange(a.length + 1)]
             self.model.train_on_batch(windows[:, :-1], windows[:, 1:])
         self.steps += steps
-        self.seconds += time.perf_counter() - begin
+        self.seconds += time.process_time() - begin
 
 
 def make_gate(a):
