@@ -95,6 +95,8 @@ BEFORE = {
         "scaling_factor": 1.0,
         "expert_learning_rate": 1.0,
         "gate_learning_rate": 1.0,
+        "num_mixtures": 1,
+        "untouched_rows": "keep",
     }
 }
 

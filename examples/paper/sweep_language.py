@@ -46,7 +46,9 @@ class LanguageModelArm(sweep_arm.Arm):
     warmup_steps: int = 200
     batch_size: int = 64
     sequence_length: int = 32
+    num_mixtures: int = 1
     num_sampled: int | None = 1024
+    untouched_rows: str = "decay"
     points: int = 12
     validation_tokens: int = 100_000
     test_tokens: int = 700_000
@@ -62,13 +64,20 @@ class LanguageModelArm(sweep_arm.Arm):
         same = ("vocabulary_size", "units", "middle", "num_groups")
         same += ("hidden_units", "shared_units")
         settings = {name: getattr(self, name) for name in same}
-        return models.count(
+        one = models.count(
             models.Preset(
                 "arm",
                 k=k,
                 num_experts=self.num_experts if self.middle == "moe" else 0,
                 gating=self.gating,
                 **settings,
+            )
+        )
+        several = {"gating": self.num_mixtures, "experts": self.num_mixtures}
+        return models.Count(
+            *(
+                {part: several.get(part, 1) * n for part, n in numbers.items()}
+                for numbers in (one.operations, one.parameters)
             )
         )
 

@@ -11,6 +11,7 @@ from keras_moe.models.translation_layers import KINDS as TRANSLATION_KINDS
 
 DTYPES = ("float32", "float64", "mixed_bfloat16")
 DECAYS = ("inverse_square_root", "cosine")
+UNTOUCHED_ROWS = ("decay", "keep")
 SIDES = ("both", "encoder", "decoder")
 
 
@@ -45,6 +46,8 @@ class TrainOptions:
         "scaling_factor": 1.0,
         "expert_learning_rate": 1.0,
         "gate_learning_rate": 1.0,
+        "untouched_rows": "keep",
+        "num_mixtures": 1,
     }
 
     output_dir: str = _option("runs/model", "folder for everything written")
@@ -171,10 +174,20 @@ class TrainLMOptions(TrainOptions):
         choices=KINDS,
     )
     k: int = _option(4, "experts for each token (of each group, if hierarchical)")
+    num_mixtures: int = _option(
+        1,
+        "mixtures one after the other between the LSTMs, or dense experts in their "
+        "place (without --preset)",
+    )
     num_sampled: int | None = _option(
-        None,
-        "candidates of the softmax in training; rows of words that a step does not read "
-        "are then left alone by Adam; default: the full softmax",
+        None, "candidates of the softmax in training; default: the full softmax"
+    )
+    untouched_rows: str = _option(
+        "decay",
+        "with --num-sampled, what becomes of the rows of words that a step does not "
+        "read: decay, as in Adam, or keep, which saves time where words are many and "
+        "learns less",
+        choices=UNTOUCHED_ROWS,
     )
     batch_size: int = _option(32, "rows of a batch, each a stream of text")
     sequence_length: int = _option(32, "time steps of a batch")

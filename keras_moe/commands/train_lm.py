@@ -13,8 +13,10 @@ from keras_moe.commands import compiling, devices, folders, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.data.vocabulary import PAD_ID, UNK_ID
+from keras_moe.models.middle import names_of
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
+_COUNTS += ("num_mixtures",)
 REPORT = "report.json"
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
@@ -208,8 +210,8 @@ def build_model(
     model.build((options.batch_size, options.sequence_length))
     schedule = compiling.learning_rate(options, steps)
     own: dict[str, Any] = {"factored": None} if is_factored else {}
-    if options.num_sampled is not None:
-        own["untouched_rows"] = "keep"
+    if options.num_sampled is not None and options.untouched_rows != "decay":
+        own["untouched_rows"] = options.untouched_rows
     optimizer = compiling.make_optimizer(
         options, model, schedule, global_clipnorm=1.0, **own
     )
@@ -222,7 +224,9 @@ def _middle(options, kind):
     common = {name: getattr(options, name) for name in same}
     levels = (options.k,) if options.num_groups is None else (options.k, options.k)
     if kind != "moe":
-        return models.middle_layers(kind, k=math.prod(levels), **common)
+        return models.middle_layers(
+            kind, k=math.prod(levels), num_mixtures=options.num_mixtures, **common
+        )
     return [
         models.make_mixture(
             num_experts=options.num_experts,
@@ -232,8 +236,10 @@ def _middle(options, kind):
             loss_weight=options.loss_weight,
             scaling_factor=options.scaling_factor,
             noise=options.noise_stddev,
+            name=name,
             **common,
         )
+        for name in names_of(kind, options.num_mixtures)
     ]
 
 

@@ -157,6 +157,7 @@ def middle_layers(
     shared_units: int = 0,
     expert_dropout: float = 0.0,
     scaling_factor: float = 1.0,
+    num_mixtures: int = 1,
 ) -> list[keras.layers.Layer]:
     """Layers for `MoELanguageModel(middle=...)`, mixture or dense baseline.
 
@@ -189,12 +190,15 @@ def middle_layers(
         expert_dropout: Share of the hidden units of every expert, or of the one,
             that is dropped in training. Defaults to `0.0`.
         scaling_factor: Factor of all gates, see `make_mixture`. Defaults to `1.0`.
+        num_mixtures: Int. How many mixtures, or dense experts, one after the other;
+            operations are then so many times as large. Defaults to `1`.
 
     Returns:
         A list of new layers.
 
     Raises:
-        ValueError: `kind` or `gating` is unknown, or a size is out of range.
+        ValueError: `kind` or `gating` is unknown, or a size is out of range, or there
+            are to be several mixtures of a kind that has none.
 
     Reference:
         Shazeer et al. 2017, appendix C.1.
@@ -202,6 +206,7 @@ def middle_layers(
     units = checks.verify_positive_int(units, "units")
     hidden_units = checks.verify_positive_int(hidden_units, "hidden_units")
     k = checks.verify_positive_int(k, "k")
+    names = names_of(kind, num_mixtures)
     if kind == "moe":
         return [
             make_mixture(
@@ -216,22 +221,35 @@ def middle_layers(
                 units=units,
                 expert_dropout=expert_dropout,
                 scaling_factor=scaling_factor,
+                name=name,
             )
+            for name in names
         ]
-    one = {"name": kind, "activation": activation, "dropout": expert_dropout}
-    if kind == "moe_1_wide":
-        return [single_expert(k * hidden_units + shared_units, **one)]
-    if kind == "moe_1_deep":
-        layers = num_deep_layers(units, hidden_units, k + shared_units / hidden_units)
-        return [single_expert([hidden_units] * layers, **one)]
+    if kind in ("moe_1_wide", "moe_1_deep"):
+        sizes: int | list[int] = k * hidden_units + shared_units
+        if kind == "moe_1_deep":
+            k_of_all = k + shared_units / hidden_units
+            sizes = [hidden_units] * num_deep_layers(units, hidden_units, k_of_all)
+        return [single_expert(sizes, name, activation, expert_dropout) for name in names]
     if kind == "4xlstm":
         return [
             keras.layers.LSTM(units, return_sequences=True, return_state=True)
             for _ in range(2)
         ]
-    if kind == "none":
-        return []
-    raise ValueError(f"`kind` must be one of {KINDS}. Received: kind={kind!r}.")
+    return []
+
+
+def names_of(kind, num_mixtures):
+    """Names of so many layers of a kind of `middle_layers`."""
+    if kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {KINDS}. Received: kind={kind!r}.")
+    num_mixtures = checks.verify_positive_int(num_mixtures, "num_mixtures")
+    if num_mixtures > 1 and kind in ("4xlstm", "none"):
+        raise ValueError(
+            "`num_mixtures` must be 1 where there is none. Received: num_mixtures="
+            f"{num_mixtures}, kind={kind!r}. Leave it out, or pass another kind."
+        )
+    return [kind, *(f"{kind}_{i + 2}" for i in range(num_mixtures - 1))]
 
 
 def num_deep_layers(units, hidden_units, k):
