@@ -332,12 +332,36 @@ def test_experts_and_gates_have_rates_and_dropout_of_their_own(
             assert paths
             assert {found.pop(path) for path in paths} == {factor}
         assert set(found.values()) == {1.0}
-        kept = "decay" if num_sampled is None else "keep"
-        assert model.optimizer.untouched_rows == kept
+        assert model.optimizer.untouched_rows == "decay"
         assert model.optimizer.factored == ()
     # There is neither an expert nor a gate.
     plain = train_lm.build_model(options, 23, "4xlstm", 105)
     assert not getattr(plain.optimizer, "learning_rate_factors", {})
+
+
+def test_rows_that_a_step_does_not_read_can_be_left_alone(data_dir, tmp_path):
+    for num_sampled, rows, kept in ((5, "keep", "keep"), (None, "keep", None)):
+        options = small(
+            data_dir, tmp_path, num_sampled=num_sampled, untouched_rows=rows
+        )
+        model = train_lm.build_model(options, 23, "moe", 105)
+        assert getattr(model.optimizer, "untouched_rows", None) == kept
+    options = small(data_dir, tmp_path, num_sampled=5)
+    model = train_lm.build_model(options, 23, "moe", 105)
+    assert type(model.optimizer) is keras.optimizers.Adam
+
+
+def test_several_mixtures_and_their_dense_twins(data_dir, tmp_path):
+    options = small(data_dir, tmp_path, num_mixtures=2)
+    model = train_lm.build_model(options, 23, "moe", 105)
+    assert [moe.name for moe in model.moe_layers] == ["moe", "moe_2"]
+    assert model.moe_layers[1].num_experts == options.num_experts
+    dense = train_lm.build_model(options, 23, "moe_1_wide", 105)
+    assert [moe.name for moe in dense.moe_layers] == ["moe_1_wide", "moe_1_wide_2"]
+    hidden = {moe.experts.hidden_units for moe in dense.moe_layers}
+    assert hidden == {options.k * options.hidden_units}
+    with pytest.raises(ValueError, match="num_mixtures=0"):
+        train_lm.run(small(data_dir, tmp_path, num_mixtures=0))
 
 
 def test_training_text_can_be_cut(data_dir, tmp_path):

@@ -279,7 +279,7 @@ def test_records_and_folders_from_before_a_setting_are_found(tmp_path):
     import experiment
     import sweep
 
-    arm = sweep.sweep_language.arm_of("moe_64", {})
+    arm = sweep.sweep_language.arm_of("moe_64", {"untouched_rows": "keep"})
     new = experiment.BEFORE["LanguageModelArm"]
     old = {k: v for k, v in dataclasses.asdict(arm).items() if k not in new}
     assert len(old) == len(dataclasses.asdict(arm)) - len(new)
@@ -298,6 +298,22 @@ def test_records_and_folders_from_before_a_setting_are_found(tmp_path):
     assert sweep.key_of(translation) == sweep.key_of(more)
     longer = dataclasses.replace(translation, steps=9)
     assert sweep.key_of(translation) != sweep.key_of(longer)
+
+
+def test_operations_of_several_mixtures_are_counted():
+    import sweep_language
+
+    one, two = (
+        sweep_language.arm_of("moe_64", {"num_mixtures": n}).count() for n in (1, 2)
+    )
+    lstm = one.operations["lstm"]
+    assert two.core_operations - lstm == 2 * (one.core_operations - lstm) > 0
+    lstm = one.parameters["lstm"]
+    assert two.core_parameters - lstm == 2 * (one.core_parameters - lstm) > 0
+    dense = sweep_language.arm_of("dense_64", {"num_mixtures": 2})
+    assert dense.num_mixtures == 2
+    found = dense.count().core_operations
+    assert abs(found / two.core_operations - 1) < 0.005
 
 
 # Of the settings of `moe_64` as they were before there were more.

@@ -62,6 +62,21 @@ def test_an_expert_that_every_token_passes_and_its_dense_twin(rng):
 
 
 @pytest.mark.parametrize("middle", ["moe", "moe_1_wide", "moe_1_deep"])
+def test_several_mixtures_one_after_the_other(middle):
+    sizes = {"units": 6, "hidden_units": 8, "k": 2}
+    layers = models.middle_layers(middle, num_mixtures=3, **sizes)
+    assert [layer.name for layer in layers] == [middle, f"{middle}_2", f"{middle}_3"]
+    [one] = models.middle_layers(middle, **sizes)
+    for layer in layers:
+        layer.build((None, 6))
+    one.build((None, 6))
+    assert all(layer.count_params() == one.count_params() for layer in layers)
+    for kind, number in (("4xlstm", 2), ("none", 2), (middle, 0)):
+        with pytest.raises(ValueError, match=f"`num_mixtures` .*num_mixtures={number}"):
+            models.middle_layers(kind, num_mixtures=number, **sizes)
+
+
+@pytest.mark.parametrize("middle", ["moe", "moe_1_wide", "moe_1_deep"])
 def test_hidden_units_of_experts_are_dropped_in_training_alone(middle, rng):
     [layer] = models.middle_layers(
         middle,
