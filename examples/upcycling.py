@@ -5,10 +5,11 @@
 Trains a small transformer on the embedded corpus for some minutes, upcycles it
 (`keras_moe.upcycle`: the feed-forward network of every block becomes a mixture of its
 copies), shows that the outputs are the same, and then trains the dense and the sparse
-model on, in turns, each for as many minutes again (of the processor), both with a new Adam whose learning
-rate falls to 0 in this time. Printed are perplexities of the validation text; the sparse
-model does fewer steps. The corpus is small (354,008 tokens): after some ten passes both
-models overfit, and perplexities rise. `--quick` only shows that everything works.
+model on, in turns, each for as many minutes again (of the processor), both with a new
+Adam whose learning rate falls to 0 in this time. Printed are perplexities of the
+validation text; the sparse model does fewer steps. The corpus is small (354,008 tokens):
+after some ten passes both models overfit, and perplexities rise. `--quick` only shows
+that everything works.
 """
 
 import argparse
