@@ -13,7 +13,7 @@ from keras_moe.commands import compiling, devices, folders, pictures, runs
 from keras_moe.commands.export import VOCABULARY, text_codec
 from keras_moe.commands.options import TrainLMOptions
 from keras_moe.data.vocabulary import PAD_ID, UNK_ID
-from keras_moe.models.middle import names_of
+from keras_moe.models.middle import gate_units, names_of
 
 _COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
 _COUNTS += ("num_mixtures",)
@@ -103,6 +103,12 @@ def _run(options, strategy):
         ]
     )
     _show_reloaded(reloaded, corpus, options)
+    if "baseline_test_perplexity" in report:
+        print(
+            f"\nTest perplexity {report['test_perplexity']:.1f} with "
+            f"{model.moe_layers[0].num_experts} experts, "
+            f"{report['baseline_test_perplexity']:.1f} dense (equal operations)."
+        )
     return report
 
 
@@ -224,6 +230,10 @@ def _middle(options, kind):
     common = {name: getattr(options, name) for name in same}
     levels = (options.k,) if options.num_groups is None else (options.k, options.k)
     if kind != "moe":
+        if kind != options.middle:  # the baseline: as many operations as with the gates
+            common["shared_units"] += gate_units(
+                options.num_experts, levels, options.num_groups, options.gating
+            )
         return models.middle_layers(
             kind, k=math.prod(levels), num_mixtures=options.num_mixtures, **common
         )

@@ -258,6 +258,22 @@ def num_deep_layers(units, hidden_units, k):
     return 1 + max(0, round((k - 1) * 2 * units / hidden_units))
 
 
+def gate_units(num_experts, k, num_groups=None, gating="noisy_top_k"):
+    """Hidden units of a dense expert that cost a token what the gates do.
+
+    Args:
+        num_experts: Int. Experts of the mixture.
+        k: As for `make_mixture`.
+        num_groups: As for `make_mixture`. Defaults to `None`.
+        gating: As for `make_mixture`. Defaults to `"noisy_top_k"`.
+    """
+    matrices = 2 if gating == "noisy_top_k" else 1
+    columns = matrices * num_experts
+    if num_groups is not None:  # within the groups gates are noisy
+        columns = matrices * num_groups + 2 * k[0] * (num_experts // num_groups)
+    return round(columns / 2)
+
+
 def single_expert(
     hidden_units: int | Sequence[int],
     name: str,

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,12 @@ def test_the_whole_job(data_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     for text in ("unigram", "max/mean", "Sampled", "model.keras", "Which experts"):
         assert text in printed
+    last = printed.strip().splitlines()[-1]
+    assert re.fullmatch(
+        rf"Test perplexity {report['test_perplexity']:.1f} with \d+ experts, "
+        rf"{report['baseline_test_perplexity']:.1f} dense \(equal operations\)\.",
+        last,
+    )
     for name in ("loss.png", "expert_load.png", "vocabulary.tsv", "report.json"):
         assert (folder / name).stat().st_size > 0
     # The counts of a test text of 30 * 7 tokens, k=2 experts each.
@@ -299,8 +306,11 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
     found = [float(rate(step)) for step in (0, 5, 55, 105)]
     np.testing.assert_allclose(found, [0.0, 0.03, 0.015, 0.0], atol=1e-9)
     dense = train_lm.build_model(options, 23, "moe_1_wide", 105)
-    # As many operations as those of two experts in each of two groups.
-    assert dense.moe_layers[0].experts.hidden_units == 4 * options.hidden_units + 3
+    # As many operations as two experts in each of two groups, and the gates: one matrix
+    # of 2 columns, and for each of 2 groups 2 with a column for each expert.
+    gates = (2 + 2 * 2 * options.num_experts // 2) // 2
+    hidden = 4 * options.hidden_units + 3 + gates
+    assert dense.moe_layers[0].experts.hidden_units == hidden
     assert dense.moe_layers[0].activation is keras.activations.linear
 
 
@@ -359,7 +369,11 @@ def test_several_mixtures_and_their_dense_twins(data_dir, tmp_path):
     dense = train_lm.build_model(options, 23, "moe_1_wide", 105)
     assert [moe.name for moe in dense.moe_layers] == ["moe_1_wide", "moe_1_wide_2"]
     hidden = {moe.experts.hidden_units for moe in dense.moe_layers}
-    assert hidden == {options.k * options.hidden_units}
+    # The gate's two matrices cost what so many hidden units with two weights each do.
+    assert hidden == {options.k * options.hidden_units + options.num_experts}
+    alone = dataclasses.replace(options, middle="moe_1_wide", num_mixtures=1)
+    [one] = train_lm.build_model(alone, 23, "moe_1_wide", 105).moe_layers
+    assert one.experts.hidden_units == options.k * options.hidden_units
     with pytest.raises(ValueError, match="num_mixtures=0"):
         train_lm.run(small(data_dir, tmp_path, num_mixtures=0))
 
