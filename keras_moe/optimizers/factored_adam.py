@@ -9,6 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine
+from keras_moe.optimizers import rows
+from keras_moe.types import at_least_float32
+
+UNTOUCHED_ROWS = ("decay", "catch_up", "keep")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -41,12 +45,14 @@ class FactoredAdam(keras.optimizers.Adam):
         epsilon: Float above 0. Added to the root of the second moment. Squares of
             gradients below 1e-19 are 0 in float32, and the step is then their
             quotient with `epsilon`. Defaults to `1e-7`.
-        untouched_rows: `"decay"` or `"keep"`. What becomes of the rows of an
-            embedding, or of the kernel of a `SampledSoftmax`, that a step has not
-            read. `"decay"`: as in Adam, their momentum moves them on and decays,
-            for which a step reads and writes the whole table. `"keep"`: they and
-            their state stay until they are read again (often called lazy Adam), and
-            a step costs only the rows that it has read. Defaults to `"decay"`.
+        untouched_rows: `"decay"`, `"catch_up"` or `"keep"`. What becomes of the rows
+            of an embedding, or of the kernel of a `SampledSoftmax`, that a step has
+            not read. `"decay"`: as in Adam, their momentum moves them on and decays,
+            for which a step reads and writes the whole table. Otherwise a step costs
+            only the rows that it has read. `"catch_up"`: what Adam would have done
+            meanwhile to a row and its state is done when it has been read again; one
+            number a row more. `"keep"`: rows and their state stay (often called lazy
+            Adam), and rare words learn less. Defaults to `"decay"`.
         factored: None or a list of regular expressions. None factors the
             weights that are marked as those of experts, with an attribute
             `is_expert_weight` that is True, as `FeedForwardExperts` marks its
@@ -122,7 +128,13 @@ class FactoredAdam(keras.optimizers.Adam):
                 "`amsgrad` must be left out. Received: amsgrad=True. The largest "
                 "second moment cannot be kept in factors."
             )
-        checks.verify_choice(untouched_rows, "untouched_rows", ("decay", "keep"))
+        checks.verify_choice(untouched_rows, "untouched_rows", UNTOUCHED_ROWS)
+        if untouched_rows == "catch_up" and beta_1 >= beta_2**0.5:
+            raise ValueError(
+                "`beta_1` must be below the root of `beta_2` for rows to catch up, or "
+                f"their moves grow with time. Received: beta_1={beta_1}, "
+                f"beta_2={beta_2}. Pass untouched_rows='decay', or another decay."
+            )
         super().__init__(
             learning_rate, beta_1, beta_2, epsilon=epsilon, name=name, **kwargs
         )
@@ -141,11 +153,11 @@ class FactoredAdam(keras.optimizers.Adam):
         # Past Adam, whose slots are as large as the weights.
         super(keras.optimizers.Adam, self).build(var_list)
         self._momentums, self._velocities = [], []
-        self._rows, self._columns = [], []
+        self._rows, self._columns, self._last_steps = [], [], []
         selected = self._select(var_list)
         self._rate_factors = self._factors_of(var_list)
         for variable in var_list:
-            row = column = momentum = velocity = None
+            row = column = momentum = velocity = last_step = None
             if variable.path in selected:
                 row = self.add_factor(variable, variable.shape[:-1], "row")
                 column = self.add_factor(
@@ -154,10 +166,21 @@ class FactoredAdam(keras.optimizers.Adam):
             else:
                 momentum = self.add_variable_from_reference(variable, "momentum")
                 velocity = self.add_variable_from_reference(variable, "velocity")
+                last_step = self._add_last_step(variable)
             self._rows.append(row)
             self._columns.append(column)
+            self._last_steps.append(last_step)
             self._momentums.append(momentum)
             self._velocities.append(velocity)
+
+    def _add_last_step(self, variable):
+        """When each row was read, if that is to be known."""
+        of_experts = getattr(variable, "is_expert_weight", False)
+        if self.untouched_rows != "catch_up" or of_experts or not variable.shape:
+            return None
+        # Float, of which GPUs hold all in their memory: exact up to 2**24 steps.
+        dtype = at_least_float32(variable.dtype).name
+        return self.add_variable(variable.shape[:1], dtype=dtype, name="last_step")
 
     def _select(self, var_list):
         """Paths of the variables to factor."""
@@ -224,41 +247,33 @@ class FactoredAdam(keras.optimizers.Adam):
             learning_rate = learning_rate * self._rate_factors[index]
         if self._rows[index] is not None:
             self._update_factored(gradient, variable, learning_rate, index)
-        elif _is_sparse(gradient) and self.untouched_rows == "keep":
+        elif rows.is_sparse(gradient) and self.untouched_rows != "decay":
             self._update_rows(gradient, variable, learning_rate, index)
         else:
-            if _is_sparse(gradient):
+            if rows.is_sparse(gradient):
                 gradient = tf.convert_to_tensor(gradient)  # sums rows by word
             super().update_step(gradient, variable, learning_rate)
 
     def _update_rows(self, gradient, variable, learning_rate, index):
         """Adam on the rows of a table that have a gradient."""
         # A row stands there for every look-up: its square is that of their sum.
-        gradient = _summed_by_row(gradient)
-        values, rows = tf.cast(gradient.values, variable.dtype), gradient.indices
-        step = tf.cast(self.iterations + 1, variable.dtype)
+        gradient = rows.summed_by_row(gradient)
+        values, read = tf.cast(gradient.values, variable.dtype), gradient.indices
+        step = tf.cast(self.iterations + 1, at_least_float32(variable.dtype))
         rate = tf.cast(learning_rate, variable.dtype)
-        powers = [1 - tf.pow(tf.cast(b, step.dtype), step) for b in self._betas]
-        means = []
-        for slot, beta, power, value in zip(
-            (self._momentums[index], self._velocities[index]),
-            self._betas,
-            powers,
-            (values, tf.square(values)),
-            strict=True,
-        ):
-            old = tf.gather(slot, rows)
-            new = old + tf.cast(1 - beta, value.dtype) * (value - old)
-            self.assign(slot, tf.IndexedSlices(new, rows))
-            means.append((new, power))
-        (momentum, power_1), (velocity, power_2) = means
-        rate *= tf.sqrt(power_2) / power_1
-        step = rate * momentum / (tf.sqrt(velocity) + self.epsilon)
-        self.assign_sub(variable, tf.IndexedSlices(step, rows))
-
-    @property
-    def _betas(self):
-        return self.beta_1, self.beta_2
+        rates = rows.Rates(rate, self.beta_1, self.beta_2, self.epsilon)
+        slots = self._momentums[index], self._velocities[index]
+        moments = rows.Moments(*(tf.gather(slot, read) for slot in slots))
+        caught_up = tf.zeros((), variable.dtype)
+        if self._last_steps[index] is not None:
+            last = tf.gather(self._last_steps[index], read)
+            caught_up, moments = rows.catch_up(moments, last, step, rates)
+            now = tf.fill(tf.shape(read), tf.cast(step, last.dtype))
+            self.assign(self._last_steps[index], tf.IndexedSlices(now, read))
+        move, moments = rows.adam_step(values, moments, step, rates)
+        for slot, value in zip(slots, moments, strict=True):
+            self.assign(slot, tf.IndexedSlices(value, read))
+        self.assign_sub(variable, tf.IndexedSlices(move + caught_up, read))
 
     def _update_factored(self, gradient, variable, learning_rate, index):
         """Block by block of experts, so that no second array of the size of all
@@ -312,7 +327,7 @@ class FactoredAdam(keras.optimizers.Adam):
         return step, row, column
 
     def _clip_gradients(self, grads):
-        if any(map(_is_sparse, grads)):  # Keras would make them dense
+        if any(map(rows.is_sparse, grads)):  # Keras would make them dense
             if self.clipnorm:
                 return [tf.clip_by_norm(g, self.clipnorm) for g in grads]
             if self.global_clipnorm:
@@ -378,14 +393,3 @@ def _block_of(shape, itemsize):
     """Experts whose weights are updated at a time."""
     one = itemsize * shape[1:].num_elements()
     return max(1, -(-shape[0] // _MOST_BLOCKS), _BLOCK_BYTES // max(1, one))
-
-
-def _is_sparse(gradient):
-    return isinstance(gradient, tf.IndexedSlices)
-
-
-def _summed_by_row(gradient):
-    """`tf.IndexedSlices` in which no row stands twice."""
-    rows, positions = tf.unique(gradient.indices)
-    values = tf.math.unsorted_segment_sum(gradient.values, positions, tf.size(rows))
-    return tf.IndexedSlices(values, rows, gradient.dense_shape)

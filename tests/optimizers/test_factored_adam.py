@@ -150,6 +150,64 @@ def test_rows_that_decay_are_adam_on_the_whole_table():
     assert np.max(np.abs(other[1] - found[1])) > 1e-3
 
 
+@pytest.mark.parametrize("beta_1", [0.8, 0.0])
+@pytest.mark.parametrize("wrap", [lambda step: step, tf.function])
+def test_rows_that_catch_up_equal_the_oracle(beta_1, wrap):
+    start, slices, values = look_ups()
+    gradients = [
+        list(zip(rows, v, strict=True))
+        for rows, v in zip(LOOK_UPS, values, strict=True)
+    ]
+    wanted = oracle.adam_of_rows_that_catch_up(
+        start, gradients, 0.05, beta_1, 0.9, 1e-7
+    )
+    optimizer = FactoredAdam(
+        0.05, beta_1=beta_1, beta_2=0.9, untouched_rows="catch_up"
+    )
+    variable = keras.Variable(start, dtype="float64")
+    optimizer.build([variable])
+    step = wrap(stepper(optimizer, variable))
+    for gradient in slices:
+        step(gradient)
+    np.testing.assert_allclose(variable.numpy(), wanted, rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(optimizer._last_steps[0], [4, 3, 0, 4, 4, 0])
+    state = {}
+    optimizer.save_own_variables(state)
+    copy = FactoredAdam.from_config(optimizer.get_config())
+    copy.build([variable])
+    copy.load_own_variables(state)
+    np.testing.assert_array_equal(copy._last_steps[0], optimizer._last_steps[0])
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (40,)])
+def test_rows_that_catch_up_end_where_those_of_adam_do(shape):
+    """Once they are read, to the change of the step's size within a few steps."""
+    rng = np.random.default_rng(3)
+    start = rng.normal(size=shape)
+    steps = []
+    for t in range(300):  # rows are read every 1, 2, ... steps, at last all of them
+        read = [r for r in range(40) if t % (r + 1) == 0 or t == 299]
+        steps.append((read, rng.normal(0.3, 1.0, size=(len(read), *shape[1:]))))
+
+    def trained(untouched_rows):
+        variable = keras.Variable(start, dtype="float32")
+        optimizer = FactoredAdam(0.01, untouched_rows=untouched_rows)
+        gradients = [
+            [tf.IndexedSlices(tf.constant(v, tf.float32), tf.constant(r), shape)]
+            for r, v in steps
+        ]
+        [found] = run(optimizer, [variable], gradients)
+        return found - start
+
+    wanted = trained("decay")
+
+    def error(found):
+        return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+    assert error(trained("catch_up")) < 0.02
+    assert error(trained("keep")) > 0.3
+
+
 @pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
 def test_look_ups_are_clipped_as_keras_does(clip):
     _, (gradient, *_), _ = look_ups()
@@ -293,6 +351,7 @@ def test_patterns_choose_the_weights():
         ({"factored": ["("]}, r"factored=\['\('\]"),
         ({"amsgrad": True}, "amsgrad=True"),
         ({"untouched_rows": "lazy"}, "untouched_rows='lazy'"),
+        ({"untouched_rows": "catch_up", "beta_1": 0.95, "beta_2": 0.9}, "beta_1=0.95"),
         ({"beta_2": 1.0}, "beta_2=1.0"),
         ({"beta_1": -0.1}, "beta_1=-0.1"),
         ({"learning_rate_factors": ["kernel"]}, r"factors=\['kernel'\]"),

@@ -53,3 +53,31 @@ def adam_of_rows(weights, gradients, rate, beta_1, beta_2, epsilon):
             alpha = rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
             weights[row] -= alpha * first[row] / (np.sqrt(second[row]) + epsilon)
     return weights
+
+
+def adam_of_rows_that_catch_up(weights, gradients, rate, beta_1, beta_2, epsilon):
+    """As `adam_of_rows`; a row that is read first makes the moves that it has missed."""
+    weights = np.array(weights, np.float64)
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    last = np.zeros(len(weights), int)
+
+    def size(t):
+        return rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+
+    for t, looked_up in enumerate(gradients, 1):
+        for row in {row for row, _ in looked_up}:
+            between = t - 1 - last[row]
+            missed = np.arange(1, between + 1)
+            shares = (beta_1 / np.sqrt(beta_2)) ** missed
+            if shares.sum():
+                mean = np.sum(missed * shares) / shares.sum()
+                move = first[row] / (np.sqrt(second[row]) + epsilon)
+                weights[row] -= size(last[row] + mean) * shares.sum() * move
+            first[row] *= beta_1**between
+            second[row] *= beta_2**between
+            g = sum(np.asarray(v, np.float64) for r, v in looked_up if r == row)
+            first[row] = beta_1 * first[row] + (1 - beta_1) * g
+            second[row] = beta_2 * second[row] + (1 - beta_2) * g**2
+            weights[row] -= size(t) * first[row] / (np.sqrt(second[row]) + epsilon)
+            last[row] = t
+    return weights
