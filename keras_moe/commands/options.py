@@ -8,10 +8,10 @@ from keras_moe.data.vocabulary import TOKENIZERS
 from keras_moe.models.middle import GATINGS, KINDS
 from keras_moe.models.presets import EXPERT_OPTIMIZERS
 from keras_moe.models.translation_layers import KINDS as TRANSLATION_KINDS
+from keras_moe.optimizers.factored_adam import UNTOUCHED_ROWS
 
 DTYPES = ("float32", "float64", "mixed_bfloat16")
 DECAYS = ("inverse_square_root", "cosine")
-UNTOUCHED_ROWS = ("decay", "keep")
 SIDES = ("both", "encoder", "decoder")
 
 
@@ -185,8 +185,8 @@ class TrainLMOptions(TrainOptions):
     untouched_rows: str = _option(
         "decay",
         "with --num-sampled, what becomes of the rows of words that a step does not "
-        "read: decay, as in Adam, or keep, which saves time where words are many and "
-        "learns less",
+        "read: they decay, as in Adam, do so when they are read again (catch_up, which "
+        "saves time where words are many), or stay (keep, which learns less)",
         choices=UNTOUCHED_ROWS,
     )
     batch_size: int = _option(32, "rows of a batch, each a stream of text")

@@ -230,7 +230,9 @@ def middle_layers(
         if kind == "moe_1_deep":
             k_of_all = k + shared_units / hidden_units
             sizes = [hidden_units] * num_deep_layers(units, hidden_units, k_of_all)
-        return [single_expert(sizes, name, activation, expert_dropout) for name in names]
+        return [
+            single_expert(sizes, name, activation, expert_dropout) for name in names
+        ]
     if kind == "4xlstm":
         return [
             keras.layers.LSTM(units, return_sequences=True, return_state=True)

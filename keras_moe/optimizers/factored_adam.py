@@ -256,6 +256,7 @@ class FactoredAdam(keras.optimizers.Adam):
 
     def _update_rows(self, gradient, variable, learning_rate, index):
         """Adam on the rows of a table that have a gradient."""
+        rows.verify_place(self.untouched_rows)
         # A row stands there for every look-up: its square is that of their sum.
         gradient = rows.summed_by_row(gradient)
         values, read = tf.cast(gradient.values, variable.dtype), gradient.indices

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_moe import engine
+
 
 class Rates(NamedTuple):
     """What a step of Adam goes by.
@@ -31,6 +33,16 @@ class Moments(NamedTuple):
 def is_sparse(gradient: Any) -> bool:
     """Whether a gradient is one of rows."""
     return isinstance(gradient, tf.IndexedSlices)
+
+
+def verify_place(untouched_rows: str) -> None:
+    """Raises where a step cannot write some rows of a table."""
+    if engine.current().unrolls_loops:
+        raise ValueError(
+            "`untouched_rows` must be 'decay' on a mesh, where a step cannot write some "
+            f"rows of a table. Received: {untouched_rows!r}. Leave it out, or use a "
+            "`tf.distribute` strategy."
+        )
 
 
 def summed_by_row(gradient: tf.IndexedSlices) -> tf.IndexedSlices:

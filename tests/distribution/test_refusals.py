@@ -26,6 +26,24 @@ def test_a_cell_in_another_recurrence_refuses_several(monkeypatch):
         layer.build((None, 5, 3))
 
 
+class Mesh(engine.Engine):
+    static_shapes = unrolls_loops = True
+
+
+@pytest.mark.parametrize("untouched_rows", ["keep", "catch_up"])
+def test_rows_of_their_own_are_refused_on_a_mesh(monkeypatch, untouched_rows):
+    variable = keras.Variable(np.zeros((4, 3)), name="table")
+    optimizer = optimizers.FactoredAdam(untouched_rows=untouched_rows)
+    optimizer.build([variable])
+    gradient = tf.IndexedSlices(tf.ones((1, 3)), tf.constant([2]), (4, 3))
+    optimizer.apply([gradient], [variable])
+    monkeypatch.setattr(engine, "current", Mesh)
+    with pytest.raises(
+        ValueError, match=f"`untouched_rows` must be 'decay' .* '{untouched_rows}'"
+    ):
+        optimizer.apply([gradient], [variable])
+
+
 def test_a_factor_over_sharded_experts_is_refused():
     variable = keras.Variable(np.zeros((4, 3)), name="bias")
     weights = MirroredEngine(tf.distribute.get_strategy()).weights

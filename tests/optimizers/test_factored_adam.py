@@ -161,9 +161,7 @@ def test_rows_that_catch_up_equal_the_oracle(beta_1, wrap):
     wanted = oracle.adam_of_rows_that_catch_up(
         start, gradients, 0.05, beta_1, 0.9, 1e-7
     )
-    optimizer = FactoredAdam(
-        0.05, beta_1=beta_1, beta_2=0.9, untouched_rows="catch_up"
-    )
+    optimizer = FactoredAdam(0.05, beta_1=beta_1, beta_2=0.9, untouched_rows="catch_up")
     variable = keras.Variable(start, dtype="float64")
     optimizer.build([variable])
     step = wrap(stepper(optimizer, variable))
