@@ -30,6 +30,8 @@ from keras_moe.types import at_least_float32
 # Optimizers whose step for an element depends on all others of its weight.
 _REFUSED = ("Lamb", "Muon", "ScheduleFreeAdamW", "MultiOptimizer")
 
+_ALL = "all"  # replicas; see `_among`
+
 _TFOptimizer = compatibility.TFOptimizer
 _BaseOptimizer = compatibility.BaseOptimizer
 
@@ -106,9 +108,6 @@ def sum_gradients(gradients: list, variables: list) -> list:
         for i, total in zip(places, found, strict=True):
             sums[i] = total
     return sums
-
-
-_ALL = "all"
 
 
 def _among(variable):
