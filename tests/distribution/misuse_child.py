@@ -108,6 +108,12 @@ def second_strategy(strategy):
     model.fit(INPUTS, np.ones((8, 7), "float32"), verbose=0)
 
 
+def devices_in_other_order(_):
+    other = tf.distribute.MirroredStrategy(["CPU:1", "CPU:0"])
+    with other.scope():
+        build()
+
+
 def size_of(value, build_first=False):
     def make(strategy):
         if build_first:
@@ -146,6 +152,7 @@ def main():
         "built_in_replica": built_in_replica,
         "plain": plain,
         "second_strategy": second_strategy,
+        "device_order": devices_in_other_order,
         "size_3": size_of(3),
         "size_0": size_of(0),
         "size_float": size_of(1.0),

@@ -25,6 +25,7 @@ def messages():
         ("tpu", ("must be a MirroredStrategy", "outside of any")),
         ("lamb", ("Lamb", "Use Adam")),
         ("built_in_replica", ("before `strategy.run`", "scope of the strategy")),
+        ("device_order", ("order of their numbers", "CPU:1", "ascending")),
         ("size_3", ("`size` must divide", "size=3 for 2 replicas", "[1, 2]")),
         ("size_0", ("`size` must be a whole number of at least 1", "size=0")),
         ("size_float", ("`size` must be a whole number", "size=1.0")),

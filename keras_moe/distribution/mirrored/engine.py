@@ -214,16 +214,24 @@ def engine_of(strategy: Any) -> MirroredEngine:
         Always the same for the same strategy.
 
     Raises:
-        ValueError: The strategy mixes kinds of devices.
+        ValueError: The strategy mixes kinds of devices, or has them in another order
+            than that of their numbers.
     """
     found = _engines.get(strategy)
     if found is not None:
         return found
+    kind, devices = type(strategy).__name__, strategy.extended.worker_devices
     if compatibility.collective_ops_of(strategy) is None:
-        kind, devices = type(strategy).__name__, strategy.extended.worker_devices
         raise ValueError(
             "`strategy` must have devices of one kind, so that they can exchange "
             f"rows by collectives. Received: {kind} on {list(devices)}."
+        )
+    numbers = [tf.DeviceSpec.from_string(device).device_index for device in devices]
+    if numbers != sorted(numbers):
+        raise ValueError(
+            "`strategy` must have its devices in the order of their numbers, in which "
+            f"collectives see them. Received: {kind} on {list(devices)}. Pass them in "
+            "ascending order; `CUDA_VISIBLE_DEVICES` gives GPUs other numbers."
         )
     optimization.install()
     training.install()
