@@ -57,6 +57,19 @@ class Weights:
         """Adds a gate's weight stacked over groups, which lives where they do."""
         return self.add_expert_weight(layer, shape, initializer, name)
 
+    def sum_of_parts(self, variable: Any, value: tf.Tensor) -> tf.Tensor:
+        """Sum over all experts of what was found of those that are here.
+
+        Args:
+            variable: The weight `(E, ...)`, from `add_expert_weight`.
+            value: Found of the part of the weight that is here.
+
+        Returns:
+            Of the shape of `value`, with its gradient. Every expert counts once,
+            however many devices have it.
+        """
+        return value
+
     def add_slot(self, optimizer: Any, variable: Any, shape: tuple, name: str) -> Any:
         """Adds optimizer state that has another shape than its weight.
 

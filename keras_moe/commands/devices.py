@@ -12,18 +12,25 @@ import tensorflow as tf
 from keras_moe import checks, distribution
 from keras_moe.commands import folders
 
+_MIRRORED = (
+    tf.distribute.MirroredStrategy,
+    tf.distribute.MultiWorkerMirroredStrategy,
+)
+
 
 def launch_workers(options: Any) -> bool:
     """Starts the command again in several processes, if it is to run so.
 
     Args:
-        options: Those of the command, with `workers`, `devices` and `output_dir`.
+        options: Those of the command, with `workers`, `devices`, `dtensor`,
+            `expert_parallel_size` and `output_dir`.
 
     Returns:
         Whether this process has only waited for others, and has nothing to do.
 
     Raises:
-        ValueError: A number is below 1, both are given, or a process failed.
+        ValueError: A number is below 1, two are given, `expert_parallel_size` does not
+            divide that of the devices, or a process failed.
     """
     given = {
         name: getattr(options, name)
@@ -38,6 +45,7 @@ def launch_workers(options: Any) -> bool:
             "`devices`, `workers` and `dtensor` exclude each other. Received: "
             f"{named}. Leave all but one out."
         )
+    _verify_size(options)
     if options.workers is None or "TF_CONFIG" in os.environ:
         return False
     folder = Path(options.output_dir)
@@ -68,14 +76,51 @@ def make_strategy(options: Any) -> Any:
     Raises:
         ValueError: The CPU can no longer be split.
     """
+    strategy, size = _strategy_of(options), options.expert_parallel_size
+    if size is not None and isinstance(strategy, _MIRRORED):
+        distribution.set_expert_parallel_size(strategy, size)
+    return strategy
+
+
+def _verify_size(options):
+    size = options.expert_parallel_size
+    if size is None:
+        return
+    size = checks.verify_positive_int(size, "expert_parallel_size")
+    if options.workers is not None:  # each may have several devices
+        return
+    name = "devices" if options.dtensor is None else "dtensor"
+    number = getattr(options, name) or 1
+    if number % size:
+        raise ValueError(
+            f"`expert_parallel_size` must divide `{name}`. Received: "
+            f"expert_parallel_size={size}, {name}={number}. Each group of devices holds "
+            "all experts, so groups are equal."
+        )
+
+
+def _options_of_mesh(options):
+    """What a mesh is made with besides its devices."""
+    size = options.expert_parallel_size
+    if size is None:
+        return {}
+    raise ValueError(
+        "`expert_parallel_size` is for `devices` and `workers`. Received: "
+        f"expert_parallel_size={size}, dtensor={options.dtensor}. Use one of these, or "
+        "leave it out."
+    )
+
+
+def _strategy_of(options):
     if options.workers is not None:
         return tf.distribute.MultiWorkerMirroredStrategy()
     on_mesh = getattr(options, "dtensor", None)
     if on_mesh is not None:
-        if len(tf.config.list_physical_devices("GPU")) >= on_mesh:
-            return distribution.DTensorStrategy(distribution.create_mesh(on_mesh))
-        _split_cpu(on_mesh, "dtensor")
-        mesh = distribution.create_mesh(on_mesh, device_type="CPU")
+        made_with = _options_of_mesh(options)
+        if len(tf.config.list_physical_devices("GPU")) < on_mesh:
+            _split_cpu(on_mesh, "dtensor")
+            made_with["device_type"] = "CPU"
+        mesh = distribution.create_mesh(on_mesh, **made_with)
         return distribution.DTensorStrategy(mesh)
     if options.devices is None or options.devices == 1:
         return None

@@ -135,7 +135,13 @@ class TrainLMOptions(TrainOptions):
     """Options of `train-lm`."""
 
     COMMAND = "train-lm"
-    FREE = (*TrainOptions.FREE, "devices", "workers", "dtensor")
+    FREE = (
+        *TrainOptions.FREE,
+        "devices",
+        "workers",
+        "dtensor",
+        "expert_parallel_size",
+    )
 
     output_dir: str = _default("output_dir", "runs/language_model")
     data_dir: str | None = _option(
@@ -209,6 +215,11 @@ class TrainLMOptions(TrainOptions):
     )
     dtensor: int | None = _option(
         None, "as --devices, by layouts of DTensor on a mesh; default: one device"
+    )
+    expert_parallel_size: int | None = _option(
+        None,
+        "devices that share the experts out, of those of --devices or --workers, whose "
+        "number it divides: each group of so many holds all experts; default: all",
     )
 
 

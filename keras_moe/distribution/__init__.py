@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe import checks, engine
 from keras_moe.distribution.launcher import launch
 from keras_moe.distribution.requirements import verify_versions
 
@@ -28,6 +28,7 @@ __all__ = [
     "create_mesh",
     "describe",
     "launch",
+    "set_expert_parallel_size",
 ]
 
 _HOMES = {
@@ -57,9 +58,63 @@ _SUPPORTED = (
 )
 
 
-def _engine_of(strategy: Any) -> engine.Engine:
+def set_expert_parallel_size(strategy: tf.distribute.Strategy, size: int) -> None:
+    """Sets how many replicas share the experts out: data x expert parallelism.
+
+    R replicas become R / size groups of `size` that follow each other. Each group holds
+    all experts and exchanges tokens within itself only; the gradients of an expert are
+    summed over the replicas that hold it, one of each group. Losses and weights are
+    those of one device with any size, and files do not depend on it.
+
+    Without this call all replicas are one group. 1 is plain data parallelism: every
+    replica holds all experts, and no token travels. Experts that are Keras layers
+    (`ExpertList`) are shared out among all replicas whatever the size.
+
+    Args:
+        strategy: A `MirroredStrategy` or `MultiWorkerMirroredStrategy`.
+        size: Int. Replicas of a group; divides the number of replicas. Call before
+            layers with experts are built in the scope of the strategy, in every
+            process.
+
+    Raises:
+        ValueError: `size` is below 1, does not divide the number of replicas or comes
+            after experts were built for another, or the strategy is of another kind.
+
+    Example:
+
+    >>> strategy = tf.distribute.MirroredStrategy()
+    >>> keras_moe.distribution.set_expert_parallel_size(strategy, 1)
+
+    Reference:
+        Lepikhin et al. 2020, "GShard"; Rajbhandari et al. 2022, "DeepSpeed-MoE", on
+        groups smaller than the cluster.
+    """
+    if _is_on_mesh(strategy):
+        raise ValueError(
+            "`strategy` must be a MirroredStrategy or a MultiWorkerMirroredStrategy. "
+            "Received: DTensorStrategy, whose groups are those of its mesh. Pass "
+            f"create_mesh(..., expert_parallel_size={size!r}) to it instead."
+        )
+    engine_here = _engine_of(strategy)
+    size = checks.verify_positive_int(size, "size")
+    number = strategy.num_replicas_in_sync
+    if number % size:
+        raise ValueError(
+            "`size` must divide the number of replicas, so that all groups of them are "
+            f"equal. Received: size={size} for {number} replicas. Pass one of "
+            f"{[n for n in range(1, number + 1) if number % n == 0]}."
+        )
+    if engine_here is not engine.ONE_DEVICE:
+        engine_here.set_group_size(size)  # type: ignore[attr-defined]
+
+
+def _is_on_mesh(strategy):
     dtensor = sys.modules.get(f"{__name__}.dtensor.strategy")
-    if dtensor is not None and isinstance(strategy, dtensor.DTensorStrategy):
+    return dtensor is not None and isinstance(strategy, dtensor.DTensorStrategy)
+
+
+def _engine_of(strategy: Any) -> engine.Engine:
+    if _is_on_mesh(strategy):
         return strategy.engine
     kind = type(strategy).__name__
     if not isinstance(strategy, _SUPPORTED):

@@ -5,7 +5,10 @@ version come here. `tests/distribution` fails where one of these no longer works
 """
 
 import contextlib
+import copy
 import itertools
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -22,6 +25,7 @@ from tensorflow.dtensor.python import accelerator_util
 from tensorflow.dtensor.python import api as dtensor_api
 from tensorflow.python.distribute import distribute_lib, values_util
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
+from tensorflow.python.distribute.cross_device_utils import INSTANCE_KEY_START_NUMBER
 from tensorflow.python.distribute.distribute_lib import ReplicaContext, UpdateContext
 from tensorflow.python.distribute.values import SyncOnReadVariable
 from tensorflow.python.ops import array_ops, collective_ops
@@ -39,6 +43,7 @@ __all__ = [
     "UpdateContext",
     "all_gather",
     "all_reduce",
+    "all_reduce_among",
     "all_reduce_gradients",
     "all_to_all",
     "collective_ops_of",
@@ -56,6 +61,7 @@ __all__ = [
     "replica_here",
     "replica_or_none",
     "separate_collectives",
+    "split_collectives",
     "start_dtensor_device",
     "track_weight",
     "trainer_module",
@@ -97,6 +103,44 @@ def separate_collectives(strategy: Any) -> None:
         launcher._group_key = group
 
 
+# For processes, which have to agree: the same numbers in all of them.
+_FIRST_KEY_OF_PROCESSES = 2**24
+
+# Of a strategy: for each name of a partition the launcher of each replica here.
+_partitions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def split_collectives(
+    strategy: Any, partitions: dict[str, Sequence[Sequence[int]]]
+) -> None:
+    """Makes collectives among parts of the replicas possible.
+
+    Args:
+        strategy: A mirrored strategy; once, and the same in all processes.
+        partitions: By name, as which `among` of the collectives knows it: groups of
+            one size that each replica is in one of, in ascending order.
+    """
+    operations = collective_ops_of(strategy)
+    table = operations._collective_keys._instance_key_table
+    numbers = _group_keys
+    if not isinstance(strategy, tf.distribute.MirroredStrategy):
+        numbers = itertools.count(_FIRST_KEY_OF_PROCESSES)
+    replicas = [replica for replica, _ in component_devices(strategy)]
+    found = _partitions.setdefault(strategy, {})
+    for name, groups in partitions.items():
+        keys: dict[int, int] = {}
+        for members in groups:
+            keys |= dict.fromkeys(members, next(numbers))
+        found[name] = []
+        for replica, stock in zip(replicas, operations._launchers, strict=True):
+            # With the token that puts all collectives of a device in one order.
+            launcher = copy.copy(stock)
+            launcher._group_key, launcher._group_size = keys[replica], len(groups[0])
+            of_device = table.setdefault(launcher._group_key, {})
+            of_device[launcher._device] = INSTANCE_KEY_START_NUMBER
+            found[name].append(launcher)
+
+
 def component_devices(strategy: Any) -> list[tuple[int, str]]:
     """Replica and device of each component that a variable has in this process."""
     extended = strategy.extended
@@ -135,8 +179,12 @@ def track_weight(owner: Any, variable: Any) -> Any:
     return variable
 
 
-def _launcher(strategy):
-    return collective_ops_of(strategy)._launchers[local_replica(strategy)]
+def _launcher(strategy, among=None):
+    if among is None:
+        launchers = collective_ops_of(strategy)._launchers
+    else:
+        launchers = _partitions[strategy][among]
+    return launchers[local_replica(strategy)]
 
 
 def all_reduce(strategy: Any, value: tf.Tensor) -> tf.Tensor:
@@ -144,14 +192,27 @@ def all_reduce(strategy: Any, value: tf.Tensor) -> tf.Tensor:
     return _launcher(strategy).all_reduce(value)
 
 
-def all_gather(strategy: Any, value: tf.Tensor) -> tf.Tensor:
-    """`(n, ...)` of every replica, of one shape, -> `(R * n, ...)`."""
-    return _launcher(strategy)._all_gather(value, None)
+def all_gather(strategy: Any, value: tf.Tensor, among: str | None = None) -> tf.Tensor:
+    """`(n, ...)` of every replica, of one shape, -> `(R * n, ...)`.
+
+    Args:
+        strategy: The strategy.
+        value: Of this replica.
+        among: A name of `split_collectives`: of the replicas of this one's group
+            only. Defaults to `None`, all.
+    """
+    return _launcher(strategy, among)._all_gather(value, None)
 
 
-def all_to_all(strategy: Any, blocks: tf.Tensor) -> tf.Tensor:
-    """`(R, ...)`: block r goes to replica r, and its block comes back."""
-    launcher = _launcher(strategy)
+def all_to_all(strategy: Any, blocks: tf.Tensor, among: str | None = None) -> tf.Tensor:
+    """`(R, ...)`: block r goes to replica r, and its block comes back.
+
+    Args:
+        strategy: The strategy.
+        blocks: One for each replica.
+        among: As for `all_gather`. Defaults to `None`.
+    """
+    launcher = _launcher(strategy, among)
     options = launcher._options
     key = launcher._next_instance_key()
     token = launcher._get_ordering_token()
@@ -167,15 +228,46 @@ def all_to_all(strategy: Any, blocks: tf.Tensor) -> tf.Tensor:
         )
 
 
+def all_reduce_among(strategy: Any, values: list, among: str) -> list:
+    """Sums over a part of the replicas, by one exchange for each type.
+
+    Args:
+        strategy: The strategy.
+        values: Tensors.
+        among: As for `all_gather`.
+    """
+    launcher = _launcher(strategy, among)
+    sums = _by_type(values, lambda pack: launcher.batch_all_reduce([pack]))
+    return [
+        tf.ensure_shape(total, value.shape)
+        for total, value in zip(sums, values, strict=True)
+    ]
+
+
 def all_reduce_gradients(strategy: Any, gradients: list) -> list:
     """Sums gradients over the replicas; `tf.IndexedSlices` stay such."""
     operations = collective_ops_of(strategy)
-    return operations._all_reduce(
-        tf.distribute.ReduceOp.SUM,
-        gradients,
-        local_replica(strategy),
-        tf.distribute.experimental.CommunicationOptions(),
-    )
+
+    def reduce(pack):
+        return operations._all_reduce(
+            tf.distribute.ReduceOp.SUM,
+            pack,
+            local_replica(strategy),
+            tf.distribute.experimental.CommunicationOptions(),
+        )
+
+    return _by_type(gradients, reduce)
+
+
+def _by_type(values, function):
+    """What a function makes of all values of a type, for each type."""
+    found: list = [None] * len(values)
+    for dtype in dict.fromkeys(value.dtype for value in values):
+        places = [i for i, value in enumerate(values) if value.dtype == dtype]
+        answers = function([values[i] for i in places])
+        for i, answer in zip(places, answers, strict=True):
+            found[i] = answer
+    return found
 
 
 def start_dtensor_device() -> None:

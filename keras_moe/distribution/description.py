@@ -16,7 +16,11 @@ from keras_moe.distribution.dtensor.description import (
 )
 from keras_moe.distribution.messages import as_table
 from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
-from keras_moe.distribution.topology import exchange_bytes, shard_bytes
+from keras_moe.distribution.topology import (
+    exchange_bytes,
+    gradient_bytes,
+    shard_bytes,
+)
 
 
 class Share(NamedTuple):
@@ -29,6 +33,8 @@ class Share(NamedTuple):
         entries: The experts, or the groups of a hierarchical gate, that live there.
         weight_bytes: Bytes of their weights.
         slot_bytes: Bytes of the optimizer's state for them; 0 before it is built.
+        group: Number of the expert-parallel group of the replica. Each group holds
+            all experts.
     """
 
     layer: str
@@ -37,6 +43,7 @@ class Share(NamedTuple):
     entries: range
     weight_bytes: int
     slot_bytes: int
+    group: int = 0
 
 
 class Description(NamedTuple):
@@ -50,21 +57,27 @@ class Description(NamedTuple):
         traffic: For each mixture, the bytes that leave a replica in a training
             step, without padding and with even routing; empty without
             `num_tokens`.
+        gradient_traffic: The bytes that leave a replica in a training step, at most,
+            to sum the gradients of experts over expert-parallel groups; 0 with one
+            group. Those of other weights not counted.
     """
 
     shares: tuple[Share, ...]
     replicated_bytes: int
     num_replicas: int
     traffic: dict[str, int]
+    gradient_traffic: int = 0
 
     def __str__(self) -> str:
-        head = ("layer", "replica", "device", "entries", "weights", "optimizer")
-        rows = [head]
+        groups = any(share.group for share in self.shares)
+        head = ("layer", *["group"] * groups, "replica", "device", "entries")
+        rows = [(*head, "weights", "optimizer")]
         for share in self.shares:
             entries = share.entries
             rows.append(
                 (
                     share.layer,
+                    *[str(share.group)] * groups,
                     str(share.replica),
                     share.device,
                     f"{entries.start}-{entries.stop - 1}" if entries else "none",
@@ -78,6 +91,11 @@ class Description(NamedTuple):
         ]
         for layer, sent in self.traffic.items():
             notes.append(f"{layer}: {sent:,} B leave a replica in a training step.")
+        if self.gradient_traffic:
+            notes.append(
+                f"Gradients of experts: {self.gradient_traffic:,} B leave a replica in "
+                "a training step, to the other groups."
+            )
         return as_table(rows, notes)
 
 
@@ -132,7 +150,9 @@ def describe(
     # Those of layers that are experts are alike on all replicas.
     num_replicas = max((getattr(v, "of_experts", 1) for v in every), default=1)
     traffic = _traffic(model, num_tokens, num_replicas) if num_tokens else {}
-    return Description(tuple(shares), replicated, num_replicas, traffic)
+    return Description(
+        tuple(shares), replicated, num_replicas, traffic, _gradient_traffic(sharded)
+    )
 
 
 def _shares(layer, weights, slots):
@@ -142,13 +162,7 @@ def _shares(layer, weights, slots):
 
     def held(variables):
         none = np.zeros(shards.num_replicas, np.int64)
-        return sum(
-            (
-                shard_bytes(v.shards, tuple(v.shape), tf.as_dtype(v.dtype).size)
-                for v in variables
-            ),
-            none,
-        )
+        return sum(map(_part_bytes, variables), none)
 
     weight_bytes, slot_bytes = held(weights), held(slots)
     return [
@@ -159,9 +173,22 @@ def _shares(layer, weights, slots):
             shards.experts_of(replica),
             int(weight_bytes[replica]),
             int(slot_bytes[replica]),
+            shards.group_of(replica),
         )
         for replica in range(shards.num_replicas)
     ]
+
+
+def _gradient_traffic(variables):
+    """The most bytes that leave a replica to sum the gradients of expert weights."""
+    sent = [gradient_bytes(v.shards, _part_bytes(v)) for v in variables if v.trainable]
+    return int(np.max(np.sum(sent, axis=0))) if sent else 0
+
+
+def _part_bytes(variable):
+    """`(R,)`: bytes that each replica holds of a sharded weight."""
+    itemsize = tf.as_dtype(variable.dtype).size
+    return shard_bytes(variable.shards, tuple(variable.shape), itemsize)
 
 
 def _traffic(model, num_tokens, num_replicas):
@@ -175,7 +202,8 @@ def _traffic(model, num_tokens, num_replicas):
         weights = [
             v for v in getattr(experts, "weights", ()) if isinstance(v, ExpertVariable)
         ]
-        travels = weights or getattr(experts, "experts_are_layers", False)
+        are_layers = getattr(experts, "experts_are_layers", False)
+        travels, sharded = weights or are_layers, weights and not are_layers
         k = getattr(gating, "k", None)
         if not travels or k is None or num_replicas == 1:
             continue
@@ -189,6 +217,8 @@ def _traffic(model, num_tokens, num_replicas):
             (features + output) / 2,
             tf.as_dtype(layer.compute_dtype).size,
             num_replicas,
+            # Layers that are experts are shared out among all replicas.
+            weights[0].shards.group_size if sharded else None,
         )
     return found
 

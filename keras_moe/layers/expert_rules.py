@@ -33,17 +33,18 @@ class PerExpertRegularizer(keras.regularizers.Regularizer):
 
     def __call__(self, x):
         here = engine.current()
-        frozen = here.weights.entries_here(x, self.frozen)
+        frozen, weight = here.weights.entries_here(x, self.frozen), x
         x = tf.convert_to_tensor(x)
         if type(self.regularizer) in _SUMS:
             if frozen.any():
                 x = tf.where(_like(frozen, x), tf.zeros_like(x), x)
-            return here.replicas.sum(self.regularizer(x))
+            return here.weights.sum_of_parts(weight, self.regularizer(x))
         experts = tf.unstack(here.operations.replicated(x), num=x.shape[0])
         flags = _filled(frozen, x)
         kept = [e for e, left_out in zip(experts, flags, strict=True) if not left_out]
         terms = [tf.cast(self.regularizer(expert), x.dtype) for expert in kept]
-        return here.replicas.sum(tf.add_n([tf.zeros((), x.dtype), *terms]))
+        total = tf.add_n([tf.zeros((), x.dtype), *terms])
+        return here.weights.sum_of_parts(weight, total)
 
 
 class PerExpertConstraint(keras.constraints.Constraint):

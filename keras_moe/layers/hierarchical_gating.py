@@ -189,6 +189,10 @@ class HierarchicalGating(_Gating):
         )
         return [*primary, own]
 
+    # Set by a `HierarchicalMoE` whose experts are layers: a group then runs on one
+    # device of all, in expert-parallel groups of devices too.
+    groups_are_shared_by_all = False
+
     def _verify_against_num_experts(self):
         verify_groups(self.num_experts, self.num_groups, self.k)
 
@@ -280,8 +284,9 @@ class HierarchicalGating(_Gating):
             training: Whether the gates add their noise.
             row_mask: `(M,)` bool or None. False leaves a row out of the load.
                 Defaults to `None`.
-            first_row: `()` int32, how many rows of all devices come before these.
-                Defaults to `None`, on one device.
+            first_row: `()` int32, how many rows of all devices come before these,
+                or `(groups here,)`, before those of each group, where other devices
+                have rows of it too. Defaults to `None`, on one device.
 
         Returns:
             The `SecondaryGates`.
@@ -307,6 +312,7 @@ class HierarchicalGating(_Gating):
                 self.seed_generator,
                 first_row,
                 row_mask,
+                counts=counts,
             )
 
         found, probs = choose(self, clean, raw_noise, draw, row_mask, training)

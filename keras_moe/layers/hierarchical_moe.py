@@ -157,6 +157,8 @@ class HierarchicalMoE(MoE):
         self.z_loss_weight = gating.z_loss_weight
 
     def build(self, inputs_shape, gate_inputs_shape=None):
+        # Experts of another kind run on all rows of theirs, on one device of all.
+        self.gating.groups_are_shared_by_all = not isinstance(self.experts, Experts)
         if isinstance(self.experts, Experts):
             self._keep_groups_together(engine.for_weights().replicas.number)
         super().build(inputs_shape, gate_inputs_shape)

@@ -132,7 +132,14 @@ class NoiseLevel:
 
 
 def draw_rows(
-    num_rows, width, dtype, seed_generator, first_row=None, mask=None, kind="normal"
+    num_rows,
+    width,
+    dtype,
+    seed_generator,
+    first_row=None,
+    mask=None,
+    kind="normal",
+    counts=None,
 ):
     """Random rows, one for each token of this device.
 
@@ -144,13 +151,15 @@ def draw_rows(
         width: Int. Features of a row.
         dtype: Float type.
         seed_generator: `keras.random.SeedGenerator`, in the same state everywhere.
-        first_row: `()` int32. Rows before these, over all devices. None means
-            the tokens of the devices before this one. Defaults to `None`.
+        first_row: `()` int32. Rows before these, over all devices; or `(S,)`, of
+            S runs of rows that lie here one after the other. None means the tokens of
+            the devices before this one. Defaults to `None`.
         mask: `(num_rows,)` bool or None. Where tokens marked False are still among
             the rows (shapes are static there), the others get the rows they would
             have by themselves. Defaults to `None`.
         kind: `"normal"`, standard, or `"uniform"`, within [0, 1). Defaults to
             `"normal"`.
+        counts: `(S,)` int32, rows of each run. Defaults to `None`, one run.
 
     Returns:
         `(num_rows, width)`.
@@ -162,4 +171,9 @@ def draw_rows(
         return here.operations.noise_of(noise, mask)
     if first_row is None:
         first_row = here.replicas.num_before(num_rows)
-    return _ROWS[kind](seed_generator.next(), first_row, num_rows, width, dtype)
+    draw, seed = _ROWS[kind], seed_generator.next()
+    if tf.convert_to_tensor(first_row).shape.rank == 0:
+        return draw(seed, first_row, num_rows, width, dtype)
+    runs = zip(tf.unstack(first_row), tf.unstack(counts), strict=True)
+    drawn = [draw(seed, first, count, width, dtype) for first, count in runs]
+    return tf.concat([tf.zeros((0, width), dtype), *drawn], axis=0)

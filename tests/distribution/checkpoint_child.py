@@ -89,7 +89,7 @@ def main():
     if settings["engine"] == "dtensor":
         strategy = distribution.DTensorStrategy(distribution.create_mesh(devices))
     elif settings["engine"] == "mirrored":
-        strategy = child.strategy_of(devices)
+        strategy = child.strategy_of(devices, settings.get("group_size"))
     folder = Path(settings["directory"])
     model = build(strategy)
     with child.scope_of(strategy):

@@ -18,6 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute import collective_all_reduce_strategy
 
 import keras_moe
 from tests import own_layers
@@ -66,11 +67,28 @@ def start(num_devices: int) -> None:
     )
 
 
-def strategy_of(num_devices: int):
+def take_all_cpus(num_devices: int) -> None:
+    """Lets a process among several have more than one CPU, as it has all its GPUs."""
+
+    def devices(self, cluster_resolver, worker_device):
+        names = [f"{worker_device}/device:CPU:{i}" for i in range(num_devices)]
+        return tuple(names), "CPU"
+
+    kind = collective_all_reduce_strategy.CollectiveAllReduceExtended
+    kind._initialize_local_devices = devices
+
+
+def strategy_of(num_devices: int, group_size: int | None = None):
+    """Of all devices of this process, in groups that hold all experts each."""
     if "TF_CONFIG" in os.environ:
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    devices = [f"CPU:{i}" for i in range(num_devices)]
-    return tf.distribute.MirroredStrategy(devices)
+        take_all_cpus(num_devices)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    else:
+        devices = [f"CPU:{i}" for i in range(num_devices)]
+        strategy = tf.distribute.MirroredStrategy(devices)
+    if group_size is not None:
+        keras_moe.distribution.set_expert_parallel_size(strategy, group_size)
+    return strategy
 
 
 def scope_of(strategy):
@@ -400,7 +418,7 @@ def compare(case: Case, strategy) -> dict[str, Any]:
 def main():
     settings = json.loads(sys.argv[1])
     start(settings["devices"])
-    strategy = strategy_of(settings["devices"])
+    strategy = strategy_of(settings["devices"], settings.get("group_size"))
     results = [compare(Case(**case), strategy) for case in settings["cases"]]
     print("RESULT " + json.dumps(results), flush=True)
 

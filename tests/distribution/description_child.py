@@ -31,10 +31,12 @@ def operations(graph):
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
-    strategy = child.strategy_of(settings["devices"])
+    strategy = child.strategy_of(settings["devices"], settings.get("group_size"))
     found = collections.defaultdict(dict)
     for layer in ("hierarchical", "flat"):
-        case = child.Case(num_experts=64, layer=layer, optimizer="Adam")
+        case = child.Case(
+            num_experts=settings["num_experts"], layer=layer, optimizer="Adam"
+        )
         model = child.build(case, strategy)
         with strategy.scope():
             model.optimizer.build(model.trainable_variables)
@@ -43,6 +45,10 @@ def main():
         # Members of a group have no part in the exchange.
         named = [op for op in named if "Group" not in op.type]
         found["collectives"][layer] = collections.Counter(op.type for op in named)
+        # Among how many devices.
+        found["members"][layer] = collections.Counter(
+            f"{op.type} {tf.get_static_value(op.inputs[1])}" for op in named
+        )
         # The optimizer gathers the rows of the embedding's gradient, as for every
         # model that is replicated.
         shapes = [
@@ -82,7 +88,9 @@ def main():
         ]
 
     found |= {
-        "parts": [list(v.parts[i].shape) for i in range(4) for v in experts],
+        "parts": [
+            list(v.parts[i].shape) for i in range(settings["devices"]) for v in experts
+        ],
         "part_bytes": by_device(experts),
         "slot_part_bytes": by_device(slots),
         "shares": [
@@ -90,6 +98,8 @@ def main():
             for s in description.shares
         ],
         "traffic": description.traffic,
+        "gradient_traffic": description.gradient_traffic,
+        "text": str(description),
     }
     print("RESULT " + json.dumps(found), flush=True)
 

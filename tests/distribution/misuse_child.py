@@ -108,6 +108,34 @@ def second_strategy(strategy):
     model.fit(INPUTS, np.ones((8, 7), "float32"), verbose=0)
 
 
+def devices_in_other_order(_):
+    other = tf.distribute.MirroredStrategy(["CPU:1", "CPU:0"])
+    with other.scope():
+        build()
+
+
+def size_of(value, build_first=False):
+    def make(strategy):
+        if build_first:
+            strategy = child.strategy_of(strategy.num_replicas_in_sync)
+            with strategy.scope():
+                build()
+        keras_moe.distribution.set_expert_parallel_size(strategy, value)
+
+    return make
+
+
+def size_of_kind(kind, value=1):
+    """Only the class of the strategy counts."""
+
+    def make(_):
+        strategy = mock.Mock(spec=kind, num_replicas_in_sync=value)
+        strategy.__class__ = kind
+        keras_moe.distribution.set_expert_parallel_size(strategy, value)
+
+    return make
+
+
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
@@ -124,6 +152,15 @@ def main():
         "built_in_replica": built_in_replica,
         "plain": plain,
         "second_strategy": second_strategy,
+        "device_order": devices_in_other_order,
+        "size_3": size_of(3),
+        "size_0": size_of(0),
+        "size_float": size_of(1.0),
+        "size_later": size_of(1, build_first=True),
+        "size_as_before": size_of(2, build_first=True),
+        "size_parameter_server": size_of_kind(tf.distribute.ParameterServerStrategy, 2),
+        "size_one_device": size_of_kind(tf.distribute.OneDeviceStrategy),
+        "size_dtensor": size_of_kind(keras_moe.distribution.DTensorStrategy, 2),
     }
     found = {}
     for name, make in cases.items():

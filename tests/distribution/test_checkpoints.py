@@ -15,6 +15,8 @@ MIRRORED = [
     ("mirrored", 3),
     ("mirrored", 4),
 ]
+GROUPS = [("mirrored", 4, 2), (None, 1), ("mirrored", 2)]
+ALL_GROUPS = [*GROUPS, ("mirrored", 3, 1), ("mirrored", 4, 2)]
 BOTH = [("dtensor", 4), (None, 1), ("dtensor", 2), ("mirrored", 3), ("dtensor", 4)]
 
 
@@ -23,13 +25,16 @@ BOTH = [("dtensor", 4), (None, 1), ("dtensor", 2), ("mirrored", 3), ("dtensor", 
     [
         pytest.param(FEW, id="few"),
         pytest.param(MIRRORED, id="mirrored", marks=pytest.mark.exhaustive),
+        pytest.param(GROUPS, id="groups"),
+        pytest.param(ALL_GROUPS, id="all groups", marks=pytest.mark.exhaustive),
         pytest.param(BOTH, id="both", marks=pytest.mark.exhaustive),
     ],
 )
 def test_training_goes_on_with_other_numbers_of_devices(stages, tmp_path):
     found = []
-    for stage, (engine, devices) in enumerate(stages):
+    for stage, (engine, devices, *size) in enumerate(stages):
         settings = {"engine": engine, "devices": devices, "directory": str(tmp_path)}
+        settings |= dict(zip(["group_size"], size, strict=False))
         settings |= {"stage": stage, "stages": len(stages)}
         found.append(children.run("checkpoint_child", settings))
     unbroken = found[stages.index((None, 1))]["unbroken"]

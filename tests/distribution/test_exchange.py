@@ -1,11 +1,17 @@
 """Rows reach their experts in the order of one device, and come back."""
 
+import functools
+from unittest import mock
+
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_moe import engine
 from keras_moe.distribution import topology
-from keras_moe.distribution.mirrored import exchange
+from keras_moe.distribution.mirrored import dispatcher, exchange
+from keras_moe.layers.noise import draw_rows
 
 
 def _run(counts, shards, rows):
@@ -92,3 +98,43 @@ def test_gradients_travel_back_the_same_way():
         total = tf.reduce_sum(weights * back)
     # d/dx of w x^2 is 2 w x.
     np.testing.assert_allclose(tape.gradient(total, rows), [[10.0], [28.0], [66.0]])
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4])
+def test_rows_are_numbered_as_on_one_device(group_size, rng):
+    shards = topology.make_shards(7, 4, group_size=group_size)
+    counts = rng.integers(0, 5, (4, 7)).astype("int32")
+    counts[2] = 0  # a replica without a token
+    # One device: sorted by expert, then by replica.
+    names = [(e, r, j) for e in range(7) for r in range(4) for j in range(counts[r, e])]
+    for replica in range(4):
+        members = shards.members_of(shards.group_of(replica))
+        own = shards.experts_of(replica)
+        wanted = [i for i, (e, r, _) in enumerate(names) if e in own and r in members]
+        first = dispatcher._first_rows(tf.constant(counts), shards, replica)
+        lengths = counts[members.start : members.stop, own.start : own.stop].sum(0)
+        if group_size == 4:
+            assert first.shape.rank == 0  # one run follows the other
+            first, lengths = [first], [lengths.sum()]
+        assert len(first) == len(lengths)
+        found = [
+            int(f) + i for f, n in zip(first, lengths, strict=True) for i in range(n)
+        ]
+        assert found == wanted
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_runs_of_rows_are_those_of_the_whole_draw(kind, dtype, monkeypatch):
+    seed = keras.random.SeedGenerator(3)
+    whole = getattr(keras.random, kind)((40, 5), dtype=dtype, seed=seed)
+    several = engine.Engine()
+    several.replicas = mock.Mock(number=2)
+    monkeypatch.setattr(engine, "current", lambda: several)
+    draw = functools.partial(
+        draw_rows, None, 5, dtype, keras.random.SeedGenerator(3), kind=kind
+    )
+    first, counts = tf.constant([4, 31, 0]), tf.constant([3, 0, 2])
+    rows = draw(first_row=first, counts=counts)
+    np.testing.assert_array_equal(rows, np.array(whole)[[4, 5, 6, 0, 1]])
+    assert draw(first_row=first[:0], counts=counts[:0]).shape == (0, 5)

@@ -25,6 +25,13 @@ def messages():
         ("tpu", ("must be a MirroredStrategy", "outside of any")),
         ("lamb", ("Lamb", "Use Adam")),
         ("built_in_replica", ("before `strategy.run`", "scope of the strategy")),
+        ("device_order", ("order of their numbers", "CPU:1", "ascending")),
+        ("size_3", ("`size` must divide", "size=3 for 2 replicas", "[1, 2]")),
+        ("size_0", ("`size` must be a whole number of at least 1", "size=0")),
+        ("size_float", ("`size` must be a whole number", "size=1.0")),
+        ("size_later", ("size=1 after experts were built for 2", "right after")),
+        ("size_parameter_server", ("must be a MirroredStrategy",)),
+        ("size_dtensor", ("create_mesh(..., expert_parallel_size=2)",)),
     ],
 )
 def test_misuse_is_a_clear_error(messages, case, parts):
@@ -44,6 +51,12 @@ def test_xla_is_not_used_and_keras_says_so(messages):
 @pytest.mark.slow
 def test_models_without_experts_train_as_before(messages):
     assert messages["plain"] == ["", ""]
+
+
+@pytest.mark.slow
+def test_a_size_may_be_set_again_and_that_of_one_device_is_1(messages):
+    assert messages["size_as_before"] == ["", ""]
+    assert messages["size_one_device"] == ["", ""]
 
 
 @pytest.mark.slow

@@ -36,6 +36,41 @@ def test_groups_stay_together():
         assert len(set(shards.owners()[group * 4 : group * 4 + 4])) == 1
 
 
+def test_each_group_of_replicas_holds_all_experts():
+    # Six replicas in groups of three: 7 = 3 + 2 + 2, twice.
+    shards = topology.make_shards(7, 6, group_size=3)
+    assert (shards.num_replicas, shards.num_groups, shards.group_size) == (6, 2, 3)
+    found = [list(shards.experts_of(r)) for r in range(6)]
+    assert found == [[0, 1, 2], [3, 4], [5, 6]] * 2
+    assert shards.owners().tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert [shards.group_of(r) for r in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert [shards.position_of(r) for r in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert shards.members_of(1) == range(3, 6)
+    assert topology.make_shards(4, 2, group_size=1).experts_of(1) == range(4)
+
+
+def test_replicas_that_hold_all_experts():
+    shards = topology.make_shards(7, 12, group_size=3)
+    assert shards.whole_group_in(range(0, 4)) == range(0, 3)
+    # Two of one group and two of the next.
+    assert shards.whole_group_in(range(4, 8)) is None
+    assert shards.whole_group_in(range(8, 12)) == range(9, 12)
+    assert shards.whole_group_in(range(3, 5)) is None
+
+
+def test_bytes_of_groups():
+    shards = topology.make_shards(7, 4, group_size=2)
+    held = topology.shard_bytes(shards, (7, 5, 6), 4)
+    assert held.tolist() == [480, 360] * 2
+    # A ring of two holders: each sends half of it twice.
+    assert topology.gradient_bytes(shards, held).tolist() == held.tolist()
+    one = topology.make_shards(7, 4)
+    assert not topology.gradient_bytes(one, np.array([480] * 4)).any()
+    # 100 tokens * 4 rows / 4 replicas, half of them leave in groups of two.
+    assert topology.exchange_bytes(100, 4, 8, 4, 4, 2) == 4 * 50 * 8 * 4
+    assert topology.exchange_bytes(100, 4, 8, 4, 4, 1) == 0
+
+
 def test_bytes():
     shards = topology.make_shards(7, 2)
     # 4 and 3 experts of 5 * 6 float32.
@@ -52,6 +87,8 @@ def test_bytes():
         ((2, 0), "`num_replicas` must be at least 1. Received: num_replicas=0"),
         ((2, 2, 0), "`together` must be at least 1. Received: together=0"),
         ((7, 2, 2), "together=2, num_experts=7"),
+        ((8, 4, 1, 3), "group_size=3, num_replicas=4"),
+        ((8, 4, 1, 0), "`group_size` must be at least 1. Received: group_size=0"),
     ],
 )
 def test_bad_numbers_are_refused(arguments, message):

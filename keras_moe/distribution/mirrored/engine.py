@@ -18,7 +18,11 @@ from keras_moe.distribution.mirrored import (
 )
 from keras_moe.distribution.mirrored.capacity import Capacity
 from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
-from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
+from keras_moe.distribution.mirrored.expert_variable import (
+    GROUP,
+    HOLDERS,
+    ExpertVariable,
+)
 from keras_moe.distribution.topology import make_shards
 
 
@@ -34,6 +38,8 @@ class MirroredEngine(engine.Engine):
         # Set when the first experts are sharded: losses are then those of the
         # global batch.
         self.has_experts = False
+        # Replicas that hold all experts together.
+        self.group_size = strategy.num_replicas_in_sync
         self.weights = _Weights(self)
         self.replicas = _Replicas(self)
         self.operations = _Operations(self)
@@ -53,13 +59,43 @@ class MirroredEngine(engine.Engine):
         """The `tf.distribute.Strategy`."""
         return self._strategy()
 
+    def set_group_size(self, size: int) -> None:
+        """Sets how many replicas hold all experts together.
+
+        Args:
+            size: Divides the number of replicas.
+
+        Raises:
+            ValueError: It is another than that of experts that were built.
+        """
+        if size == self.group_size:
+            return
+        if self.has_experts:
+            raise ValueError(
+                "`size` must be set before layers with experts are built in the scope "
+                f"of the strategy. Received: size={size} after experts were built for "
+                f"{self.group_size}. Set it right after making the strategy."
+            )
+        self.group_size = size
+        number = self.replicas.number
+        compatibility.split_collectives(
+            self.strategy,
+            {
+                GROUP: [range(i, i + size) for i in range(0, number, size)],
+                HOLDERS: [range(i, number, size) for i in range(size)],
+            },
+        )
+
 
 class _Weights(engine.Weights):
     def __init__(self, owner):
         self._engine = owner
 
     def add_expert_weight(self, layer, shape, initializer, name, together=1, **options):
-        shards = make_shards(shape[0], self._engine.replicas.number, together)
+        size = self._engine.group_size
+        if getattr(layer, "groups_are_shared_by_all", False):
+            size = self._engine.replicas.number
+        shards = make_shards(shape[0], self._engine.replicas.number, together, size)
         self._engine.has_experts = True
         with compatibility.layer_name_scope(layer):
             variable = ExpertVariable(
@@ -71,6 +107,12 @@ class _Weights(engine.Weights):
                 **{"dtype": layer.variable_dtype, **options},
             )
         return compatibility.track_weight(layer, variable)
+
+    def sum_of_parts(self, variable, value):
+        shards = variable.shards
+        if shards.group_size == 1:
+            return value  # all experts are here
+        return self._engine.replicas.sum(value) / shards.num_groups
 
     def note_experts(self, variables):
         for variable in variables:
@@ -121,10 +163,13 @@ class _Replicas(engine.Replicas):
 
         return run(value)
 
-    def gather(self, value):
+    def gather(self, value, among=None):
+        """As of the base; `among` a part of the replicas, see `compatibility`."""
         _verify_graph()
         value = tf.stop_gradient(tf.convert_to_tensor(value))
-        return compatibility.all_gather(self._engine.strategy, value[tf.newaxis])
+        strategy = self._engine.strategy
+        found = compatibility.all_gather(strategy, value[tf.newaxis], among)
+        return tf.ensure_shape(found, (None, *value.shape))
 
     def num_before(self, num_rows):
         rows = self.gather(tf.cast(num_rows, tf.int32))
@@ -169,16 +214,24 @@ def engine_of(strategy: Any) -> MirroredEngine:
         Always the same for the same strategy.
 
     Raises:
-        ValueError: The strategy mixes kinds of devices.
+        ValueError: The strategy mixes kinds of devices, or has them in another order
+            than that of their numbers.
     """
     found = _engines.get(strategy)
     if found is not None:
         return found
+    kind, devices = type(strategy).__name__, strategy.extended.worker_devices
     if compatibility.collective_ops_of(strategy) is None:
-        kind, devices = type(strategy).__name__, strategy.extended.worker_devices
         raise ValueError(
             "`strategy` must have devices of one kind, so that they can exchange "
             f"rows by collectives. Received: {kind} on {list(devices)}."
+        )
+    numbers = [tf.DeviceSpec.from_string(device).device_index for device in devices]
+    if numbers != sorted(numbers):
+        raise ValueError(
+            "`strategy` must have its devices in the order of their numbers, in which "
+            f"collectives see them. Received: {kind} on {list(devices)}. Pass them in "
+            "ascending order; `CUDA_VISIBLE_DEVICES` gives GPUs other numbers."
         )
     optimization.install()
     training.install()

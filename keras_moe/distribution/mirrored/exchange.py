@@ -18,13 +18,15 @@ from keras_moe.distribution.topology import Shards
 class Route(NamedTuple):
     """Where the rows of one replica go, and where the rows it gets belong.
 
+    P replicas, those of an expert-parallel group, exchange their rows.
+
     Attributes:
-        slots: `(R, C)` int32. The row in each slot of the blocks that leave, -1
+        slots: `(P, C)` int32. The row in each slot of the blocks that leave, -1
             where a slot is empty.
         positions: `(M,)` int32. The slot of each row.
         incoming: `(M_in,)` int32. For each row that arrives, sorted by expert,
             its slot in the blocks that arrive.
-        incoming_slots: `(R, C)` int32. The reverse of `incoming`, -1 for empty.
+        incoming_slots: `(P, C)` int32. The reverse of `incoming`, -1 for empty.
         counts: `(E_own,)` int32. Rows that arrive for each own expert.
     """
 
@@ -35,34 +37,34 @@ class Route(NamedTuple):
     counts: tf.Tensor
 
 
-def make_route(counts: tf.Tensor, shards: Shards, replica: int) -> Route:
+def make_route(counts: tf.Tensor, shards: Shards, position: int) -> Route:
     """Lays out the exchange for one replica.
 
     Args:
-        counts: `(R, E)` int32, rows of every replica for every expert.
+        counts: `(P, E)` int32, rows of every replica of its group for every expert.
         shards: Which expert lives where.
-        replica: The replica to lay out for.
+        position: That of the replica to lay out for, in its group.
 
     Returns:
         The `Route`. Rows of an expert arrive in the order of the replicas they
         come from: the order they would have on one device.
     """
-    num_replicas = shards.num_replicas
-    rows_RR = tf.transpose(
+    num_replicas = shards.group_size
+    rows_PP = tf.transpose(
         tf.math.unsorted_segment_sum(
             tf.transpose(counts), tf.constant(shards.owners(), tf.int32), num_replicas
         )
     )  # from replica, to replica
-    length = tf.maximum(tf.reduce_max(rows_RR), 1)
+    length = tf.maximum(tf.reduce_max(rows_PP), 1)
     ranks = tf.range(length)[tf.newaxis, :]
     # Out: rows lie in the order of their replicas.
-    outgoing = rows_RR[replica]
+    outgoing = rows_PP[position]
     starts = tf.cumsum(outgoing, exclusive=True)[:, tf.newaxis]
     slots = tf.where(ranks < outgoing[:, tf.newaxis], starts + ranks, -1)
     positions = _runs(tf.range(num_replicas) * length, outgoing)
     # In: a block holds rows sorted by expert; they are merged over the blocks.
-    own = shards.experts_of(replica)
-    own_counts = counts[:, own.start : own.stop]  # (R, E_own)
+    own = shards.experts_of(position)
+    own_counts = counts[:, own.start : own.stop]  # (P, E_own)
     first = tf.range(num_replicas)[:, tf.newaxis] * length
     first += tf.cumsum(own_counts, axis=1, exclusive=True)
     incoming = _runs(
@@ -98,7 +100,7 @@ def to_experts(
     Args:
         rows: `(M, D)` sorted by expert.
         route: Of this replica.
-        all_to_all: `(R, C, D)` -> `(R, C, D)`; its gradient is itself.
+        all_to_all: `(P, C, D)` -> `(P, C, D)`; its gradient is itself.
 
     Returns:
         `(M_in, D)`, the rows for the experts of this replica, sorted by expert.
@@ -115,7 +117,7 @@ def from_experts(
     Args:
         rows: `(M_in, D)` sorted by expert.
         route: Of this replica.
-        all_to_all: `(R, C, D)` -> `(R, C, D)`; its gradient is itself.
+        all_to_all: `(P, C, D)` -> `(P, C, D)`; its gradient is itself.
 
     Returns:
         `(M, D)` in the order of what `to_experts` took.

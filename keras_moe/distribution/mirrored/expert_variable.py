@@ -16,6 +16,15 @@ _CONSTANT = (
     keras.initializers.Constant,
 )
 
+# Partitions of the replicas, for `compatibility.split_collectives`: the groups that
+# hold all experts, and the replicas that hold the same experts.
+GROUP, HOLDERS = "group", "holders"
+
+
+def among_group(shards: Shards) -> str | None:
+    """The `among` of collectives within an expert-parallel group."""
+    return None if shards.num_groups == 1 else GROUP
+
 
 class ShardedVariable(compatibility.SyncOnReadVariable):
     """A distributed `tf.Variable` whose components are parts of one array.
@@ -34,6 +43,14 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
         super().__init__(strategy, values, tf.VariableAggregation.NONE)
         self.shards = shards
         self._gather: Any = None
+        # Components here that hold all experts; None if one process has no such ones.
+        # Processes have equal numbers of devices.
+        self._whole: list | None = None
+        size, first = len(values), compatibility.component_devices(strategy)[0][0]
+        firsts = range(0, shards.num_replicas, size)
+        groups = {i: shards.whole_group_in(range(i, i + size)) for i in firsts}
+        if None not in groups.values():
+            self._whole = [values[member - first] for member in groups[first] or ()]
 
     @property
     def shape(self) -> tf.TensorShape:
@@ -57,11 +74,9 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
 
     def _get_cross_replica(self):
         """All experts. With several processes every process has to ask."""
-        parts = list(self._values)
-        if len(parts) == self.shards.num_replicas:
+        if self._whole is not None:
             with tf.device("CPU:0"):
-                return tf.concat([part.read_value() for part in parts], axis=0)
-        strategy = self._distribute_strategy
+                return tf.concat([part.read_value() for part in self._whole], axis=0)
         if not tf.executing_eagerly():
             if compatibility.in_stateless_scope():  # Keras infers shapes
                 return tf.zeros(self.shape, self.dtype)
@@ -70,13 +85,27 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
                 "a whole outside of a `tf.function` or within `strategy.run` only. "
                 f"Received: a read of {self.name!r} in a graph."
             )
-        values = iter(parts)
-        per_replica = strategy.experimental_distribute_values_from_function(
-            lambda context: next(values).read_value()
-        )
         if self._gather is None:  # traced once, not at every read
-            self._gather = tf.function(lambda value: strategy.gather(value, axis=0))
-        return self._gather(per_replica)
+            self._gather = tf.function(self._gathered)
+        strategy = self._distribute_strategy
+        return strategy.experimental_local_results(self._gather())[0]
+
+    def _gathered(self):
+        """All experts on every replica, from those of its group."""
+        strategy, shards = self._distribute_strategy, self.shards
+        longest = int(shards.sizes.max())
+
+        def gather():
+            part = self._values[compatibility.local_replica(strategy)].read_value()
+            rest = [[0, longest - part.shape[0]], *[[0, 0]] * (part.shape.rank - 1)]
+            blocks = compatibility.all_gather(
+                strategy, tf.pad(part, rest), among_group(shards)
+            )
+            blocks = tf.reshape(blocks, [shards.group_size, longest, *part.shape[1:]])
+            filled = zip(tf.unstack(blocks), shards.sizes, strict=True)
+            return tf.concat([block[:size] for block, size in filled], axis=0)
+
+        return strategy.run(gather)
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         raise ValueError(
@@ -89,6 +118,9 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
 
 class ExpertVariable(keras.Variable):
     """A Keras variable `(E, ...)` of which every replica holds its experts.
+
+    With several expert-parallel groups each of them holds all experts; what replicas
+    write stays alike on those that hold the same.
 
     `numpy()`, `assign` and every file format see all experts, so they do not
     depend on the number of replicas.

@@ -11,7 +11,8 @@ from keras_moe.distribution.mirrored.capacity import (
     ranks_within_choices,
 )
 from keras_moe.distribution.mirrored.dispatcher import MirroredDispatcher
-from keras_moe.distribution.topology import make_shards
+from keras_moe.distribution.mirrored.expert_variable import HOLDERS
+from keras_moe.distribution.topology import Shards
 from keras_moe.functional.capacity import limit_of, verify_fixed_k
 from keras_moe.functional.hierarchical import choices_of_levels
 from keras_moe.types import GateStatistics
@@ -50,6 +51,7 @@ def mix_at_groups(
         choices_kept: That of the tokens and of the groups that are here.
     """
     gating, dispatcher = layer.gating, MirroredDispatcher(engine)
+    shards = dispatcher.shards_of(gating)
     primary = gating.primary_gating(gate_tokens, training=training)
     plan = functional.make_plan(primary)
     sent = tokens
@@ -68,13 +70,15 @@ def mix_at_groups(
     columns = [coarse, fine]
     queue = None
     if capacity is not None:
-        queue = _queue(engine.replicas, layer, primary, capacity, tf.shape(tokens)[0])
+        queue = _queue(
+            engine.replicas, layer, primary, capacity, tf.shape(tokens)[0], shards
+        )
         # Which choice of its token a row is: first choices go before second ones.
         columns.append(tf.cast(plan.assignments_of_rows() % queue.k[0], rows.dtype))
     rows = tf.concat([rows, tf.stack(columns, axis=1)], axis=1)
     seen = {}
 
-    def secondary(rows, counts, first_row):
+    def secondary(rows, counts, first_rows):
         sizes = [rows.shape[1] - len(columns), 1, 1, len(columns) - 2]
         rows, coarse, fine, choice = tf.split(rows, sizes, axis=1)
         gates = tf.cast(coarse, primary.gates.dtype) + tf.cast(
@@ -86,7 +90,7 @@ def mix_at_groups(
             rows[:, :width],
             rows[:, width:] if seen_apart else rows[:, :features],
             gates[:, 0],
-            first_row,
+            first_rows,
             counts,
             training,
             None if queue is None else queue._replace(choice=choice[:, 0]),
@@ -96,7 +100,7 @@ def mix_at_groups(
     answers = dispatcher.at_experts(gating, rows, plan.counts, secondary)
     outputs = plan.combine(answers, tf.ones_like(primary.gates), tf.shape(tokens)[0])
     statistics = _spread(
-        layer, engine.replicas, primary.statistics, *seen["statistics"]
+        layer, shards, engine.replicas, primary.statistics, *seen["statistics"]
     )
     own = seen["gates"]
     losses = (*primary.auxiliary_losses, *own.auxiliary_losses)
@@ -110,11 +114,15 @@ class _Queue(NamedTuple):
     Attributes:
         k: Groups of a token, and experts in each.
         limit: `()` int32. Slots of an expert that may be filled.
+        replicas: The `engine.Replicas`.
+        shards: `Shards` of the groups.
         choice: `(M,)` float. Which choice of its token each row at the group is.
     """
 
     k: tuple[int, int]
     limit: tf.Tensor
+    replicas: Any
+    shards: Shards
     choice: Any = None
 
     def fits(self, expert_indices, num_experts):
@@ -125,19 +133,24 @@ class _Queue(NamedTuple):
         width = self.k[0] * self.k[1]
         flat = tf.reshape(columns, [-1, width])
         _, counts = ranks_within_choices(flat, num_experts)
-        kept = fitting(flat, counts[tf.newaxis], 0, self.limit)
+        all_counts, index = counts[tf.newaxis], 0
+        if self.shards.num_groups > 1:  # other replicas have rows of this group
+            all_counts = self.replicas.gather(counts, HOLDERS)
+            index = self.shards.group_of(self.replicas.index)
+        kept = fitting(flat, all_counts, index, self.limit)
         return tf.reduce_any(tf.reshape(kept, [-1, *self.k]), axis=1)
 
 
-def _queue(replicas, layer, primary, capacity, num_tokens):
+def _queue(replicas, layer, primary, capacity, num_tokens, shards):
     verify_fixed_k(primary, None, f"capacity_factor={capacity.factor} of {layer.name}")
     k = primary.gates.shape[1], layer.k[1]
     total = tf.reduce_sum(replicas.gather(num_tokens))
-    return _Queue(k, limit_of(total, layer.num_experts, k[0] * k[1], capacity.factor))
+    limit = limit_of(total, layer.num_experts, k[0] * k[1], capacity.factor)
+    return _Queue(k, limit, replicas, shards)
 
 
 def _mix_here(
-    dispatcher, layer, rows, gate_rows, gates, first_row, counts, training, queue
+    dispatcher, layer, rows, gate_rows, gates, first_rows, counts, training, queue
 ):
     """Answers `(M, output_units)`, overflow, gates and statistics of the groups here."""
     gating = layer.gating
@@ -150,7 +163,7 @@ def _mix_here(
         groups,
         counts,
         training,
-        first_row=first_row,
+        first_row=first_rows,
     )
     gates, expert_indices = functional.hierarchical_gates(
         gates, groups, secondary.gates, secondary.indices, size
@@ -169,7 +182,11 @@ def _mix_here(
         )
     plan = functional.make_plan(sent)
     outputs = dispatcher.run_experts(
-        layer.experts, plan.dispatch(rows), plan.counts[:num_experts], size
+        layer.experts,
+        plan.dispatch(rows),
+        plan.counts[:num_experts],
+        size,
+        dispatcher.shards_of(gating).group_size,
     )
     outputs = plan.combine(outputs, sent.gates, tf.shape(rows)[0])
     importance = result.statistics.importance[:num_experts]
@@ -180,9 +197,9 @@ def _mix_here(
     return outputs, overflow, secondary, importance, load, counts
 
 
-def _spread(layer, replicas, primary, importance, load, counts):
+def _spread(layer, shards, replicas, primary, importance, load, counts):
     """Statistics over all experts, zero but for those that live here."""
-    own = make_shards(layer.num_groups, replicas.number).experts_of(replicas.index)
+    own = shards.experts_of(replicas.index)
     size = layer.num_experts // layer.num_groups
     if load.shape.rank == 2:  # smooth, of the secondary gates
         sent = tf.reduce_sum(replicas.gather(primary.counts), axis=0)

@@ -5,9 +5,10 @@ of the shape of the whole weight. Here, within a replica of a model with sharded
 experts, an optimizer
 
 * sums the gradients of weights that every replica has; those of an expert are
-  complete where it lives, since all its rows came there;
+  complete where it lives, since all its rows came there, or are summed over the
+  replicas that hold it, one of each expert-parallel group;
 * clips what results, the gradient of the global batch: dense weights count once,
-  every shard once;
+  every expert once;
 * accumulates, decays, updates and averages the part that lives on the replica, as
   if it were all there is. No replica waits for another in this, so it may stand
   inside a condition.
@@ -23,11 +24,13 @@ import tensorflow as tf
 
 from keras_moe import engine
 from keras_moe.distribution import compatibility, slots
-from keras_moe.distribution.mirrored.expert_variable import ExpertVariable
+from keras_moe.distribution.mirrored.expert_variable import HOLDERS, ExpertVariable
 from keras_moe.types import at_least_float32
 
 # Optimizers whose step for an element depends on all others of its weight.
 _REFUSED = ("Lamb", "Muon", "ScheduleFreeAdamW", "MultiOptimizer")
+
+_ALL = "all"  # replicas; see `_among`
 
 _TFOptimizer = compatibility.TFOptimizer
 _BaseOptimizer = compatibility.BaseOptimizer
@@ -77,7 +80,7 @@ def apply_gradients(optimizer: Any, gradients: list, variables: list) -> None:
 
 
 def sum_gradients(gradients: list, variables: list) -> list:
-    """Sums over the replicas what every replica has a part of.
+    """Sums over the replicas what several of them have a part of.
 
     Args:
         gradients: Tensors or `tf.IndexedSlices`.
@@ -87,16 +90,34 @@ def sum_gradients(gradients: list, variables: list) -> list:
         The gradients of the global batch, in the same order; for a sharded
         variable that of its own part.
     """
-    own = [isinstance(v, ExpertVariable) for v in variables]
-    shared = [g for g, is_own in zip(gradients, own, strict=True) if not is_own]
-    summed = iter(())
-    if shared:
-        strategy = engine.current().strategy  # type: ignore[attr-defined]
-        summed = iter(compatibility.all_reduce_gradients(strategy, shared))
-    return [
-        tf.convert_to_tensor(g) if is_own else next(summed)
-        for g, is_own in zip(gradients, own, strict=True)
+    strategy = engine.current().strategy  # type: ignore[attr-defined]
+    sums = [
+        tf.convert_to_tensor(g) if isinstance(v, ExpertVariable) else g
+        for g, v in zip(gradients, variables, strict=True)
     ]
+    among = [_among(v) for v in variables]
+    for kind in (_ALL, HOLDERS):
+        places = [i for i, of in enumerate(among) if of == kind]
+        parts = [sums[i] for i in places]
+        if not parts:
+            continue
+        if kind == _ALL:
+            found = compatibility.all_reduce_gradients(strategy, parts)
+        else:
+            found = compatibility.all_reduce_among(strategy, parts, kind)
+        for i, total in zip(places, found, strict=True):
+            sums[i] = total
+    return sums
+
+
+def _among(variable):
+    """Which replicas have parts of the gradient of a weight; None for one alone."""
+    if not isinstance(variable, ExpertVariable):
+        return _ALL
+    shards = variable.shards
+    if shards.num_groups == 1 or 0 in variable.part_of_replica().shape:
+        return None
+    return _ALL if shards.group_size == 1 else HOLDERS
 
 
 def clip_gradients(optimizer: Any, gradients: list, variables: list) -> list:
@@ -132,9 +153,16 @@ def _squared_norms(gradients, variables):
     # As in Keras, rows of `tf.IndexedSlices` count one by one.
     dtype = at_least_float32(*(g.dtype for g in gradients))
     squares = [tf.cast(tf.reduce_sum(tf.square(_values(g))), dtype) for g in gradients]
-    own = [i for i, v in enumerate(variables) if isinstance(v, ExpertVariable)]
+    own = [
+        i
+        for i, v in enumerate(variables)
+        if isinstance(v, ExpertVariable) and v.shards.group_size > 1
+    ]
     if own:
-        summed = engine.current().replicas.sum(tf.stack([squares[i] for i in own]))
+        # Over all replicas, so that all find the same to the last bit. An expert
+        # counts once, however many replicas hold it.
+        shares = [squares[i] / variables[i].shards.num_groups for i in own]
+        summed = engine.current().replicas.sum(tf.stack(shares))
         for i, square in zip(own, tf.unstack(summed, num=len(own)), strict=True):
             squares[i] = square
     return squares
