@@ -102,9 +102,21 @@ class Weights:
             values: `(E, ...)`, an array.
 
         Returns:
-            A part of the array.
+            A part of the array, or copies of it.
         """
         return values
+
+    def left_out_here(self, variable: Any, flags: Any) -> Any:
+        """As `entries_here`, so that what is not left out counts each expert once.
+
+        Args:
+            variable: The weight `(E, ...)`, from `add_expert_weight`.
+            flags: `(E,)` bool, an array. True for experts to leave out.
+
+        Returns:
+            A part of the array, or longer by copies of experts, with True.
+        """
+        return self.entries_here(variable, flags)
 
     def local_variable(self, value: Callable[[], Any], shape: tuple) -> Any:
         """A variable of this device alone, which no file and no other device sees.

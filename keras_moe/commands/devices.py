@@ -99,24 +99,12 @@ def _verify_size(options):
         )
 
 
-def _options_of_mesh(options):
-    """What a mesh is made with besides its devices."""
-    size = options.expert_parallel_size
-    if size is None:
-        return {}
-    raise ValueError(
-        "`expert_parallel_size` is for `devices` and `workers`. Received: "
-        f"expert_parallel_size={size}, dtensor={options.dtensor}. Use one of these, or "
-        "leave it out."
-    )
-
-
 def _strategy_of(options):
     if options.workers is not None:
         return tf.distribute.MultiWorkerMirroredStrategy()
     on_mesh = getattr(options, "dtensor", None)
     if on_mesh is not None:
-        made_with = _options_of_mesh(options)
+        made_with = {"expert_parallel_size": options.expert_parallel_size}
         if len(tf.config.list_physical_devices("GPU")) < on_mesh:
             _split_cpu(on_mesh, "dtensor")
             made_with["device_type"] = "CPU"

@@ -28,6 +28,7 @@ from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
 from tensorflow.python.distribute.cross_device_utils import INSTANCE_KEY_START_NUMBER
 from tensorflow.python.distribute.distribute_lib import ReplicaContext, UpdateContext
 from tensorflow.python.distribute.values import SyncOnReadVariable
+from tensorflow.python.eager import record
 from tensorflow.python.ops import array_ops, collective_ops
 from tensorflow.python.ops import gen_array_ops as raw_array
 from tensorflow.python.ops import gen_nn_ops as raw_nn
@@ -50,11 +51,13 @@ __all__ = [
     "component_devices",
     "dtensor_is_initialized",
     "in_stateless_scope",
+    "is_recording",
     "keras_numpy",
     "keras_random",
     "layer_name_scope",
     "local_replica",
     "loss_module",
+    "new_group_keys",
     "operation_modules",
     "raw_array",
     "raw_nn",
@@ -85,6 +88,11 @@ def collective_ops_of(strategy: Any) -> Any:
 _group_keys = itertools.count(2**20)
 
 
+def new_group_keys(number: int) -> list[int]:
+    """Keys of groups of devices that nothing else in this process has."""
+    return [next(_group_keys) for _ in range(number)]
+
+
 def separate_collectives(strategy: Any) -> None:
     """Keeps the collectives of a strategy apart from those of others in the process.
 
@@ -96,7 +104,7 @@ def separate_collectives(strategy: Any) -> None:
         return  # processes have to agree on the number
     operations = collective_ops_of(strategy)
     keys = operations._collective_keys
-    stock, keys._group_key = keys._group_key, next(_group_keys)
+    stock, keys._group_key = keys._group_key, new_group_keys(1)[0]
     group = keys._get_new_group_key(operations._devices)
     keys._group_key = stock
     for launcher in operations._launchers:
@@ -278,6 +286,11 @@ def start_dtensor_device() -> None:
     """
     if dtensor_api._dtensor_singleton is None:
         dtensor_api.reset_dtensor_device(is_async=False)
+
+
+def is_recording() -> bool:
+    """Whether a `tf.GradientTape` is open here."""
+    return record.could_possibly_record()
 
 
 def dtensor_is_initialized() -> bool:

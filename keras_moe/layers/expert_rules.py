@@ -33,7 +33,7 @@ class PerExpertRegularizer(keras.regularizers.Regularizer):
 
     def __call__(self, x):
         here = engine.current()
-        frozen, weight = here.weights.entries_here(x, self.frozen), x
+        frozen, weight = here.weights.left_out_here(x, self.frozen), x
         x = tf.convert_to_tensor(x)
         if type(self.regularizer) in _SUMS:
             if frozen.any():

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
+from tensorflow.python.eager import context
 
 from keras_moe import distribution, engine
 from keras_moe.distribution.dtensor import mesh as dtensor_mesh
@@ -21,34 +22,43 @@ from tests.distribution import child
 def lowered_functions(settings):
     """Collectives of a step after DTensor has expanded it, function by function."""
     os.environ["LOWER_DTENSOR_GATHER_TO_COLLECTIVE_GATHER_V2"] = "1"
-    strategy = distribution.DTensorStrategy(
-        distribution.create_mesh(settings["devices"])
+    mesh = distribution.create_mesh(
+        settings["devices"],
+        expert_parallel_size=settings.get("expert_parallel_size"),
     )
+    strategy = distribution.DTensorStrategy(mesh)
+    before = set(context.context().list_function_names())
     case = child.Case(num_experts=8, optimizer="Adam")
     model = child.build(case, strategy)
     child.train(model, case, 1)
-    from tensorflow.python.eager import context
-
     found, sums = collections.Counter(), []
-    branches = []
+    branches, group_sizes, sums_of_copies = [], [], []
     for name in context.context().list_function_names():
         definition = context.context().get_function_def(name)
+        if name in before or any(n.op == "Relayout" for n in definition.node_def):
+            continue  # of the trials of the strategy, or not expanded
         own = collections.Counter(
             node.op for node in definition.node_def if node.op.startswith("Collective")
         )
         found += own
         if own["CollectiveAllToAllV2"]:
             branches.append(own["CollectiveAllToAllV2"])
+            nodes = [n for n in definition.node_def if n.op == "CollectiveAllToAllV2"]
+            group_sizes += _group_sizes(definition, nodes)
         if "moe" not in name and len(definition.node_def) < 500:
             continue
         for node in definition.node_def:
             if node.op == "CollectiveReduceV2":
                 (shape,) = node.attr["_output_shapes"].list.shape
                 sums.append([dim.size for dim in shape.dim])
+                if len(shape.dim) == 3:
+                    sums_of_copies += _group_sizes(definition, [node])
     experts = [v for v in model.trainable_variables if hasattr(v, "mesh")]
     return {
         "collectives": found,
         "branches": branches,
+        "group_sizes": sorted(set(group_sizes)),
+        "sums_of_copies": sums_of_copies,
         "sums": sums,
         "dense": [
             list(v.shape) for v in model.trainable_variables if not hasattr(v, "mesh")
@@ -57,7 +67,35 @@ def lowered_functions(settings):
             [list(part.shape) for part in _parts(v)]
             for v in [*experts, *(s for s in model.optimizer.variables if _is_slot(s))]
         ],
+        "copies_apart": max(_copies_apart(v) for v in experts),
+        "expert_bytes": {
+            kind: sum(
+                each.device_bytes
+                for each in distribution.describe(model).variables
+                if each.kind == kind and "experts" in each.path
+            )
+            for kind in ("weight", "optimizer")
+        },
     }
+
+
+def _group_sizes(definition, collectives):
+    """How many devices take part in each of some collectives of a function."""
+    constants = {
+        node.name: tf.make_ndarray(node.attr["value"].tensor)
+        for node in definition.node_def
+        if node.op == "Const"
+    }
+    return [int(constants[node.input[1].split(":")[0]]) for node in collectives]
+
+
+def _copies_apart(variable):
+    """Largest difference between the copies of an expert on different devices."""
+    parts = [part.numpy() for part in _parts(variable)]
+    size = len(parts) // variable.num_copies
+    return max(
+        float(np.max(np.abs(part - parts[i % size]))) for i, part in enumerate(parts)
+    )
 
 
 def _is_slot(variable):
@@ -110,6 +148,19 @@ def settings_too_late(settings):
     tf.function(lambda x: x + 1.0)(zero)
     try:
         distribution.DTensorStrategy(distribution.create_mesh(2))
+    except ValueError as error:
+        return {"message": str(error)}
+    return {"message": None}
+
+
+def devices_out_of_order(settings):
+    """What is said of a mesh on which TensorFlow exchanges rows the wrong way."""
+    mesh = distribution.create_mesh(
+        devices=["CPU:1", "CPU:0", "CPU:2", "CPU:3"],
+        expert_parallel_size=settings["expert_parallel_size"],
+    )
+    try:
+        distribution.DTensorStrategy(mesh)
     except ValueError as error:
         return {"message": str(error)}
     return {"message": None}
@@ -208,6 +259,7 @@ JOBS = (
     lowered_functions,
     a_failing_operation_raises,
     settings_too_late,
+    devices_out_of_order,
     random_numbers_are_those_of_one_device,
 )
 

@@ -20,8 +20,12 @@ from keras_moe import distribution, serving
 from tests.distribution import child
 
 
-def strategy_of(num_devices):
-    return distribution.DTensorStrategy(distribution.create_mesh(num_devices))
+def strategy_of(settings):
+    mesh = distribution.create_mesh(
+        settings["devices"],
+        expert_parallel_size=settings.get("expert_parallel_size"),
+    )
+    return distribution.DTensorStrategy(mesh)
 
 
 def _in_scope(strategy, make):
@@ -30,7 +34,7 @@ def _in_scope(strategy, make):
 
 
 def trains_as_one_device(settings):
-    strategy = strategy_of(settings["devices"])
+    strategy = strategy_of(settings)
     return [child.compare(child.Case(**case), strategy) for case in settings["cases"]]
 
 
@@ -38,7 +42,7 @@ def evaluates_and_predicts(settings):
     """Evaluation, prediction and eager calls, for a batch the mesh does not divide."""
     case = child.Case(num_experts=7, examples=child.BATCH + 7)
     plain = child.build(case)
-    model = child.build(case, strategy_of(settings["devices"]))
+    model = child.build(case, strategy_of(settings))
     data = child.dataset(case)
     tokens = np.concatenate([x for x, _ in data])
     expected = plain.predict(data, verbose=0)
@@ -57,7 +61,7 @@ def evaluates_and_predicts(settings):
 def long_sequences(settings):
     """One step of a recurrent layer over many time steps; gradients compared."""
     kind = getattr(keras.layers, settings["layer"])
-    strategy = strategy_of(settings["devices"])
+    strategy = strategy_of(settings)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(6, settings["time"], 4)).astype("float32")
     results = []
@@ -136,7 +140,7 @@ def reads_files(settings):
 def exports(settings):
     """The exported signature against the model on the mesh."""
     case = child.Case(num_experts=7, optimizer="Adam")
-    strategy = strategy_of(settings["devices"])
+    strategy = strategy_of(settings)
     model = child.build(case, strategy)
     child.train(model, case, 3)
     tokens = np.random.default_rng(1).integers(1, child.VOCABULARY, (4, child.TIME))
@@ -154,8 +158,10 @@ def exports(settings):
 
 
 def _strategy(settings):
+    if settings["engine"] == "one device":
+        return None
     if settings["engine"] == "dtensor":
-        return strategy_of(settings["devices"])
+        return strategy_of(settings)
     return child.strategy_of(settings["devices"])
 
 

@@ -26,7 +26,10 @@ def sums_of_weights(strategy, client):
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
-    mesh = distribution.create_mesh(settings["devices"])
+    mesh = distribution.create_mesh(
+        settings["devices"],
+        expert_parallel_size=settings.get("expert_parallel_size"),
+    )
     strategy = distribution.DTensorStrategy(mesh)
     cases = [child.compare(child.Case(**case), strategy) for case in settings["cases"]]
     client = tf.experimental.dtensor.client_id()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_moe.distribution.dtensor.groups import groups_of
 from keras_moe.distribution.dtensor.variables import LaidOutVariable
 from keras_moe.distribution.messages import as_table
 
@@ -35,10 +36,12 @@ class Layouts(NamedTuple):
     Attributes:
         variables: A `LaidOut` for each weight and each slot of the optimizer.
         num_devices: Devices of the mesh.
+        num_groups: Groups of them, each of which holds all experts.
     """
 
     variables: tuple[LaidOut, ...]
     num_devices: int
+    num_groups: int = 1
 
     @property
     def device_bytes(self) -> int:
@@ -58,8 +61,13 @@ class Layouts(NamedTuple):
                     f"{each.device_bytes:,}",
                 )
             )
-        note = f"Each of {self.num_devices} devices holds {self.device_bytes:,} bytes."
-        return as_table(rows, [note])
+        notes = [
+            f"Each of {self.num_devices} devices holds {self.device_bytes:,} bytes."
+        ]
+        if self.num_groups > 1:
+            size = self.num_devices // self.num_groups
+            notes.append(f"Every {size} devices hold all experts.")
+        return as_table(rows, notes)
 
 
 def is_on_mesh(model: keras.Model) -> bool:
@@ -84,7 +92,7 @@ def describe_layouts(model: keras.Model) -> Layouts:
         for variable in variables
     ]
     mesh = model.variables[0].value.layout.mesh
-    return Layouts(tuple(found), mesh.size)
+    return Layouts(tuple(found), mesh.size, groups_of(mesh).number)
 
 
 def _laid_out(variable, kind):

@@ -7,6 +7,7 @@ from tensorflow.experimental import dtensor
 
 from keras_moe import functional
 from keras_moe.distribution.dtensor import everywhere, exchange, queue
+from keras_moe.distribution.dtensor.groups import groups_of
 from keras_moe.distribution.dtensor.variables import replicated, sharded_layout
 from keras_moe.distribution.messages import other_scope
 
@@ -72,7 +73,8 @@ class MeshDispatcher(functional.Dispatcher):
             self._grouped(tf.cast(each, dtype), missing) for each in (tokens, gates)
         )
         chosen, real = grouped_choice, grouped_real
-        choice = exchange.make_choice(chosen, real, weights[0].shape[0])
+        padded = groups_of(self._mesh).num_padded(experts.num_experts)
+        choice = exchange.make_choice(chosen, real, padded)
         slots = exchange.slot_numbers(
             tokens.shape[1], experts.num_experts, self._k or k, most
         )
@@ -101,15 +103,16 @@ class MeshDispatcher(functional.Dispatcher):
         dtype = tf.as_dtype(experts.compute_dtype)
         values = experts.values(tokens)
         own, others = values[: len(variables)], values[len(variables) :]
-        padded = own[0].shape[0]
-        others = [self._by_experts(value, padded) for value in others]
+        others = [self._by_experts(value) for value in others]
         return [*(tf.cast(value, dtype) for value in own), *others]
 
-    def _by_experts(self, value, num_experts):
+    def _by_experts(self, value):
         """`(E, ...)`, whole on every device -> each device has its experts'."""
-        missing = num_experts - value.shape[0]
+        groups = groups_of(self._mesh)
+        missing = groups.num_padded(value.shape[0]) - value.shape[0]
         rest = [[0, 0]] * (value.shape.rank - 1)
         value = replicated(tf.pad(value, [[0, missing], *rest]))
+        value = replicated(tf.concat([value] * groups.number, axis=0))
         return dtensor.relayout(value, sharded_layout(self._mesh, value.shape.rank))
 
     def _grouped(self, value, missing):

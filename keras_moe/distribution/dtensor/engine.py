@@ -1,11 +1,13 @@
 """What layers ask of a mesh: weights with layouts, mixtures, static shapes."""
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe import engine, operations
-from keras_moe.distribution import compatibility
+from keras_moe.distribution import compatibility, slots
 from keras_moe.distribution.dtensor.dispatcher import MeshDispatcher
+from keras_moe.distribution.dtensor.groups import groups_of
 from keras_moe.distribution.dtensor.variables import (
     LaidOutExperts,
     LaidOutVariable,
@@ -62,6 +64,17 @@ class _Weights(engine.Weights):
     def add_group_weight(self, layer, shape, initializer, name):
         # Gates are data-parallel here: every device has the gates of all groups.
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
+
+    def add_slot(self, optimizer, variable, shape, name):
+        return slots.make_slot(optimizer, variable, name, shape=shape)
+
+    def entries_here(self, variable, values):
+        if not isinstance(values, np.ndarray):
+            return values  # the dispatcher lays them out
+        return groups_of(self._mesh).copies(values)
+
+    def left_out_here(self, variable, flags):
+        return groups_of(self._mesh).copies(flags, others=True)
 
     def local_variable(self, value, shape):
         with tf.init_scope(), on_host():

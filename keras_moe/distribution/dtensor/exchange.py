@@ -1,10 +1,10 @@
-"""A mixture over the devices of a mesh: explicit relayouts, nothing dropped.
+"""A mixture over the devices of a mesh: explicit exchanges, nothing dropped.
 
-Tokens lie in groups `(R, n, D)`, one group a device. Every group lays out the tokens
-of each expert in slots `(R, E, C, D)`. A relayout from groups to experts takes them to
-the devices of their experts, and one back takes the answers home: DTensor makes an
-all-to-all of each. The backward pass does the same with the gradients, so there are
-four in a step. It sends tokens and upstream gradients together, and computes the
+Tokens lie `(R, n, D)`, n on every device, which lays out those of each expert in slots
+`(R, E, C, D)`. An all-to-all takes them to the devices of their experts, and one back
+takes the answers home, both within a group of devices that has all experts
+(`groups`). The backward pass does the same with the gradients, so there are four in a
+step. It sends tokens and upstream gradients together, and computes the
 hidden activations again instead of keeping them (appendix D).
 
 Shapes are static under DTensor, so the number of slots C must be chosen before the
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from keras_moe.distribution.dtensor.groups import groups_of
 from keras_moe.distribution.dtensor.variables import sharded_layout
 
 # Slots of an expert, in multiples of its fair share.
@@ -28,7 +29,7 @@ _LEAST_SAVING = 0.25
 
 
 class Choice(NamedTuple):
-    """Which experts the tokens of each group chose.
+    """Which experts the tokens of each device chose.
 
     Attributes:
         experts: `(R, n, K)` int32 within [0, E).
@@ -36,7 +37,7 @@ class Choice(NamedTuple):
         chosen: `(R, n, E)` int32. How many of a token's choices are that expert:
             0 or 1, if a gate does not pick an expert twice.
         ranks: `(R, n, E)` int32. Tokens before this one that chose the expert.
-        most: `()` int32. Most tokens that one expert has of one group.
+        most: `()` int32. Most tokens that one expert has of one device.
     """
 
     experts: tf.Tensor
@@ -47,12 +48,12 @@ class Choice(NamedTuple):
 
 
 def make_choice(experts: tf.Tensor, real: tf.Tensor, num_experts: int) -> Choice:
-    """Counts and ranks the choices of each group, without leaving its device.
+    """Counts and ranks the choices of each device, without leaving it.
 
     Args:
         experts: `(R, n, K)` int32 within [0, E).
         real: `(R, n, K)` bool. False where there is no such choice.
-        num_experts: E, with the padding of the mesh.
+        num_experts: E, with the padding.
 
     Returns:
         The `Choice`.
@@ -76,10 +77,10 @@ def slot_numbers(
     """The numbers of slots that a step has branches for.
 
     Args:
-        num_tokens: n, tokens of a group.
+        num_tokens: n, tokens of a device.
         num_experts: E, those that can be chosen.
         k: Experts for each token, on average.
-        most: The most that an expert can get of a group, where it has a capacity.
+        most: The most that an expert can get of a device, where it has a capacity.
             Defaults to `None`, n.
 
     Returns:
@@ -104,16 +105,16 @@ def mix(
     """Runs the experts on their tokens and sums their answers.
 
     Args:
-        tokens: `(R, n, D)`, sharded over the groups.
+        tokens: `(R, n, D)`, sharded over the first axis.
         gates: `(R, n, K)`, dtype of the tokens, likewise.
         choice: From `make_choice`.
-        network: Maps `(E, rows, D)` and the weights to `(E, rows, D_out)`.
-        weights: Tensors `(E, ...)`, sharded over the experts.
+        network: Maps `(G * E, rows, D)` and the weights to `(G * E, rows, D_out)`.
+        weights: Tensors `(G * E, ...)`, sharded over the first axis.
         mesh: The mesh.
         slots: From `slot_numbers`.
 
     Returns:
-        `(R, n, D_out)`, sharded over the groups.
+        `(R, n, D_out)`, sharded over the first axis.
     """
 
     @tf.custom_gradient
@@ -121,7 +122,7 @@ def mix(
         def forward(num_slots):
             layout = _Slots(choice, num_slots, mesh)
             inputs = layout.to_experts(layout.rows_of(tokens))
-            return layout.sum_of(layout.to_groups(network(inputs, *weights)), gates)
+            return layout.sum_of(layout.to_tokens(network(inputs, *weights)), gates)
 
         def backward(upstream, num_slots):
             layout = _Slots(choice, num_slots, mesh)
@@ -157,8 +158,8 @@ class _Slots:
         self.choice = choice
         self.num_slots = num_slots
         self.mesh = mesh
-        num_groups, num_tokens, num_experts = choice.chosen.shape
-        self.shape = (num_groups, num_experts, num_slots)
+        devices, num_tokens, num_experts = choice.chosen.shape
+        self.shape = (devices, num_experts, num_slots)
         chosen_REn = tf.transpose(choice.chosen, [0, 2, 1])
         ranks = choice.ranks
         if num_slots == num_tokens:  # every token has its own slot, filled or not
@@ -186,30 +187,22 @@ class _Slots:
 
     def rows_of(self, values):
         """`(R, n, D)` -> `(R, E, C, D)`, zeros in empty slots."""
-        num_groups, num_experts, num_slots = self.shape
-        index = tf.reshape(self.tokens, [num_groups, num_experts * num_slots])
+        devices, num_experts, num_slots = self.shape
+        index = tf.reshape(self.tokens, [devices, num_experts * num_slots])
         rows = tf.gather(values, index, batch_dims=1)
         rows = tf.reshape(rows, [*self.shape, values.shape[-1]])
         filled = self.filled[..., tf.newaxis]
         return tf.where(filled, rows, tf.zeros_like(rows))
 
     def to_experts(self, rows):
-        """`(R, E, C, D)` by group -> `(E, R * C, D)` by expert: an all-to-all."""
-        rows = dtensor.relayout(rows, sharded_layout(self.mesh, 4))
-        rows = dtensor.relayout(rows, sharded_layout(self.mesh, 4, axis=1))
-        num_groups, num_experts, num_slots = self.shape
-        rows = tf.transpose(rows, [1, 0, 2, 3])
-        return tf.reshape(rows, [num_experts, num_groups * num_slots, rows.shape[-1]])
+        """`(R, E, C, D)` -> `(G * E, P * C, D)`: an all-to-all."""
+        return groups_of(self.mesh).to_experts(rows)
 
-    def to_groups(self, rows):
-        """`(E, R * C, D)` by expert -> `(R, E * C, D)` by group: an all-to-all."""
-        num_groups, num_experts, num_slots = self.shape
-        width = rows.shape[-1]
-        rows = tf.reshape(rows, [num_experts, num_groups, num_slots, width])
-        rows = tf.transpose(rows, [1, 0, 2, 3])
-        rows = dtensor.relayout(rows, sharded_layout(self.mesh, 4, axis=1))
-        rows = dtensor.relayout(rows, sharded_layout(self.mesh, 4))
-        return tf.reshape(rows, [num_groups, num_experts * num_slots, width])
+    def to_tokens(self, rows):
+        """`(G * E, P * C, D)` -> `(R, E * C, D)`: an all-to-all."""
+        devices, num_experts, num_slots = self.shape
+        rows = groups_of(self.mesh).to_tokens(rows)
+        return tf.reshape(rows, [devices, num_experts * num_slots, rows.shape[-1]])
 
     def sum_of(self, rows, gates):
         """`(R, E * C, D)` -> `(R, n, D)`: each token's rows, weighted."""
@@ -254,7 +247,7 @@ class _Slots:
             outputs, [inputs, *weights], gate * d_sum, unconnected_gradients="zero"
         )
         d_gate = tf.reduce_sum(outputs * d_sum, axis=-1, keepdims=True)
-        back = self.to_groups(tf.concat([d_inputs, d_gate], axis=-1))
+        back = self.to_tokens(tf.concat([d_inputs, d_gate], axis=-1))
         rows = [tf.gather(back, place, batch_dims=1) for place in self.places]
         d_tokens = tf.add_n(
             [

@@ -3,17 +3,20 @@
 TensorFlow's DTensor has two settings that make wrong results without a word: an
 optimization that moves reads of a variable past later writes, and an asynchronous
 mode in which a failing operation does not raise. Both are set here while that is
-possible, and then tried out on the mesh.
+possible, and then tried out on the mesh; so is the exchange of rows, which goes to the
+wrong devices where those of a mesh are not in order.
 """
 
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe import checks
 from keras_moe.distribution import compatibility
+from keras_moe.distribution.dtensor.groups import groups_of, name_of
 
 # The name of the one axis of a mesh: the batch is sharded over it, and the experts.
 AXIS = "expert"
@@ -27,6 +30,7 @@ def create_mesh(
     *,
     devices: Sequence[str] | None = None,
     device_type: str | None = None,
+    expert_parallel_size: int | None = None,
 ) -> dtensor.Mesh:
     """Makes a mesh of one axis over the devices of this process, or of several.
 
@@ -42,13 +46,20 @@ def create_mesh(
             Defaults to `None`.
         device_type: `"CPU"` or `"GPU"`. None means GPU if there is one. Defaults
             to `None`.
+        expert_parallel_size: Int or None. P, devices that hold all experts together
+            and exchange tokens; divides the devices of the mesh, those of all
+            processes. The next P devices hold all experts again, and gradients of
+            the copies are summed. None means all devices: each expert is held once.
+            Defaults to `None`.
 
     Returns:
-        A `dtensor.Mesh` with the axis `"expert"`.
+        A `dtensor.Mesh` with the axis `"expert"`. Its name says
+        `expert_parallel_size`.
 
     Raises:
         ValueError: There are not so many devices, both `num_devices` and
-            `devices` are given, or DTensor's settings cannot be mended any more.
+            `devices` are given, `expert_parallel_size` does not divide the devices,
+            or DTensor's settings cannot be mended any more.
 
     Example:
 
@@ -63,6 +74,10 @@ def create_mesh(
         )
     if num_devices is not None:
         num_devices = checks.verify_int(num_devices, "num_devices")
+    if expert_parallel_size is not None:
+        expert_parallel_size = checks.verify_positive_int(
+            expert_parallel_size, "expert_parallel_size"
+        )
     set_switch()
     if devices is not None:
         devices = checks.verify_texts(devices, "devices")
@@ -87,12 +102,19 @@ def create_mesh(
             "`tf.config.set_logical_device_configuration` first."
         )
     names = [f"{d.device_type}:{d.device_index}" for d in found[:wanted]]
-    if several:
-        size = wanted * dtensor.num_clients()
-        return dtensor.create_distributed_mesh(
-            [(AXIS, size)], local_devices=names, device_type=device_type
+    size = wanted * dtensor.num_clients()
+    if size % (expert_parallel_size or 1):
+        raise ValueError(
+            "`expert_parallel_size` must divide the number of devices of the mesh. "
+            f"Received: expert_parallel_size={expert_parallel_size}, {size} devices. "
+            "Leave it out for one group of all devices."
         )
-    return dtensor.create_mesh([(AXIS, wanted)], devices=names)
+    name = name_of(expert_parallel_size if expert_parallel_size != size else None)
+    if several:
+        return dtensor.create_distributed_mesh(
+            [(AXIS, size)], name, local_devices=names, device_type=device_type
+        )
+    return dtensor.create_mesh([(AXIS, size)], name, devices=names)
 
 
 def _device_name(device):
@@ -128,14 +150,15 @@ def verify_mesh(mesh: dtensor.Mesh) -> None:
     if len(mesh.dim_names) != 1:
         sizes = {name: mesh.dim_size(name) for name in mesh.dim_names}
         raise ValueError(
-            "`mesh` must have one axis: on a mesh of two axes TensorFlow's relayout "
-            f"returns wrong data. Received: {sizes}. Use "
-            "`keras_moe.distribution.create_mesh`."
+            "`mesh` must have one axis, over which the batch is sharded: DTensor "
+            f"cannot shard it over two. Received: {sizes}. Use "
+            "`keras_moe.distribution.create_mesh`, for groups of devices that hold "
+            "all experts with `expert_parallel_size`."
         )
 
 
 def verify_settings(mesh: dtensor.Mesh) -> None:
-    """Tries out on the mesh that reads are current and that failures raise.
+    """Tries out on the mesh that reads are current, failures raise, and rows arrive.
 
     Raises:
         ValueError: One of them does not hold, with what to do about it.
@@ -155,6 +178,13 @@ def verify_settings(mesh: dtensor.Mesh) -> None:
             "unnoticed. Received: a failing operation that did not raise in a trial. "
             "Call `keras_moe.distribution.create_mesh` before any other use of "
             "DTensor in this process."
+        )
+    if not rows_arrive(mesh):
+        raise ValueError(
+            "`mesh` must have its devices in the order of their numbers: TensorFlow "
+            "exchanges rows in that order, whatever the mesh says. Received: rows on "
+            f"wrong devices in a trial, devices {mesh.local_devices()}. Sort "
+            "`devices` of `keras_moe.distribution.create_mesh`."
         )
 
 
@@ -195,3 +225,37 @@ def failures_raise(mesh: dtensor.Mesh) -> bool:
     except (tf.errors.InvalidArgumentError, tf.errors.UnknownError):
         return True
     return False
+
+
+def rows_arrive(mesh: dtensor.Mesh) -> bool:
+    """Whether an exchange takes rows to the devices of their experts, and back.
+
+    So with the sums over the copies of experts, where there are any.
+    """
+    groups = groups_of(mesh)
+    number, size = groups.number, groups.size
+    # For each device a row for the one expert of each device of its group.
+    rows = np.arange(1.0, mesh.size * size + 1.0, dtype="float32")
+    rows = rows.reshape(number, size, size)
+    arrived = rows.transpose(0, 2, 1)
+    summed = np.broadcast_to(arrived.sum(0), arrived.shape)
+    zero = dtensor.call_with_layout(tf.zeros, dtensor.Layout.replicated(mesh, 0), ())
+
+    @tf.function
+    def largest_error(zero):
+        def laid_out(value, rank):
+            value = tf.constant(value.reshape(mesh.size, size, *[1] * (rank - 2)))
+            return dtensor.relayout(value + zero, groups.layout(rank))
+
+        sent = laid_out(rows, 4)
+        moved = groups.to_experts(sent)
+        back = groups.to_tokens(moved)
+        total = groups.sum_of_copies(moved)
+        pairs = (
+            (moved, laid_out(arrived, 3)),
+            (back, sent),
+            (total, laid_out(summed, 3)),
+        )
+        return tf.add_n([tf.reduce_max(tf.abs(a - b)) for a, b in pairs])
+
+    return mesh.size == 1 or float(dtensor.unpack(largest_error(zero))[0]) == 0.0

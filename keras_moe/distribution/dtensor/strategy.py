@@ -25,10 +25,11 @@ class DTensorStrategy(tf.distribute.Strategy):
     """Experts shared among the devices of a mesh, for stock `model.fit`.
 
     Within its scope every weight gets a layout: those of experts are sharded over
-    the mesh, all others are replicated. A batch is sharded over its first axis, so
-    what comes before and after a mixture is data-parallel by layout. TensorFlow
-    sees one model and one batch: losses, metrics, norms of gradients and batch
-    statistics are those of the whole batch on any number of devices.
+    the mesh, or over each group of `expert_parallel_size` of its devices, all others
+    are replicated. A batch is sharded over its first axis, so what comes before and
+    after a mixture is data-parallel by layout. TensorFlow sees one model and one
+    batch: losses, metrics, norms of gradients and batch statistics are those of the
+    whole batch on any number of devices.
 
     A batch whose size the mesh does not divide is computed by every device as a
     whole: right, but without gain.
@@ -42,8 +43,9 @@ class DTensorStrategy(tf.distribute.Strategy):
         mesh: A `dtensor.Mesh` of one axis, see `create_mesh`.
 
     Raises:
-        ValueError: The mesh has more than one axis; a setting under which DTensor
-            gives wrong results cannot be changed any more.
+        ValueError: The mesh has more than one axis, or devices that are not in order;
+            a setting under which DTensor gives wrong results cannot be changed any
+            more.
 
     Example:
 

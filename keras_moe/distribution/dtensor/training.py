@@ -9,7 +9,8 @@ Each of these acts within the steps of a `DTensorStrategy` only:
 * slices of the gradient of an embedding are summed by a product: in the stock way
   DTensor gathers them on every device;
 * `silu` is the product that it is, with the gradient that follows;
-* optimizers keep the state of sharded weights sharded.
+* optimizers keep the state of sharded weights sharded, and norms by which they clip
+  count one copy of each expert.
 """
 
 from typing import Any
@@ -42,6 +43,7 @@ def install() -> None:
         _install_silu()
         _install_slices()
         slots.install()
+        _install_clipping()
         _install_adafactor()
     _installed = True
 
@@ -237,6 +239,36 @@ def _install_slices():
     module.divide = divide
 
 
+def _install_clipping():
+    kind = compatibility.BaseOptimizer
+    stock = kind._backend_apply_gradients
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        limits = self.clipnorm, self.global_clipnorm
+        copies = [_num_copies(variable) for variable in trainable_variables]
+        if not in_step() or not any(limits) or max(copies, default=1) == 1:
+            return stock(self, grads, trainable_variables)
+        # The norm of G equal copies is that of one, times the root of G.
+        grads = [
+            g if n == 1 else g / n**0.5 for g, n in zip(grads, copies, strict=True)
+        ]
+        grads = self._clip_gradients(grads)
+        grads = [
+            g if n == 1 else g * n**0.5 for g, n in zip(grads, copies, strict=True)
+        ]
+        self.clipnorm = self.global_clipnorm = None
+        try:
+            return stock(self, grads, trainable_variables)
+        finally:
+            self.clipnorm, self.global_clipnorm = limits
+
+    kind._backend_apply_gradients = _backend_apply_gradients
+
+
+def _num_copies(variable):
+    return variable.num_copies if isinstance(variable, LaidOutExperts) else 1
+
+
 def _install_adafactor():
     kind = keras.optimizers.Adafactor
     stock_build, stock_rms, stock_step = kind.build, kind._rms, kind.update_step
@@ -282,15 +314,16 @@ def _rms_of_slices(gradient, velocity):
 
 
 def padded_share(optimizer: Any, variable: Any) -> float:
-    """Root of all rows of a sharded weight over its real ones; 1 for others."""
+    """Root of all rows of a copy of a sharded weight over its real ones; else 1."""
     variable = optimizer._trainable_variables[optimizer._get_variable_index(variable)]
     if not isinstance(variable, LaidOutExperts):
         return 1.0
-    return (variable.value.shape[0] / variable.num_experts) ** 0.5
+    rows = variable.value.shape[0] / variable.num_copies
+    return (rows / variable.num_experts) ** 0.5
 
 
 def _verify_factors(variables):
-    """Means over the experts themselves are right without padding only."""
+    """Means over the experts themselves are right without padding and copies only."""
     for variable in variables:
         if not isinstance(variable, LaidOutExperts) or len(variable.shape) >= 3:
             continue
@@ -298,7 +331,7 @@ def _verify_factors(variables):
             raise ValueError(
                 "`optimizer` Adafactor takes means over the last two axes, of which "
                 f"one is that of the experts here. Received: {variable.path!r} of shape "
-                f"{tuple(variable.shape)} on {variable.mesh.size} devices. Set "
-                "`use_bias` of the experts to False, or take a number of experts that "
-                "the devices divide."
+                f"{tuple(variable.shape)} on {variable.mesh.size} devices in "
+                f"{variable.num_copies} groups. Set `use_bias` of the experts to False, "
+                "or take one group of devices and a number of experts that they divide."
             )

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from keras_moe.distribution import compatibility
+from keras_moe.distribution.dtensor.groups import groups_of
 
 _thread = threading.local()
 
@@ -157,33 +158,62 @@ class LaidOutVariable(dtensor.DVariable):
         initial_value: A plain tensor.
         layout: Its `dtensor.Layout`. If the first axis is sharded, it is padded with
             zeros to a size that the mesh divides.
+        of_experts: Bool. Whether every group of devices has a copy of it. Then it
+            is stored as `(G * E, ...)`, see `groups`. Defaults to `False`.
         **kwargs: Those of `tf.Variable`.
     """
 
-    def __init__(self, initial_value: Any, layout: dtensor.Layout, **kwargs: Any):
+    def __init__(
+        self,
+        initial_value: Any,
+        layout: dtensor.Layout,
+        of_experts: bool = False,
+        **kwargs: Any,
+    ):
         with on_host():
             initial_value = tf.convert_to_tensor(
                 initial_value, dtype=kwargs.get("dtype")
             )
         self.whole_shape = initial_value.shape
         self._target = layout
+        self._groups = groups_of(layout.mesh) if of_experts else None
         with step(layout.mesh):
-            super().__init__(lay_out(self._padded(initial_value), layout), **kwargs)
+            super().__init__(lay_out(self._stored(initial_value), layout), **kwargs)
 
-    def _padded(self, value):
-        missing = _missing_rows(self.whole_shape, self._target)
-        if not missing:
-            return value
+    @property
+    def num_copies(self) -> int:
+        """G, copies of the whole that are stored one after the other."""
+        return self._groups.number if self._groups else 1
+
+    @property
+    def _missing_rows(self):
+        """Rows of padding that make the first axis of a copy one that its devices divide."""
+        layout, shape = self._target, self.whole_shape
+        if layout.is_fully_replicated() or not shape.rank:
+            return 0
+        return -shape[0] % (layout.mesh.size // self.num_copies)
+
+    def _stored(self, value):
+        missing = self._missing_rows
         with on_host():
-            return tf.pad(value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1))
+            if missing:
+                value = tf.pad(
+                    value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1)
+                )
+            if self.num_copies > 1:
+                value = tf.concat([value] * self.num_copies, axis=0)
+        return value
 
     def _read_variable_op(self, no_copy=False):
         value = super()._read_variable_op(no_copy)
         if in_step():
+            # No optimizer: DTensor cannot expand it in the conditions of some.
+            if self.num_copies > 1 and self.trainable and compatibility.is_recording():
+                return _with_sums_of_copies(value, self._groups)
             return value
         if tf.executing_eagerly():
             value = whole(value)
-        if _missing_rows(self.whole_shape, self._target):
+        if self._missing_rows or self.num_copies > 1:
             with on_host():
                 value = value[: self.whole_shape[0]]
         return value
@@ -196,7 +226,7 @@ class LaidOutVariable(dtensor.DVariable):
                 value = tf.cast(value, self.dtype)
         if dtensor.is_dtensor(value):
             value = whole(value)
-        return lay_out(self._padded(value), self._target)
+        return lay_out(self._stored(value), self._target)
 
     def assign(self, value, use_locking=None, name=None, read_value=True):
         return self._written(super().assign, value, use_locking, name, read_value)
@@ -249,18 +279,22 @@ class LaidOutVariable(dtensor.DVariable):
         )
 
 
-def _missing_rows(shape, layout):
-    """Rows of padding that make the first axis one that the mesh divides."""
-    if layout.is_fully_replicated() or not shape.rank:
-        return 0
-    return -shape[0] % layout.mesh.size
+def _with_sums_of_copies(value, groups):
+    """The same copies; the gradient of each is the sum of those of all."""
+
+    @tf.custom_gradient
+    def read(value):
+        return tf.identity(value), groups.sum_of_copies
+
+    return read(value)
 
 
 class LaidOutExperts(keras.Variable):
     """A Keras variable `(E, ...)`, its experts shared among the devices of a mesh.
 
-    Where the devices do not divide E there are further experts of zeros, which
-    take no tokens: they are seen within a step only.
+    Where the devices of a group do not divide E there are further experts of zeros,
+    which take no tokens, and where there are several groups a copy for each: they are
+    seen within a step only.
 
     Args:
         initializer: Keras initializer of the whole array.
@@ -279,6 +313,8 @@ class LaidOutExperts(keras.Variable):
         self, initializer: Any, shape: tuple, **kwargs: Any
     ) -> "LaidOutExperts":
         """Another variable whose first axis is laid out as this one's: its state."""
+        # Within a step `shape` may be the stored one.
+        shape = (self.num_experts, *shape[1:])
         return LaidOutExperts(initializer, shape, self._mesh, **kwargs)
 
     def _initialize_with_initializer(self, initializer):
@@ -288,6 +324,7 @@ class LaidOutExperts(keras.Variable):
             self._value = LaidOutVariable(
                 value,
                 layout=sharded_layout(self._mesh, len(shape)),
+                of_experts=True,
                 trainable=self.trainable,
                 dtype=dtype,
                 name=self.name,
@@ -304,8 +341,13 @@ class LaidOutExperts(keras.Variable):
         return self._shape[0]
 
     @property
+    def num_copies(self) -> int:
+        """G, groups of devices with a copy each."""
+        return groups_of(self._mesh).number
+
+    @property
     def shape(self) -> tf.TensorShape:
-        """Shape of all experts, within a step with those of the padding."""
+        """Shape of all experts, within a step with the padding and of all copies."""
         value = self._value
         if value is None or not in_step():
             return tf.TensorShape(self._shape)
