@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         ),
         (
             "plan",
-            "plan a configuration of the paper on a cluster, by arithmetic",
+            "plan a model, or a configuration of the paper, on a cluster",
             options.PlanOptions,
         ),
     ):

@@ -314,6 +314,22 @@ class PlanOptions:
         "moe_131072_h",
         "configuration of the paper, such as moe_4096_h, or all for a table of all",
     )
+    model: str | None = _option(
+        None, "a model of yours in its place: a .keras file, compiled or not"
+    )
+    batch_size: int | None = _option(None, "of --model: examples of one device")
+    sequence_length: int | None = _option(
+        None, "of --model: length of the axes that it leaves open"
+    )
+    optimizer: str | None = _option(
+        None, "of --model: name of an optimizer; default: that of the file, or adam"
+    )
+    expert_parallel_size: int | None = _option(
+        None, "of --model: devices that share the experts; default: the fastest"
+    )
+    scaling: int | None = _option(
+        None, "also simulate 1, 2, 4, ... devices, up to so many, such as 2048"
+    )
     cluster: str = _option(
         "k40", "k40 (the paper's), h100, or a JSON file that describes a cluster"
     )
@@ -336,7 +352,7 @@ class PlanOptions:
         False, "share embedding and softmax among the devices"
     )
     output_dir: str | None = _option(
-        None, "folder for plan.json and plan.png; default: only print"
+        None, "folder for plan.json and pictures; default: only print"
     )
 
 

@@ -159,7 +159,7 @@ def draw_plans(plans: list, path: Path) -> list[tuple[Path, str]]:
     """Memory of the busiest device and time of a step, of one plan or many.
 
     Args:
-        plans: List of `keras_moe.planning.Plan`.
+        plans: List of `keras_moe.planning.Plan`, or one `ModelPlan`.
         path: The PNG to write.
 
     Returns:
@@ -170,16 +170,19 @@ def draw_plans(plans: list, path: Path) -> list[tuple[Path, str]]:
     if figure is None:
         return []
     memory_axes, time_axes = figure.subplots(1, 2, sharey=True)
-    names = [plan.preset.name for plan in plans]
-    kinds = ("weights", "slots", "gradients", "activations")
-    sizes = {
-        kind: [sum(getattr(p.memory, kind).values()) / 1e9 for p in plans]
-        for kind in kinds
-    }
+    names = [plan.name for plan in plans]
+    kinds: tuple[str, ...] = ("weights", "slots", "gradients", "activations")
+    if not isinstance(
+        plans[0].memory.weights, dict
+    ):  # of a model: what is there at once
+        kinds = ("weights", "slots", "inputs", "step", "routing")
+    sizes = {kind: [_total(p.memory, kind) / 1e9 for p in plans] for kind in kinds}
     _stack(memory_axes, names, sizes)
     limit = plans[0].cluster.memory_gb
-    memory_axes.axvline(limit, color=_SECOND, linestyle="--", label="memory")
-    memory_axes.set(xlabel="GB on the busiest device", title="Memory")
+    most = max(sum(column) for column in zip(*sizes.values(), strict=True))
+    if limit < 4 * most:  # else it would leave no room for the bars
+        memory_axes.axvline(limit, color=_SECOND, linestyle="--", label="memory")
+    memory_axes.set(xlabel="GB on the busiest device", title=f"Memory, of {limit:g} GB")
     _stack(
         time_axes,
         names,
@@ -188,13 +191,65 @@ def draw_plans(plans: list, path: Path) -> list[tuple[Path, str]]:
     time_axes.set(xlabel="seconds, one part after the other", title="A training step")
     memory_axes.invert_yaxis()
     for axes in (memory_axes, time_axes):
-        axes.legend(fontsize=7, loc="lower right")
+        if len(plans) > 1:
+            axes.legend(fontsize=7, loc="lower right")
+        else:  # beside its one bar
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+            axes.locator_params(axis="x", nbins=6)
         axes.grid(True, axis="x", alpha=0.25)
     counts = sorted({plan.num_devices for plan in plans})
     devices = " or ".join(f"{n:,}" for n in counts) if len(counts) < 5 else "several"
     figure.suptitle(f"{devices} x {plans[0].cluster.device}")
     _save(figure, path)
     return [(path, "picture of memory and step time")]
+
+
+def _total(memory, kind):
+    size = getattr(memory, kind)
+    return sum(size.values()) if isinstance(size, dict) else size
+
+
+def draw_scaling(scaled: list, path: Path) -> list[tuple[Path, str]]:
+    """Efficiency and time of a step on more and more devices.
+
+    Args:
+        scaled: List of `keras_moe.planning.Scaling`.
+        path: The PNG to write.
+
+    Returns:
+        `[(path, description)]`, or `[]` if nothing was drawn.
+    """
+    figure = _figure(figsize=(11, 4.2))
+    if figure is None:
+        return []
+    left, right = figure.subplots(1, 2)
+    colors = _colors(len(scaled))
+    for each, color in zip(scaled, colors, strict=True):
+        devices = [point.num_devices for point in each.points]
+        for name, style, how in (("", "o-", "after"), ("overlapped_", "s--", "hidden")):
+            label = f"{each.name}, communication {how}"
+            shares = [100 * getattr(p, f"{name}efficiency") for p in each.points]
+            seconds = [getattr(p, f"{name}seconds") for p in each.points]
+            left.plot(devices, shares, style, color=color, label=label, markersize=4)
+            right.plot(devices, seconds, style, color=color, markersize=4)
+    left.set(
+        ylabel="efficiency (%)", ylim=(0, None), title="Throughput over one device's"
+    )
+    right.set(ylabel="seconds", ylim=(0, None), title="A training step")
+    for axes in (left, right):
+        axes.set(xlabel="devices", xscale="log")
+        axes.set_xticks(devices, [f"{n:,}" for n in devices], rotation=45, fontsize=8)
+        axes.minorticks_off()
+        axes.grid(True, alpha=0.25)
+    left.legend(fontsize=7, loc="lower left")
+    figure.suptitle(f"The same batch on more and more {scaled[0].cluster.device}")
+    _save(figure, path)
+    return [(path, "picture of more and more devices")]
+
+
+def _colors(number: int) -> list[str]:
+    named = [_DRAWN, _SECOND, *(f"C{i}" for i in range(1, 10))]
+    return [named[i % len(named)] for i in range(number)]
 
 
 def _stack(axes, names, parts):

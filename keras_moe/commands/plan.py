@@ -1,5 +1,6 @@
-"""Plans a preset of the paper on a cluster: tables, a picture, a verdict."""
+"""Plans a model, or a preset of the paper, on a cluster: tables, pictures, a verdict."""
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
@@ -7,45 +8,45 @@ from rich.console import Console
 from keras_moe import models, planning
 from keras_moe.commands import folders, pictures
 from keras_moe.commands.options import PlanOptions
-from keras_moe.planning import report
+from keras_moe.planning import model_report, report
 
 _ALL = "all"
 
 
-def run(options: PlanOptions) -> list[planning.Plan]:
+def run(options: PlanOptions) -> list[planning.Plan | planning.ModelPlan]:
     """Plans, prints, and draws.
 
     Args:
         options: See `PlanOptions`.
 
     Returns:
-        The plans, one for each preset.
+        The plans, one for each preset, or that of the model.
 
     Raises:
-        FileNotFoundError: There is no such cluster.
+        FileNotFoundError: There is no such cluster, or no such file of a model.
         ValueError: An option is out of range, or `output_dir` cannot be written.
     """
     if options.output_dir is not None:
         folders.verify_writable(Path(options.output_dir), "output_dir")
-    names = models.preset_names() if options.preset == _ALL else [options.preset]
-    plans = [
-        planning.plan(
-            name,
-            options.cluster,
-            num_devices=options.num_devices,
-            batch_tokens=options.batch_tokens,
-            recompute=True if options.recompute else None,
-            expert_optimizer=options.expert_optimizer,
-            shard_vocabulary=options.shard_vocabulary,
-        )
-        for name in names
-    ]
+    if options.model is not None:
+        plans = [_plan_model(options)]
+    else:
+        names = models.preset_names() if options.preset == _ALL else [options.preset]
+        plans = [_plan_preset(options, name) for name in names]
     # Tables do not break; a terminal that is narrower breaks lines by itself.
     console = Console(width=max(100, Console().width))
-    if options.preset == _ALL:
+    if options.model is not None:
+        _print_model(plans[0], console)
+    elif options.preset == _ALL:
         console.print(report.comparison_table(plans))
     else:
         _print_one(plans[0], console)
+    scaled = []
+    if options.scaling is not None:
+        scaled = [planning.scaling(plan, options.scaling) for plan in plans]
+        for each in scaled:
+            console.print(model_report.scaling_table(each))
+            console.print(f"* {each.name}: {each.sentence}", highlight=False)
     _print_assumptions(plans, console)
     if options.output_dir is not None:
         folder = Path(options.output_dir)
@@ -53,9 +54,73 @@ def run(options: PlanOptions) -> list[planning.Plan]:
         folders.write_json(folder / "plan.json", [figures(p) for p in plans])
         written = [(folder / "plan.json", "the figures")]
         written += pictures.draw_plans(plans, folder / "plan.png")
+        if scaled:
+            rows = [
+                {"name": s.name, "points": [p._asdict() for p in s.points]}
+                for s in scaled
+            ]
+            folders.write_json(folder / "scaling.json", rows)
+            written += [(folder / "scaling.json", "figures of more devices")]
+            written += pictures.draw_scaling(scaled, folder / "scaling.png")
         for path, text in written:
             console.print(f"{path}: {text}", highlight=False)
     return plans
+
+
+def _plan_preset(options, name):
+    return planning.plan(
+        name,
+        options.cluster,
+        num_devices=options.num_devices,
+        batch_tokens=options.batch_tokens,
+        recompute=True if options.recompute else None,
+        expert_optimizer=options.expert_optimizer,
+        shard_vocabulary=options.shard_vocabulary,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        optimizer=options.optimizer,
+        expert_parallel_size=options.expert_parallel_size,
+    )
+
+
+def _plan_model(options):
+    if not Path(options.model).is_file():
+        raise FileNotFoundError(
+            "`model` must be a .keras file. Received: "
+            f"model={options.model!r}, which is no file."
+        )
+    import keras
+
+    return planning.plan(
+        keras.saving.load_model(options.model),
+        options.cluster,
+        num_devices=options.num_devices,
+        batch_tokens=options.batch_tokens,
+        recompute=True if options.recompute else None,
+        expert_optimizer=options.expert_optimizer,
+        shard_vocabulary=options.shard_vocabulary,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        optimizer=options.optimizer,
+        expert_parallel_size=options.expert_parallel_size,
+    )
+
+
+def _print_model(plan, console):
+    console.print(
+        f"{plan.name}: {plan.memory.weights / 1e9:,.2f} GB of weights a device, "
+        f"{plan.batch_size:,} examples each",
+        highlight=False,
+    )
+    console.print(model_report.memory_table(plan))
+    if plan.measures.num_experts and plan.num_devices > 1:
+        console.print(model_report.groups_table(plan))
+    console.print(report.time_table(plan))
+    presets = [planning.plan(name, plan.cluster) for name in models.preset_names()]
+    near = model_report.nearest_presets(plan, presets)
+    console.print(report.comparison_table([plan, *near]))
+    for sentence in plan.advice:
+        console.print(f"* {sentence}", highlight=False)
 
 
 def _print_one(plan, console):
@@ -78,16 +143,19 @@ def _print_assumptions(plans, console):
     cluster = plans[0].cluster
     for source in cluster.sources:
         console.print(f"{cluster.name}: {source}", style="dim", highlight=False)
-    if len(plans) == 1 and plans[0].preset.assumed:
+    preset = getattr(plans[0], "preset", None)
+    if len(plans) == 1 and preset is not None and preset.assumed:
         console.print(
-            "The paper leaves open: " + ", ".join(plans[0].preset.assumed) + ".",
+            "The paper leaves open: " + ", ".join(preset.assumed) + ".",
             style="dim",
             highlight=False,
         )
 
 
-def figures(plan: planning.Plan) -> dict:
+def figures(plan: planning.Plan | planning.ModelPlan) -> dict:
     """The figures of a plan, for JSON."""
+    if isinstance(plan, planning.ModelPlan):
+        return _figures_of_model(plan)
     memory = plan.memory
     return {
         "preset": plan.preset.name,
@@ -107,6 +175,37 @@ def figures(plan: planning.Plan) -> dict:
         "exchange_bytes": plan.work.exchange_bytes,
         "expert_ratio": plan.work.expert_ratio,
         "device_ratio": plan.device_ratio,
+        "seconds": plan.seconds,
+        "step_time": plan.step_time,
+        "bound": plan.bound,
+        "tflops": plan.tflops,
+        "advice": plan.advice,
+    }
+
+
+def _figures_of_model(plan):
+    return {
+        "model": plan.name,
+        "cluster": plan.cluster.name,
+        "num_devices": plan.num_devices,
+        "min_devices": plan.min_devices,
+        "batch_size": plan.batch_size,
+        "optimizer": plan.optimizer,
+        "expert_parallel_size": plan.expert_parallel_size,
+        **dataclasses.asdict(plan.memory),
+        "peak": plan.memory.peak,
+        "fits": plan.fits,
+        "groups": {
+            size: {
+                "peak": group.memory.peak,
+                "exchange_bytes": group.exchange_bytes,
+                "reduction_bytes": group.reduction_bytes,
+                "seconds": group.seconds,
+                "fits": group.fits,
+            }
+            for size, group in plan.groups.items()
+        },
+        "work": plan.measures.work,
         "seconds": plan.seconds,
         "step_time": plan.step_time,
         "bound": plan.bound,

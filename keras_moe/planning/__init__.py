@@ -2,15 +2,26 @@
 
 from keras_moe.planning.cluster import Cluster, cluster_names, load_cluster
 from keras_moe.planning.memory import Memory, activation_numbers, memory_of
+from keras_moe.planning.model_plan import Group, ModelMemory, ModelPlan
 from keras_moe.planning.placing import Placement, place
 from keras_moe.planning.planner import Plan, plan
+from keras_moe.planning.scaling import Scaling, ScalingPoint, scaling
+from keras_moe.planning.step_measures import Mixture, StepMeasures, Stored
 from keras_moe.planning.traffic import Work
 
 __all__ = [
     "Cluster",
+    "Group",
     "Memory",
+    "Mixture",
+    "ModelMemory",
+    "ModelPlan",
     "Placement",
     "Plan",
+    "Scaling",
+    "ScalingPoint",
+    "StepMeasures",
+    "Stored",
     "Work",
     "activation_numbers",
     "cluster_names",
@@ -18,4 +29,5 @@ __all__ = [
     "memory_of",
     "place",
     "plan",
+    "scaling",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from importlib import resources
 from pathlib import Path
 
@@ -121,6 +122,51 @@ class Cluster:
         seconds = sent * share / (self.node_gb_per_second * 1e9)
         seconds += sent * (1 - share) / (self.network_gb_per_second * 1e9)
         return seconds + (num_devices - 1) * self.message_microseconds * 1e-6
+
+    def reduction_seconds(self, size: float, num_devices: int) -> float:
+        """Time in which an array of every device is summed over all of them.
+
+        First within the nodes, whose devices then each sum their part with the other
+        nodes, and hand it to the devices of their own: rings, with a message for each
+        doubling of the devices.
+
+        Args:
+            size: Bytes of the array.
+            num_devices: Int. Devices that take part.
+
+        Returns:
+            Float.
+        """
+        size = checks.verify_number(size, "size")
+        if checks.verify_int(num_devices, "num_devices") < 2 or not size:
+            return 0.0
+        near = min(self.devices_per_node, num_devices)
+        nodes = num_devices / near
+        assert self.node_gb_per_second is not None
+        seconds = 2 * size * (near - 1) / near / (self.node_gb_per_second * 1e9)
+        far = 2 * size / near * (nodes - 1) / nodes
+        seconds += far / (self.network_gb_per_second * 1e9)
+        messages = 2 * math.log2(num_devices)
+        return seconds + messages * self.message_microseconds * 1e-6
+
+    def far_reduction_seconds(
+        self, size: float, num_devices: int, group_size: int
+    ) -> float:
+        """Time in which the same experts of all groups are summed.
+
+        Args:
+            size: Bytes of an array of a device.
+            num_devices: Int. Devices of all groups.
+            group_size: Int. Devices of a group, which have different arrays; they are
+                neighbors.
+
+        Returns:
+            Float.
+        """
+        group_size = checks.verify_int(group_size, "group_size", 1, num_devices)
+        near = max(1, self.devices_per_node // group_size)
+        one_a_node = dataclasses.replace(self, devices_per_node=near)
+        return one_a_node.reduction_seconds(size, num_devices // group_size)
 
 
 def cluster_names() -> list[str]:

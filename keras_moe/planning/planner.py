@@ -10,6 +10,7 @@ from keras_moe.models.presets import Preset, as_preset
 from keras_moe.planning.advice import advise
 from keras_moe.planning.cluster import Cluster, load_cluster
 from keras_moe.planning.memory import Memory, memory_of
+from keras_moe.planning.model_plan import ModelPlan
 from keras_moe.planning.placing import Placement, place
 from keras_moe.planning.traffic import (
     Work,
@@ -50,6 +51,30 @@ class Plan:
     work: Work
     seconds: dict[str, float]
     min_devices: int
+
+    @property
+    def name(self) -> str:
+        """Name of the preset."""
+        return self.preset.name
+
+    def resized(self, num_devices: int) -> "Plan":
+        """The same batch a device on another number of devices.
+
+        Args:
+            num_devices: Int.
+
+        Returns:
+            A `Plan`.
+        """
+        tokens = max(1, self.batch_tokens // self.num_devices) * num_devices
+        return _plan_preset(
+            self.preset,
+            self.cluster,
+            num_devices=num_devices,
+            batch_tokens=tokens,
+            shard_vocabulary=self.placement.vocabulary_sharded,
+            imbalance=self.imbalance,
+        )
 
     @property
     def num_devices(self) -> int:
@@ -121,7 +146,7 @@ class Plan:
 
 
 def plan(
-    preset: Preset | str,
+    model: Any,
     cluster: Cluster | str | Path = "k40",
     *,
     num_devices: int | None = None,
@@ -130,36 +155,63 @@ def plan(
     expert_optimizer: str | None = None,
     shard_vocabulary: bool = False,
     imbalance: float = 1.15,
-) -> Plan:
-    """Plans a preset on a cluster, by arithmetic.
+    batch: Any = None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    optimizer: Any = None,
+    expert_parallel_size: int | None = None,
+) -> Plan | ModelPlan:
+    """Plans a model of yours, or a preset of the paper, on a cluster.
 
-    Nothing is allocated, so every size can be planned. Experts are placed by
-    `keras_moe.distribution.topology`, as training places them.
+    A preset is planned by arithmetic: nothing is allocated, so every size can be
+    planned. Experts are placed by `keras_moe.distribution.topology`, as training places
+    them.
+
+    Of a built Keras model the graph of a training step is made, and not run: which
+    buffers are there at the same time, which products are computed and how many rows
+    travel follow from its operations. Every device has the whole model but for the
+    experts, which groups of `expert_parallel_size` devices share.
 
     Args:
-        preset: A `Preset`, or the name of one.
+        model: A built `keras.Model`, compiled or not, with or without experts; or a
+            `Preset`, or the name of one.
         cluster: A `Cluster`, the name of one, or the path of a JSON file with its
             attributes. Defaults to `"k40"`, the paper's.
         num_devices: Int or None. None means those of the cluster, or of the preset
-            where the cluster names none. Defaults to `None`.
-        batch_tokens: Int or None. Tokens of the global batch; None means the
-            preset's. Defaults to `None`.
+            where the cluster names none, and 1 for a model. Defaults to `None`.
+        batch_tokens: Int or None. Of a preset: tokens of the global batch; None means
+            the preset's. Defaults to `None`.
         recompute: Bool or None. Whether the experts' hidden activations are
-            computed twice; None means as the preset. Defaults to `None`.
-        expert_optimizer: `"adam"`, `"factored_adam"` or None: the preset's.
-            Defaults to `None`.
-        shard_vocabulary: Bool. Whether embedding and softmax are shared among the
-            devices. The layers of this package put them on every device. Defaults
-            to `False`.
+            computed twice; None means as the preset or the model. Defaults to `None`.
+        expert_optimizer: Of a preset: `"adam"`, `"factored_adam"` or None: the
+            preset's. Defaults to `None`.
+        shard_vocabulary: Bool. Of a preset: whether embedding and softmax are shared
+            among the devices. The layers of this package put them on every device.
+            Defaults to `False`.
         imbalance: Float, 1 or more. Load of the busiest device over the mean.
             Defaults to `1.15`, the paper's measured max/mean (table 6).
+        batch: Of a model: `(x, y)` or `x`, arrays or `tf.TensorSpec`, the batch of one
+            device. None takes the inputs that the model was built for. Targets that are
+            not given are of the outputs' shape, or classes if the loss wants those.
+            Defaults to `None`.
+        batch_size: Int or None. Of a model: examples of one device, where `batch` does
+            not say. Defaults to `None`.
+        sequence_length: Int or None. Of a model: length of other axes that it leaves
+            open. Defaults to `None`.
+        optimizer: Of a model: a `keras.optimizers.Optimizer`, the name of one, or None:
+            that of the compiled model, or Adam. Defaults to `None`.
+        expert_parallel_size: Int or None. Of a model: devices that together have all
+            experts; divides `num_devices`. None means the fastest that fits. Defaults
+            to `None`.
 
     Returns:
-        A `Plan`.
+        A `Plan` of a preset, a `ModelPlan` of a model.
 
     Raises:
         FileNotFoundError: There is neither a cluster of that name nor a file.
-        ValueError: A number is out of range, or no number of devices is known.
+        ValueError: A number is out of range, or no number of devices is known; an
+            option of presets is given for a model or the reverse; the model is not
+            built, or its batch is not known.
 
     Example:
 
@@ -171,8 +223,64 @@ def plan(
         Shazeer et al. 2017, sections 3.1 and 3.2, appendix D.
     """
     imbalance = checks.verify_number(imbalance, "imbalance", "[1, inf)")
+    of_presets = {
+        "batch_tokens": batch_tokens,
+        "expert_optimizer": expert_optimizer,
+        "shard_vocabulary": shard_vocabulary or None,
+    }
+    of_models = {
+        "batch": batch,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "optimizer": optimizer,
+        "expert_parallel_size": expert_parallel_size,
+    }
+    if hasattr(model, "trainable_variables"):
+        _verify_absent(of_presets, "a preset", "a model", "Pass `batch_size`")
+        from keras_moe.planning.traced.own_model import plan_model
+
+        return plan_model(
+            model,
+            load_cluster(cluster),
+            num_devices=num_devices,
+            recompute=recompute,
+            imbalance=imbalance,
+            **of_models,
+        )
+    _verify_absent(of_models, "a model", "a preset", "Pass `batch_tokens`")
+    return _plan_preset(
+        model,
+        load_cluster(cluster),
+        num_devices=num_devices,
+        batch_tokens=batch_tokens,
+        recompute=recompute,
+        expert_optimizer=expert_optimizer,
+        shard_vocabulary=shard_vocabulary,
+        imbalance=imbalance,
+    )
+
+
+def _verify_absent(options, of, given, remedy):
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is an option of {of}. Received: {name}={value!r} for {given}. "
+                f"{remedy}, or leave it out."
+            )
+
+
+def _plan_preset(
+    preset: Preset | str,
+    cluster: Cluster,
+    *,
+    num_devices: int | None = None,
+    batch_tokens: int | None = None,
+    recompute: bool | None = None,
+    expert_optimizer: str | None = None,
+    shard_vocabulary: bool = False,
+    imbalance: float = 1.15,
+) -> Plan:
     preset = as_preset(preset)
-    cluster = load_cluster(cluster)
     changed: dict[str, Any] = {
         "batch_tokens": batch_tokens,
         "recompute": recompute,

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from keras_moe.planning.model_plan import ModelPlan
 from keras_moe.planning.planner import Plan
 
 _PARTS = ("embedding", "lstm", "gating", "experts", "attention", "softmax")
@@ -17,7 +18,7 @@ def gigabytes(size: float) -> str:
 
 def memory_table(plan: Plan) -> Table:
     """Memory of the busiest device, by part of the model."""
-    table = _table(
+    table = make_table(
         f"Memory of the busiest of {plan.num_devices:,} devices (GB)",
         ["part", "weights", "slots", "gradients", "activations", "other recompute"],
     )
@@ -44,7 +45,7 @@ def memory_table(plan: Plan) -> Table:
 
 def time_table(plan: Plan) -> Table:
     """Seconds of a step, by what takes them."""
-    table = _table("A training step", ["part", "seconds", "share"])
+    table = make_table("A training step", ["part", "seconds", "share"])
     for part, seconds in plan.seconds.items():
         table.add_row(part, f"{seconds:.3g}", f"{seconds / plan.step_time:.0%}")
     table.add_section()
@@ -54,7 +55,7 @@ def time_table(plan: Plan) -> Table:
 
 def mixture_table(plan: Plan) -> Table:
     """Where experts live and what travels."""
-    table = _table("Experts", ["", ""])
+    table = make_table("Experts", ["", ""])
     placement, work, preset = plan.placement, plan.work, plan.preset
     rows = [
         ("mixtures", f"{preset.num_mixtures}"),
@@ -79,17 +80,19 @@ def mixture_table(plan: Plan) -> Table:
     return table
 
 
-def comparison_table(plans: Sequence[Plan]) -> Table:
+def comparison_table(plans: Sequence[Plan | ModelPlan]) -> Table:
     """One row for each plan, with the paper's figure where it has one."""
-    names = ["preset", "devices", "least", "parameters", "peak", "step", "bound"]
-    table = _table(
+    names = ["plan", "devices", "least", "parameters", "peak", "step", "bound"]
+    table = make_table(
         f"On {plans[0].cluster.device}: GB of the busiest device, seconds, TFLOPS",
         [*names, "TFLOPS", "paper"],
     )
     for plan in plans:
-        reported = plan.preset.reported.get("tflops")
+        reported = (
+            plan.preset.reported.get("tflops") if isinstance(plan, Plan) else None
+        )
         table.add_row(
-            plan.preset.name,
+            plan.name,
             f"{plan.num_devices:,}",
             f"{plan.min_devices:,}",
             gigabytes(plan.memory.parameters),
@@ -102,7 +105,8 @@ def comparison_table(plans: Sequence[Plan]) -> Table:
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def make_table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table of columns, the first of text, the others of numbers."""
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for number, column in enumerate(columns):
         kwargs: dict[str, Any] = {} if number == 0 else {"justify": "right"}

@@ -1,5 +1,10 @@
 import json
 
+import keras
+import numpy as np
+import pytest
+
+from keras_moe import layers
 from keras_moe.__main__ import main
 
 
@@ -34,3 +39,33 @@ def test_an_unknown_preset_or_cluster_is_an_error_of_one_line(capsys):
     assert "name='moe_5'" in capsys.readouterr().err
     assert main(["plan", "--cluster", "nowhere"]) == 2
     assert "cluster='nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_of_ones_own_and_its_scaling(tmp_path, capsys):
+    moe = layers.MoE(layers.FeedForwardExperts(8, 64), layers.TopKGating(k=2))
+    model = keras.Sequential([keras.Input((32,)), moe, keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    path = tmp_path / "model.keras"
+    model.save(path)
+    given = ["plan", "--model", str(path), "--cluster", "h100", "--num-devices", "8"]
+    out = ["--output-dir", str(tmp_path / "plan"), "--scaling", "2048"]
+    assert main([*given, "--batch-size", "256", *out]) == 0
+    printed = capsys.readouterr().out
+    for text in ("256 examples each", "Devices that share the experts", "optimizer"):
+        assert text in printed
+    for text in ("2,048", "stops paying" if "stops" in printed else "pays", "moe_4"):
+        assert text in printed
+    (figures,) = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert sorted(figures["groups"]) == ["1", "2", "4", "8"]
+    assert figures["weights"] == sum(np.asarray(v).nbytes for v in model.variables)
+    (scaling,) = json.loads((tmp_path / "plan" / "scaling.json").read_text())
+    assert scaling["points"][-1]["num_devices"] == 2048
+    for name in ("plan.png", "scaling.png"):
+        assert (tmp_path / "plan" / name).read_bytes().startswith(b"\x89PNG")
+    assert main(given) == 2
+    assert "batch_size=None" in capsys.readouterr().err
+    assert main(["plan", "--model", str(tmp_path / "none.keras")]) == 2
+    assert "no file" in capsys.readouterr().err
+    assert main(["plan", "--batch-size", "8"]) == 2
+    assert "batch_size=8 for a preset" in capsys.readouterr().err

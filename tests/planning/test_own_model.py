@@ -1,0 +1,261 @@
+"""Plans of models of one's own, against counts made by hand."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_moe import layers, models, optimizers, planning
+from keras_moe.planning.model_plan import memory_of_group
+from keras_moe.planning.traced.interpreter import Node
+from keras_moe.planning.traced.liveness import simulate
+from keras_moe.planning.traced.values import Value
+
+CLUSTER = planning.Cluster("c", "d", 8, 16, 1, 0.5, 100, 2, 4, 20.0)
+
+
+def dense(optimizer="adam"):
+    model = keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(128), keras.layers.Dense(32)]
+    )
+    if optimizer:
+        model.compile(optimizer, "mse")
+    return model
+
+
+def mixture(num_experts=8):
+    experts = layers.FeedForwardExperts(num_experts, 64)
+    moe = layers.MoE(experts, layers.TopKGating(k=2))
+    model = keras.Sequential([keras.Input((32,)), moe, keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    return model
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A model with eight experts, and its plan on four devices."""
+    model = mixture()
+    return model, plan(model, num_devices=4)
+
+
+def bytes_of(variables):
+    return sum(np.asarray(v).nbytes for v in variables)
+
+
+def plan(model, **options):
+    return planning.plan(model, CLUSTER, **{"batch_size": 256, **options})
+
+
+def test_two_layers_by_hand():
+    found = plan(dense(), num_devices=1)
+    memory = found.memory
+    # 64 * 128 + 128 + 128 * 32 + 32 numbers.
+    assert memory.weights == memory.gradients == 4 * 12_448
+    # Two of Adam for each, its learning rate and its count of steps (int64).
+    assert memory.slots == 2 * 4 * 12_448 + 4 + (8 if _counts_in_int64() else 4)
+    # Inputs and targets.
+    assert memory.inputs == 4 * 256 * (64 + 32)
+    # Read by the backward pass: the hidden layer, the outputs, and scalars of the loss,
+    # which take 256 bytes each.
+    hidden, outputs = 4 * 256 * 128, 4 * 256 * 32
+    assert hidden + outputs <= memory.activations <= hidden + outputs + 8 * 256
+    # The products of the forward pass, of the kernels' gradients, and of that of the
+    # hidden layer: nobody wants that of the inputs.
+    first, second = 256 * 64 * 128, 256 * 128 * 32
+    assert found.measures.work["dense_multiply_adds"] == 2 * first + 3 * second
+    assert found.measures.work["expert_multiply_adds"] == 0
+    assert found.measures.mixtures == []
+    # At the most: hidden layer, its gradient, outputs and the second kernel's.
+    assert 2 * hidden <= memory.step <= 2 * hidden + outputs + 2 * 4 * 12_448
+
+
+def _counts_in_int64():
+    optimizer = keras.optimizers.SGD()
+    optimizer.build([])
+    return np.asarray(optimizer.iterations).nbytes == 8
+
+
+def test_more_examples_take_more_of_what_grows_with_them():
+    one, two = (plan(dense(), num_devices=1, batch_size=n).memory for n in (256, 512))
+    assert two.variables_and_slots == one.variables_and_slots
+    assert two.inputs == 2 * one.inputs
+    np.testing.assert_allclose(two.activations, 2 * one.activations, rtol=0.01)
+
+
+@pytest.mark.parametrize("kind", [keras.optimizers.SGD, optimizers.FactoredAdam])
+def test_weights_and_slots_are_those_of_the_model(kind):
+    model = dense()
+    found = plan(model, num_devices=1, optimizer=kind(0.1))
+    assert found.memory.weights == bytes_of(model.variables)
+    real = kind()
+    real.build(model.trainable_variables)
+    assert found.memory.slots == bytes_of(real.variables)
+    assert found.optimizer == kind.__name__
+    assert not model.optimizer.built  # the model's own is as it was
+
+
+def test_experts_are_shared_and_the_rest_is_not(mixed):
+    model, found = mixed
+    assert list(found.groups) == [1, 2, 4]
+    experts = bytes_of(model.layers[0].experts.weights)
+    rest = bytes_of(model.variables) - experts
+    for size, group in found.groups.items():
+        assert group.memory.weights == rest + experts // size
+        trained = bytes_of(model.trainable_variables) - experts + experts // size
+        assert group.memory.gradients == trained
+        assert 0 < group.memory.slots - 2 * trained <= 16  # counters besides
+    # Eight experts on three devices: three on the busiest.
+    three = memory_of_group(found.measures, 3, 1.0)
+    assert three.weights == rest + experts * 3 // 8
+    # Twelve tokens of 256 * 2 rows go away four times: three quarters of four devices.
+    assert found.groups[4].exchange_bytes == 4 * 512 * 32 * 4 * 3 // 4
+    assert found.groups[1].exchange_bytes == 0
+    # What every group has copies of is summed over the groups.
+    copies = bytes_of(model.trainable_variables) - experts
+    assert found.groups[1].reduction_bytes == round(1.5 * (copies + experts))
+    assert found.groups[4].reduction_bytes == round(1.5 * copies)
+
+
+def test_products_of_experts_by_hand(mixed):
+    # 512 rows: two products of 32 * 64 forward, two for the weights, and one for the
+    # hidden units; the gradient of the inputs nobody wants.
+    work = mixed[1].measures.work
+    assert work["expert_multiply_adds"] == 5 * 512 * 32 * 64
+    # Rows of the inputs and of hidden units; an expert's take whole units of 256 bytes.
+    rows = mixed[1].measures.expert_activations
+    assert 4 * 512 * (32 + 64) <= rows <= 4 * 512 * (32 + 64) + 8 * 2 * 256
+
+
+@pytest.mark.slow
+def test_recomputing_keeps_fewer_activations():
+    model = mixture(num_experts=4)
+    kept = plan(model, num_devices=1, batch_size=2048)
+    recomputed = plan(model, num_devices=1, batch_size=2048, recompute=True)
+    # Two rows a token of 64 hidden units.
+    saved = kept.memory.activations - recomputed.memory.activations
+    np.testing.assert_allclose(saved, 4 * 2 * 2048 * 64, rtol=0.05)
+    assert not model.layers[0].experts.recompute
+    assert kept.other_memory == recomputed.memory
+
+
+@pytest.mark.slow
+def test_a_recurrent_layer_keeps_its_steps():
+    model = keras.Sequential(
+        [keras.Input((None, 16)), keras.layers.LSTM(32, return_sequences=True)]
+    )
+    model.compile("sgd", "mse")
+    less, more = (
+        plan(model, num_devices=1, batch_size=64, sequence_length=n) for n in (8, 16)
+    )
+    # Of every step four gates, the new state and its tangent, the output.
+    step = 4 * 64 * 32
+    added = more.memory.activations - less.memory.activations
+    assert 8 * 7 * step <= added <= 8 * 12 * step
+
+
+def test_a_buffer_that_nobody_needs_is_taken_over():
+    def value(size, **options):
+        return Value((size,), tf.float32, **options)
+
+    x = value(1024, is_kept=True)
+    a, b, c, d = (value(1024) for _ in range(4))
+    first = Node("a", "MatMul", [x], [a], [])
+    second = Node("b", "Relu", [a], [b], [], takes_over=range(1))
+    third = Node("c", "MatMul", [b], [c], [])
+    last = Node("d", "Sub", [b, c], [d], [], takes_over=range(2))
+    size = 4 * 1024
+    # b lies in a's buffer, d in one of both.
+    found = simulate([first, second, third, last], lambda v: v.allocated)
+    assert found.peak == 2 * size
+    # If a is needed later, b has its own, and c comes on top.
+    later = Node("e", "Add", [a, d], [value(1024)], [], takes_over=range(2))
+    found = simulate([first, second, third, last, later], lambda v: v.allocated)
+    assert found.peak == 3 * size
+    third.temporary = 512
+    found = simulate([first, second, third, last, later], lambda v: v.allocated)
+    assert found.peak == 3 * size + 512
+
+
+@pytest.mark.slow
+def test_models_of_every_kind_can_be_planned():
+    inputs = {"a": keras.Input((8,), name="a"), "b": keras.Input((4,), name="b")}
+    joined = keras.layers.Concatenate()([inputs["a"], inputs["b"]])
+    two = keras.Model(inputs, {"y": keras.layers.Dense(2, name="y")(joined)})
+    assert plan(two, num_devices=1).memory.inputs == 4 * 256 * 12
+    assert plan(dense(None), num_devices=1).optimizer == "Adam"
+    middle = layers.MoE(layers.FeedForwardExperts(4, 16))
+    language = models.MoELanguageModel(50, 8, middle=middle)
+    language.build((None, None))
+    language.compile(
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    found = plan(language, num_devices=2, batch_size=4, sequence_length=8)
+    assert found.measures.num_experts == 4
+    assert found.measures.mixtures[0].rows == 3 * 4 * 8  # k=3 of four
+    given = np.zeros((4, 8), "int32")
+    assert plan(
+        language, num_devices=2, batch_size=None, batch=(given, given)
+    ).memory == (found.memory)
+
+
+@pytest.mark.slow
+def test_advice_says_what_helps():
+    small = planning.Cluster("c", "d", 4, 0.0009, 1, 0.5, 100, 2)
+    model = mixture()
+    found = planning.plan(model, small, batch_size=2048)
+    text = " ".join(found.advice)
+    assert not found.fits
+    assert "does not fit on 4 x d" in text
+    assert f"about {found.most_batch_size:,} examples a device fit" in text
+    fitting = planning.plan(
+        model,
+        small,
+        batch_size=found.most_batch_size,
+        expert_parallel_size=found.expert_parallel_size,
+    )
+    assert 0.8 <= fitting.memory.peak / found.usable_memory <= 1.1
+    roomy = planning.plan(model, CLUSTER, batch_size=64)
+    assert "it fits on 8 x d" in roomy.advice[0]
+    assert roomy.most_batch_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": None}, "batch_size=None for inputs of"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"expert_parallel_size": 3}, "expert_parallel_size=3, num_devices=8"),
+        ({"optimizer": "fastest"}, "optimizer='fastest'"),
+        ({"batch_tokens": 8}, "batch_tokens=8 for a model"),
+        ({"batch": np.zeros((4, 65), "float32")}, "its step fails"),
+        ({"num_devices": 0}, "num_devices=0"),
+    ],
+)
+def test_bad_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(dense(), **options)
+
+
+def test_models_that_cannot_be_planned_are_refused():
+    with pytest.raises(ValueError, match="built=False"):
+        plan(keras.Sequential([keras.layers.Dense(1)]))
+    with pytest.raises(ValueError, match="batch_size=4 for a preset"):
+        planning.plan("moe_256", batch_size=4)
+    sequences = keras.Sequential([keras.Input((None, 4)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="sequence_length=None"):
+        plan(sequences)
+
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(inputs["x"])
+
+    own = Own()
+    own({"x": np.zeros((2, 3), "float32")})
+    with pytest.raises(ValueError, match="batch=None for 'own'"):
+        plan(own)
+    spec = {"x": tf.TensorSpec((256, 3))}
+    assert plan(own, batch=(spec,), num_devices=1).memory.inputs == 4 * 256 * 3
