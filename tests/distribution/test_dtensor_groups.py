@@ -91,23 +91,6 @@ def test_groups_train_as_one_device(size, cases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_devices", "size"), [(1, 1), pytest.param(2, 2, marks=exhaustive)]
-)
-def test_two_clients_train_as_one_device(num_devices, size):
-    cases = [{**SHORT, **ADAM, **SEVEN}]
-    settings = {"devices": num_devices, "expert_parallel_size": size, "cases": cases}
-    results = children.run_workers(
-        "dtensor_clients_child", settings, who=children.clients_of
-    )
-    for result in results:
-        assert result["size"] == 2 * num_devices
-        assert_equal(cases, result["cases"])
-    first, second = (result["sums"] for result in results)
-    assert first == second
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
     ("size", "branches"), [(2, [2] * 6), pytest.param(1, [], marks=exhaustive)]
 )
 def test_tokens_stay_in_their_group_and_copies_are_summed(size, branches):
