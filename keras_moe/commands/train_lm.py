@@ -15,8 +15,14 @@ from keras_moe.commands.options import TrainLMOptions
 from keras_moe.data.vocabulary import PAD_ID, UNK_ID
 from keras_moe.models.middle import gate_units, names_of
 
-_COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
-_COUNTS += ("num_mixtures",)
+_COUNTS: tuple[str, ...] = (
+    "epochs",
+    "patience",
+    "batch_size",
+    "sequence_length",
+    "warmup_steps",
+    "num_mixtures",
+)
 REPORT = "report.json"
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
