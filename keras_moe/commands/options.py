@@ -222,6 +222,13 @@ class TrainLMOptions(TrainOptions):
         "number it divides: each group of so many holds all experts; default: all",
     )
 
+    def settings(self) -> dict:
+        """As of the base; what becomes of rows that are not read only if there are."""
+        found = super().settings()
+        if self.num_sampled is None:
+            del found["untouched_rows"]
+        return found
+
 
 @dataclass(frozen=True)
 class TrainMTOptions(TrainOptions):

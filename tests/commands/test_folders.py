@@ -1,5 +1,6 @@
 """What a run finds in its folder: nothing deleted, nothing left half written."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_a_run_of_an_older_version_goes_on_and_is_marked(tmp_path, capsys):
     (tmp_path / "checkpoint").mkdir()
     with pytest.raises(ValueError, match="activation: 'sigmoid' there, 'relu' now"):
         folders.check_folder(options_of(tmp_path, activation="relu"), tmp_path)
+    # Where not all rows of words are read they stayed, which is another training.
+    assert "num_sampled" in known
+    for num_sampled, before in ((None, None), (50, "keep")):
+        known["num_sampled"] = num_sampled
+        (tmp_path / "settings.json").write_text(json.dumps(known))
+        again = options_of(tmp_path, num_sampled=num_sampled)
+        if before is not None:
+            with pytest.raises(ValueError, match="untouched_rows: 'keep' there"):
+                folders.check_folder(again, tmp_path)
+            again = dataclasses.replace(again, untouched_rows=before)
+        folders.check_folder(again, tmp_path)
+    known["num_sampled"] = None
+    (tmp_path / "settings.json").write_text(json.dumps(known))
     folders.prepare_folder(options, tmp_path)
     assert "Going on with the interrupted run" in capsys.readouterr().out
     folders.check_folder(options_of(tmp_path, overwrite=True), tmp_path)
