@@ -144,6 +144,8 @@ class TrainLMOptions(TrainOptions):
     )
 
     output_dir: str = _default("output_dir", "runs/language_model")
+    activation: str = _default("activation", "linear")
+    loss_weight: float = _default("loss_weight", 0.01)
     data_dir: str | None = _option(
         None,
         "folder with train, valid and test files (.txt, .txt.gz or .txt.xz); "
