@@ -146,6 +146,11 @@ class TrainLMOptions(TrainOptions):
     output_dir: str = _default("output_dir", "runs/language_model")
     activation: str = _default("activation", "linear")
     loss_weight: float = _default("loss_weight", 0.01)
+    noise: str | None = _option(  # type: ignore[assignment]
+        None,
+        "standard deviation of a noisy gate's noise, learned or a number; default: 0.2, "
+        "with --num-groups learned",
+    )
     data_dir: str | None = _option(
         None,
         "folder with train, valid and test files (.txt, .txt.gz or .txt.xz); "
@@ -223,6 +228,14 @@ class TrainLMOptions(TrainOptions):
         "devices that share the experts out, of those of --devices or --workers, whose "
         "number it divides: each group of so many holds all experts; default: all",
     )
+
+    @property
+    def noise_stddev(self) -> Any:
+        """That of noisy gates."""
+        if self.noise is not None:
+            return super().noise_stddev
+        is_flat = self.gating == "noisy_top_k" and self.num_groups is None
+        return 0.2 if is_flat else "learned"
 
     def settings(self) -> dict:
         """As of the base; what becomes of rows that are not read only if there are."""

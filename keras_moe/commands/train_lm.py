@@ -15,14 +15,8 @@ from keras_moe.commands.options import TrainLMOptions
 from keras_moe.data.vocabulary import PAD_ID, UNK_ID
 from keras_moe.models.middle import gate_units, names_of
 
-_COUNTS: tuple[str, ...] = (
-    "epochs",
-    "patience",
-    "batch_size",
-    "sequence_length",
-    "warmup_steps",
-    "num_mixtures",
-)
+_COUNTS = ["epochs", "patience", "batch_size", "sequence_length", "warmup_steps"]
+_COUNTS.append("num_mixtures")
 REPORT = "report.json"
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
@@ -238,7 +232,11 @@ def _middle(options, kind):
     if kind != "moe":
         if kind != options.middle:  # the baseline: as many operations as with the gates
             common["shared_units"] += gate_units(
-                options.num_experts, levels, options.num_groups, options.gating
+                options.num_experts,
+                levels,
+                options.num_groups,
+                options.gating,
+                options.noise_stddev,
             )
         return models.middle_layers(
             kind, k=math.prod(levels), num_mixtures=options.num_mixtures, **common

@@ -260,7 +260,7 @@ def num_deep_layers(units, hidden_units, k):
     return 1 + max(0, round((k - 1) * 2 * units / hidden_units))
 
 
-def gate_units(num_experts, k, num_groups=None, gating="noisy_top_k"):
+def gate_units(num_experts, k, num_groups=None, gating="noisy_top_k", noise="learned"):
     """Hidden units of a dense expert that cost a token what the gates do.
 
     Args:
@@ -268,11 +268,14 @@ def gate_units(num_experts, k, num_groups=None, gating="noisy_top_k"):
         k: As for `make_mixture`.
         num_groups: As for `make_mixture`. Defaults to `None`.
         gating: As for `make_mixture`. Defaults to `"noisy_top_k"`.
+        noise: As for `make_mixture`: learned, it is a matrix more. Defaults to
+            `"learned"`.
     """
-    matrices = 2 if gating == "noisy_top_k" else 1
+    with_noise = 2 if noise == "learned" else 1
+    matrices = with_noise if gating == "noisy_top_k" else 1
     columns = matrices * num_experts
     if num_groups is not None:  # within the groups gates are noisy
-        columns = matrices * num_groups + 2 * k[0] * (num_experts // num_groups)
+        columns = matrices * num_groups + with_noise * k[0] * num_experts // num_groups
     return round(columns / 2)
 
 

@@ -77,7 +77,7 @@ def test_an_interruption_while_emptying_leaves_no_run_to_go_on_with(
 
 
 def test_a_run_of_an_older_version_goes_on_and_is_marked(tmp_path, capsys):
-    options = options_of(tmp_path, activation="sigmoid")  # the default then
+    options = options_of(tmp_path, activation="sigmoid", noise="learned")  # as it was
     # Not the options that there were not.
     known = {k: v for k, v in options.settings().items() if k not in options.BEFORE}
     assert len(known) < len(options.settings())

@@ -306,9 +306,9 @@ def test_options_of_the_mixture_and_of_the_learning_rate(data_dir, tmp_path):
     found = [float(rate(step)) for step in (0, 5, 55, 105)]
     np.testing.assert_allclose(found, [0.0, 0.03, 0.015, 0.0], atol=1e-9)
     dense = train_lm.build_model(options, 23, "moe_1_wide", 105)
-    # As many operations as two experts in each of two groups, and the gates: one matrix
-    # of 2 columns, and for each of 2 groups 2 with a column for each expert.
-    gates = (2 + 2 * 2 * options.num_experts // 2) // 2
+    # As many operations as two experts in each of two groups, and the gates: a matrix
+    # of 2 columns, and for each of 2 groups one with a column for each expert.
+    gates = (2 + 2 * options.num_experts // 2) // 2
     hidden = 4 * options.hidden_units + 3 + gates
     assert dense.moe_layers[0].experts.hidden_units == hidden
     assert dense.moe_layers[0].activation is keras.activations.linear
@@ -362,7 +362,7 @@ def test_rows_that_a_step_does_not_read_can_be_left_alone(data_dir, tmp_path):
 
 
 def test_several_mixtures_and_their_dense_twins(data_dir, tmp_path):
-    options = small(data_dir, tmp_path, num_mixtures=2)
+    options = small(data_dir, tmp_path, num_mixtures=2, noise="learned")
     model = train_lm.build_model(options, 23, "moe", 105)
     assert [moe.name for moe in model.moe_layers] == ["moe", "moe_2"]
     assert model.moe_layers[1].num_experts == options.num_experts
@@ -376,6 +376,26 @@ def test_several_mixtures_and_their_dense_twins(data_dir, tmp_path):
     assert one.experts.hidden_units == options.k * options.hidden_units
     with pytest.raises(ValueError, match="num_mixtures=0"):
         train_lm.run(small(data_dir, tmp_path, num_mixtures=0))
+
+
+def test_gates_have_little_noise_unless_it_is_learned(data_dir, tmp_path):
+    found = [
+        train_lm.build_model(small(data_dir, tmp_path, **changes), 23, "moe", 105)
+        .moe_layers[0]
+        .gating.noise_stddev
+        for changes in ({}, {"noise": "learned"}, {"noise": "0.5"})
+    ]
+    assert found == [0.2, "learned", 0.5]
+    options = small(data_dir, tmp_path, num_groups=2)
+    [moe] = train_lm.build_model(options, 23, "moe", 105).moe_layers
+    assert moe.noise_stddev == "learned"
+    options = small(data_dir, tmp_path, gating="loss_free")
+    train_lm.build_model(options, 23, "moe", 105)
+    # Without a matrix for the noise a dense twin has less to make up for.
+    options = small(data_dir, tmp_path)
+    [dense] = train_lm.build_model(options, 23, "moe_1_wide", 105).moe_layers
+    hidden = options.k * options.hidden_units + options.num_experts // 2
+    assert dense.experts.hidden_units == hidden
 
 
 def test_training_text_can_be_cut(data_dir, tmp_path):
