@@ -7,7 +7,7 @@ from rich.table import Table
 
 from keras_moe.planning.model_plan import ModelPlan
 from keras_moe.planning.report import gigabytes, make_table
-from keras_moe.planning.scaling import Scaling
+from keras_moe.planning.weak_scaling import Scaling
 
 
 def memory_table(plan: ModelPlan) -> Table:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_moe import planning
-from keras_moe.planning.scaling import Scaling, ScalingPoint
+from keras_moe.planning.weak_scaling import Scaling, ScalingPoint
 
 CLUSTER = planning.Cluster("c", "d", None, 1000, 1, 0.5, 100, 2, 4, 20.0)
 
