@@ -5,9 +5,9 @@ from keras_moe.planning.memory import Memory, activation_numbers, memory_of
 from keras_moe.planning.model_plan import Group, ModelMemory, ModelPlan
 from keras_moe.planning.placing import Placement, place
 from keras_moe.planning.planner import Plan, plan
-from keras_moe.planning.weak_scaling import Scaling, ScalingPoint, scaling
 from keras_moe.planning.step_measures import Mixture, StepMeasures, Stored
 from keras_moe.planning.traffic import Work
+from keras_moe.planning.weak_scaling import Scaling, ScalingPoint, scaling
 
 __all__ = [
     "Cluster",
