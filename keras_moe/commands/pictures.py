@@ -242,7 +242,7 @@ def draw_scaling(scaled: list, path: Path) -> list[tuple[Path, str]]:
         axes.minorticks_off()
         axes.grid(True, alpha=0.25)
     left.legend(fontsize=7, loc="lower left")
-    figure.suptitle(f"The same batch on more and more {scaled[0].cluster.device}")
+    figure.suptitle(f"The same batch on each of more {scaled[0].cluster.device}")
     _save(figure, path)
     return [(path, "picture of more and more devices")]
 

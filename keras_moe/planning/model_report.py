@@ -88,7 +88,8 @@ def scaling_table(scaling: Scaling) -> Table:
         )
     table.caption = (
         "after, hidden: communication after computation, or hidden behind it; "
-        "!: does not fit"
+        "!: does not fit; above 100%: experts are shared out, so that a device reads "
+        "fewer weights than one alone"
     )
     return table
 
