@@ -39,8 +39,10 @@ def equals_one_device(code, rows, strategy):
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
-    make = dtensor_child if settings["engine"] == "dtensor" else child
-    strategy = make.strategy_of(settings["devices"])
+    if settings["engine"] == "dtensor":
+        strategy = dtensor_child.strategy_of(settings)
+    else:
+        strategy = child.strategy_of(settings["devices"])
     found = [
         router_table.is_taken(equals_one_device, code, ROWS, strategy)
         for code in settings["routers"]

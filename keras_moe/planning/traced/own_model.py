@@ -126,7 +126,9 @@ def _inputs(model, batch_size, sequence_length):
     """Specs of what the model was built for."""
     inputs = getattr(model, "inputs", None)
     if inputs:
-        structure = getattr(model, "_inputs_struct", None) or inputs
+        structure = getattr(model, "_inputs_struct", None)
+        if structure is None:
+            structure = inputs
         if isinstance(structure, list) and len(structure) == 1:
             structure = structure[0]
         specs = tf.nest.map_structure(_spec, structure)
