@@ -1,8 +1,9 @@
 """What a graph is traced for: this machine, a GPU, or a runtime with few operations."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import tensorflow as tf
 
@@ -120,3 +121,22 @@ def device_type() -> str:
     # Does not start TensorFlow's devices, which may still have to be set up.
     is_gpu = _chosen.get() == "GPU" or tf.config.get_visible_devices("GPU")
     return "GPU" if is_gpu else "CPU"
+
+
+@contextlib.contextmanager
+def attribute(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of objects for the time of the `with` block.
+
+    Args:
+        owners: Objects that have it.
+        name: Its name.
+        value: What all of them have inside of the block.
+    """
+    before = [(owner, getattr(owner, name)) for owner in owners]
+    for owner, _ in before:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, own in before:
+            setattr(owner, name, own)

@@ -29,10 +29,10 @@ def run(options: PlanOptions) -> list[planning.Plan | planning.ModelPlan]:
     if options.output_dir is not None:
         folders.verify_writable(Path(options.output_dir), "output_dir")
     if options.model is not None:
-        plans = [_plan_model(options)]
+        plans = [_planned(options, _load_model(options.model))]
     else:
         names = models.preset_names() if options.preset == _ALL else [options.preset]
-        plans = [_plan_preset(options, name) for name in names]
+        plans = [_planned(options, name) for name in names]
     # Tables do not break; a terminal that is narrower breaks lines by itself.
     console = Console(width=max(100, Console().width))
     if options.model is not None:
@@ -67,9 +67,10 @@ def run(options: PlanOptions) -> list[planning.Plan | planning.ModelPlan]:
     return plans
 
 
-def _plan_preset(options, name):
+def _planned(options, model):
+    """The plan of a preset by its name, or of a model."""
     return planning.plan(
-        name,
+        model,
         options.cluster,
         num_devices=options.num_devices,
         batch_tokens=options.batch_tokens,
@@ -83,27 +84,15 @@ def _plan_preset(options, name):
     )
 
 
-def _plan_model(options):
-    if not Path(options.model).is_file():
+def _load_model(path):
+    if not Path(path).is_file():
         raise FileNotFoundError(
             "`model` must be a .keras file. Received: "
-            f"model={options.model!r}, which is no file."
+            f"model={path!r}, which is no file."
         )
     import keras
 
-    return planning.plan(
-        keras.saving.load_model(options.model),
-        options.cluster,
-        num_devices=options.num_devices,
-        batch_tokens=options.batch_tokens,
-        recompute=True if options.recompute else None,
-        expert_optimizer=options.expert_optimizer,
-        shard_vocabulary=options.shard_vocabulary,
-        batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
-        optimizer=options.optimizer,
-        expert_parallel_size=options.expert_parallel_size,
-    )
+    return keras.saving.load_model(path)
 
 
 def _print_model(plan, console):

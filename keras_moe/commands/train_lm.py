@@ -15,8 +15,7 @@ from keras_moe.commands.options import TrainLMOptions
 from keras_moe.data.vocabulary import PAD_ID, UNK_ID
 from keras_moe.models.middle import gate_units, names_of
 
-_COUNTS = ["epochs", "patience", "batch_size", "sequence_length", "warmup_steps"]
-_COUNTS.append("num_mixtures")
+_COUNTS = ("epochs", "patience", "batch_size", "sequence_length", "warmup_steps")
 REPORT = "report.json"
 # Evaluation streams: few rows, so that little text begins from zero state.
 _EVALUATION_BATCH_SIZE = 8
@@ -40,7 +39,7 @@ def run(options: TrainLMOptions) -> dict:
             other settings.
         FileNotFoundError: `data_dir` or one of its files is missing.
     """
-    runs.verify_numbers(options, _COUNTS)
+    runs.verify_numbers(options, (*_COUNTS, "num_mixtures"))
     runs.verify_mixture(options)
     _verify_tokens(options)
     _verify_baseline(options)

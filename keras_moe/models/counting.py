@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_moe.models.middle import num_deep_layers
+from keras_moe.models.middle import gate_columns, num_deep_layers
 from keras_moe.models.presets import Preset, as_preset
 
 # Not in the paper's operations and parameters of its language models.
@@ -147,14 +147,10 @@ def _lstm(inputs, lstm_units, outputs, biases):
 def _gating(preset):
     if preset.middle != "moe":
         return 0, 0
-    d = preset.units
-    matrices = preset.gate_matrices
-    if preset.num_groups is None:
-        size = matrices * d * preset.num_experts
-        return size, size
-    a, b = preset.num_groups, preset.group_size
-    operations = matrices * d * a + preset.k[0] * matrices * d * b
-    return operations, matrices * d * a + a * matrices * d * b
+    d, m, a = preset.units, preset.gate_matrices, preset.num_groups
+    operations = d * gate_columns(preset.num_experts, preset.k, a, m, m)
+    # Every secondary gate is there, whether a token meets it or not.
+    return operations, m * d * (preset.num_experts + (a or 0))
 
 
 def _experts(preset):

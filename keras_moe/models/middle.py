@@ -273,10 +273,24 @@ def gate_units(num_experts, k, num_groups=None, gating="noisy_top_k", noise="lea
     """
     with_noise = 2 if noise == "learned" else 1
     matrices = with_noise if gating == "noisy_top_k" else 1
-    columns = matrices * num_experts
-    if num_groups is not None:  # within the groups gates are noisy
-        columns = matrices * num_groups + with_noise * k[0] * num_experts // num_groups
+    # Within groups gates are noisy.
+    columns = gate_columns(num_experts, k, num_groups, matrices, with_noise)
     return round(columns / 2)
+
+
+def gate_columns(num_experts, k, num_groups, matrices, matrices_within):
+    """Columns of the gates' matrices that one token meets.
+
+    Args:
+        num_experts: Int. Experts of the mixture.
+        k: As for `make_mixture`.
+        num_groups: As for `make_mixture`.
+        matrices: Int. Matrices of the gate, of that of the groups if there are any.
+        matrices_within: Int. Those of a gate within a group.
+    """
+    if num_groups is None:
+        return matrices * num_experts
+    return matrices * num_groups + matrices_within * k[0] * (num_experts // num_groups)
 
 
 def single_expert(

@@ -18,6 +18,10 @@ _POSITIVE = (
 )
 
 
+# Part of a device's memory that planning leaves to the runtime.
+_RESERVED = 0.1
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Devices of one kind, and the network between them.
@@ -79,6 +83,11 @@ class Cluster:
     def memory(self) -> float:
         """Bytes of memory of a device."""
         return self.memory_gb * 1e9
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes of a device without what planning leaves to the runtime, a tenth."""
+        return self.memory * (1 - _RESERVED)
 
     @property
     def flops(self) -> float:

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from keras_moe.distribution.topology import make_shards
 from keras_moe.planning import model_advice
 from keras_moe.planning.cluster import Cluster
+from keras_moe.planning.figures import Figures
 from keras_moe.planning.step_measures import StepMeasures, held
 
-# Part of a device's memory that planning leaves to the runtime.
-_RESERVED = 0.1
 # Times that a step reads or writes an expert's weight and its gradient.
 _WEIGHT_PASSES = 6
 # Arrays of rows that are there besides while they travel: the blocks that leave and
@@ -85,7 +84,7 @@ class Group(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ModelPlan:
+class ModelPlan(Figures):
     """A model on a cluster. Figures are those of the busiest device.
 
     Attributes:
@@ -128,31 +127,6 @@ class ModelPlan:
     def seconds(self) -> dict[str, float]:
         """Seconds of a step, by what takes them."""
         return self.group.seconds
-
-    @property
-    def usable_memory(self) -> float:
-        """Bytes of a device without what is left to the runtime."""
-        return self.cluster.memory * (1 - _RESERVED)
-
-    @property
-    def parameters_fit(self) -> bool:
-        """Whether weights, slots and gradients fit."""
-        return self.memory.parameters <= self.usable_memory
-
-    @property
-    def fits(self) -> bool:
-        """Whether a step fits."""
-        return self.group.fits
-
-    @property
-    def step_time(self) -> float:
-        """Seconds of a step in which nothing overlaps."""
-        return self.group.step_time
-
-    @property
-    def bound(self) -> str:
-        """The part of a step that takes longest."""
-        return max(self.seconds, key=lambda part: self.seconds[part])
 
     @property
     def tflops(self) -> float:
@@ -342,5 +316,5 @@ def _group(measures, size, devices, cluster, imbalance):
     ratio = 2 * (devices - 1) / devices
     between = devices // size
     reduced = ratio * held(copies) + 2 * (between - 1) / between * held(experts, size)
-    fits = memory.peak <= cluster.memory * (1 - _RESERVED)
+    fits = memory.peak <= cluster.usable_memory
     return Group(size, memory, round(sum(sent)), round(reduced), seconds, fits)

@@ -9,6 +9,7 @@ from keras_moe.models.counting import count
 from keras_moe.models.presets import Preset, as_preset
 from keras_moe.planning.advice import advise
 from keras_moe.planning.cluster import Cluster, load_cluster
+from keras_moe.planning.figures import Figures
 from keras_moe.planning.memory import Memory, memory_of
 from keras_moe.planning.model_plan import ModelPlan
 from keras_moe.planning.placing import Placement, place
@@ -19,12 +20,9 @@ from keras_moe.planning.traffic import (
     work_of,
 )
 
-# Part of a device's memory that planning leaves to the runtime.
-_RESERVED = 0.1
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Figures):
     """A model on a cluster. Figures are those of the busiest device.
 
     Attributes:
@@ -82,21 +80,6 @@ class Plan:
         return self.placement.num_devices
 
     @property
-    def usable_memory(self) -> float:
-        """Bytes of a device without what is left to the runtime."""
-        return self.cluster.memory * (1 - _RESERVED)
-
-    @property
-    def parameters_fit(self) -> bool:
-        """Whether weights, slots and gradients fit."""
-        return self.memory.parameters <= self.usable_memory
-
-    @property
-    def fits(self) -> bool:
-        """Whether a step fits, with the activations of its batch."""
-        return self.memory.peak <= self.usable_memory
-
-    @property
     def most_tokens(self) -> int:
         """Tokens of a device for which a step fits; 0 if there are none."""
         least, most = 0, self.batch_tokens
@@ -110,16 +93,6 @@ class Plan:
             middle = (least + most + 1) // 2
             least, most = (middle, most) if fits(middle) else (least, middle - 1)
         return least
-
-    @property
-    def step_time(self) -> float:
-        """Seconds of a step."""
-        return sum(self.seconds.values())
-
-    @property
-    def bound(self) -> str:
-        """The part of a step that takes longest."""
-        return max(self.seconds, key=lambda part: self.seconds[part])
 
     @property
     def tflops(self) -> float:
@@ -223,10 +196,15 @@ def plan(
         Shazeer et al. 2017, sections 3.1 and 3.2, appendix D.
     """
     imbalance = checks.verify_number(imbalance, "imbalance", "[1, inf)")
-    of_presets = {
+    common: dict[str, Any] = {
+        "num_devices": num_devices,
+        "recompute": recompute,
+        "imbalance": imbalance,
+    }
+    of_presets: dict[str, Any] = {
         "batch_tokens": batch_tokens,
         "expert_optimizer": expert_optimizer,
-        "shard_vocabulary": shard_vocabulary or None,
+        "shard_vocabulary": shard_vocabulary,
     }
     of_models = {
         "batch": batch,
@@ -239,30 +217,14 @@ def plan(
         _verify_absent(of_presets, "a preset", "a model", "Pass `batch_size`")
         from keras_moe.planning.traced.own_model import plan_model
 
-        return plan_model(
-            model,
-            load_cluster(cluster),
-            num_devices=num_devices,
-            recompute=recompute,
-            imbalance=imbalance,
-            **of_models,
-        )
+        return plan_model(model, load_cluster(cluster), **common, **of_models)
     _verify_absent(of_models, "a model", "a preset", "Pass `batch_tokens`")
-    return _plan_preset(
-        model,
-        load_cluster(cluster),
-        num_devices=num_devices,
-        batch_tokens=batch_tokens,
-        recompute=recompute,
-        expert_optimizer=expert_optimizer,
-        shard_vocabulary=shard_vocabulary,
-        imbalance=imbalance,
-    )
+    return _plan_preset(model, load_cluster(cluster), **common, **of_presets)
 
 
 def _verify_absent(options, of, given, remedy):
     for name, value in options.items():
-        if value is not None:
+        if value is not None and value is not False:
             raise ValueError(
                 f"`{name}` is an option of {of}. Received: {name}={value!r} for {given}. "
                 f"{remedy}, or leave it out."
@@ -335,9 +297,7 @@ def _min_devices(preset, cluster, shard_vocabulary):
     # Beyond one device for each group nothing gets smaller.
     while devices < 2 * max(1, preset.num_experts):
         placement = place(preset, devices, shard_vocabulary)
-        if memory_of(preset, placement, 0).parameters <= cluster.memory * (
-            1 - _RESERVED
-        ):
+        if memory_of(preset, placement, 0).parameters <= cluster.usable_memory:
             return devices
         devices *= 2
     return 0

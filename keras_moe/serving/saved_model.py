@@ -5,7 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +195,7 @@ def _state(model, functions):
     )
 
 
-@contextlib.contextmanager
-def _without_cudnn(model: keras.Model) -> Iterator[None]:
+def _without_cudnn(model: keras.Model) -> contextlib.AbstractContextManager[None]:
     """Keeps Keras from tracing cuDNN, which no CPU server can run."""
     layers = [layer for layer in model._flatten_layers() if hasattr(layer, "use_cudnn")]
-    before = [layer.use_cudnn for layer in layers]
-    for layer in layers:
-        layer.use_cudnn = False
-    try:
-        yield
-    finally:
-        for layer, use_cudnn in zip(layers, before, strict=True):
-            layer.use_cudnn = use_cudnn
+    return runtime.attribute(layers, "use_cudnn", False)

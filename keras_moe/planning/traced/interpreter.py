@@ -119,16 +119,13 @@ class Interpreter:
             if source is not None:
                 value.root, value.entries = inputs[source], inputs[source].entries
         reads = [] if op.type in OF_SHAPES else inputs  # shapes are known beforehand
-        self.nodes.append(
-            Node(
-                op.name,
-                op.type,
-                reads,
-                outputs,
-                after,
-                takes_over=operations.may_take_over(op),
-                multiply_adds=operations.multiply_adds(op, inputs, outputs),
-            )
+        self._add(
+            op,
+            reads,
+            outputs,
+            after,
+            takes_over=operations.may_take_over(op),
+            multiply_adds=operations.multiply_adds(op, inputs, outputs),
         )
         return outputs
 
@@ -231,18 +228,10 @@ class Interpreter:
                 )
             else:
                 outputs.append(Value(end.shape, end.dtype))
-        self.nodes.append(
-            Node(
-                op.name,
-                op.type,
-                inputs,
-                outputs,
-                after,
-                temporary=peak_of(inner.nodes),
-                multiply_adds=turns * sum(n.multiply_adds for n in inner.nodes),
-                is_loop=True,
-            )
-        )
+        work = turns * sum(n.multiply_adds for n in inner.nodes)
+        peak = peak_of(inner.nodes)
+        of_turns = {"temporary": peak, "multiply_adds": work, "is_loop": True}
+        self._add(op, inputs, outputs, after, **of_turns)
         return outputs
 
     def _branch(self, graph, op, inputs, after):
@@ -260,18 +249,11 @@ class Interpreter:
         _, peak, inner, ends = max(taken, key=lambda each: each[0])
         outputs = [Value(v.shape, v.dtype, v.array) for v in ends]
         work = sum(node.multiply_adds for node in inner.nodes)
-        self.nodes.append(
-            Node(
-                op.name,
-                op.type,
-                inputs,
-                outputs,
-                after,
-                temporary=peak,
-                multiply_adds=work,
-            )
-        )
+        self._add(op, inputs, outputs, after, temporary=peak, multiply_adds=work)
         return outputs
+
+    def _add(self, op, inputs, outputs, after, **more):
+        self.nodes.append(Node(op.name, op.type, inputs, outputs, after, **more))
 
 
 def peak_of(nodes: Sequence[Node]) -> int:

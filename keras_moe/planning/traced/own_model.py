@@ -1,14 +1,12 @@
 """Batches and optimizers of a user's own model, and its plan."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import checks, engine
+from keras_moe import checks, engine, runtime
 from keras_moe.planning.cluster import Cluster
 from keras_moe.planning.model_plan import ModelPlan, make_plan
 from keras_moe.planning.traced.measures import measures_of
@@ -218,19 +216,11 @@ def _wants_classes(model):
     return any("sparse" in n.lower() or n == "TokenCrossentropy" for n in names)
 
 
-@contextlib.contextmanager
-def _recomputing(model: Any, recompute: bool | None) -> Iterator[None]:
+def _recomputing(model, recompute):
     """Experts compute hidden activations again, or not; None leaves them."""
     experts = [
         layer
         for layer in model._flatten_layers()
         if recompute is not None and hasattr(layer, "stacked_weights")
     ]
-    before = [layer.recompute for layer in experts]
-    for layer in experts:
-        layer.recompute = recompute
-    try:
-        yield
-    finally:
-        for layer, own in zip(experts, before, strict=True):
-            layer.recompute = own
+    return runtime.attribute(experts, "recompute", recompute)

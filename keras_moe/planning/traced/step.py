@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_moe import runtime
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TracedStep:
@@ -81,15 +83,7 @@ def said_of_batch(model: Any, batch: Any) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _optimizer_of(model: Any, optimizer: Any) -> Iterator[None]:
+def _optimizer_of(model, optimizer):
     """Another optimizer in the place of the model's own."""
-    if not model.compiled:
-        yield
-        return
-    own = model.optimizer
-    model.optimizer = optimizer
-    try:
-        yield
-    finally:
-        model.optimizer = own
+    compiled = [model] if model.compiled else []
+    return runtime.attribute(compiled, "optimizer", optimizer)
