@@ -5,6 +5,7 @@ The ratio of a pair holds even where the speed of the machine changes.
 
 import time
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -38,23 +39,42 @@ def compare(first, second, arguments, pairs):
     )
 
 
-def make_steps(call, variables):
-    """`forward(x)` and `training(x)`: one number made of the outputs or of all gradients.
+def make_steps(call, variables, optimizer=None):
+    """`forward(x)`, `training(x)`: one number made of the outputs or of all gradients.
 
     Reduced to one number, so that nothing is copied out and nothing is left out.
+
+    Args:
+        call: `(x, training)` -> outputs and list of losses.
+        variables: Of the gradients; with an optimizer Keras' variables.
+        optimizer: A Keras optimizer or None. With one there is `update(x)` too: a
+            training step and the optimizer's. Defaults to `None`.
     """
+
+    values = [v.value if isinstance(v, keras.Variable) else v for v in variables]
 
     @tf.function
     def forward(x):
         return tf.reduce_sum(call(x, False)[0])
 
-    @tf.function
-    def training(x):
+    def gradients_of(x):
         with tf.GradientTape() as tape:
             outputs, losses = call(x, True)
             total = tf.reduce_mean(tf.square(outputs)) + sum(losses)
-        gradients = tape.gradient(total, variables)
-        # Done when every gradient is: one element of each is read.
-        return tf.add_n([tf.reshape(gradient, [-1])[0] for gradient in gradients])
+        return tape.gradient(total, values)
 
-    return {"forward": forward, "training": training}
+    @tf.function
+    def training(x):
+        # Done when every gradient is: one element of each is read.
+        return tf.add_n([tf.reshape(g, [-1])[0] for g in gradients_of(x)])
+
+    @tf.function
+    def update(x):
+        optimizer.apply_gradients(zip(gradients_of(x), variables, strict=True))
+        return tf.add_n([tf.reshape(v, [-1])[0] for v in values])
+
+    steps = {"forward": forward, "training": training}
+    if optimizer is not None:
+        optimizer.build(variables)
+        steps["update"] = update
+    return steps

@@ -3,8 +3,9 @@
     python examples/benchmarks/hierarchical_benchmark.py
 
 Equal k, equal tokens, equal experts: 32 groups of 32 against 8 groups of 8. The two
-sides alternate in one run; what counts is the ratio of a pair. `--quick` is a tiny run
-that only shows that everything works.
+sides alternate in one run; what counts is the ratio of a pair. The limit is the longer of the
+time of the few and of what the memory takes for the weights of the many (`bandwidth.py`).
+`--quick` is a tiny run that only shows that everything works.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import bandwidth
 import keras
 import tensorflow as tf
 from alternating import compare, make_steps
@@ -21,7 +23,7 @@ from keras_moe import layers
 
 
 def make_layer_steps(num_groups, group_size, units, hidden_units):
-    """A training step (gradients of all weights) and an inference step."""
+    """A training step (gradients of all weights) and a forward pass."""
     layer = layers.HierarchicalMoE(
         layers.FeedForwardExperts(num_groups * group_size, hidden_units), num_groups
     )
@@ -35,7 +37,7 @@ def make_layer_steps(num_groups, group_size, units, hidden_units):
         return layer(x, training=training), layer.losses
 
     steps = make_steps(call, [v.value for v in layer.trainable_variables])
-    return {"training": steps["training"], "inference": steps["forward"]}
+    return {"training": steps["training"], "forward": steps["forward"]}
 
 
 def main():
@@ -55,23 +57,26 @@ def main():
     if a.quick:
         a.tokens, a.units, a.hidden_units, a.pairs = [64], 8, 8, 2
     keras.utils.set_random_seed(0)
+    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
+    num_bytes = 4 * 1024 * 2 * a.units * a.hidden_units
     few = make_layer_steps(8, 8, a.units, a.hidden_units)
     many = make_layer_steps(32, 32, a.units, a.hidden_units)
     print(
         f"{a.units} units, {a.hidden_units} hidden units, "
         f"k = 2 x 2, {a.pairs} pairs, TensorFlow {tf.__version__}, "
-        f"{os.cpu_count()} cores\n\n"
-        "| tokens | step | 64 experts (ms) | 1,024 experts (ms) | ratio | quartiles |\n"
-        "|---|---|---|---|---|---|"
+        f"{os.cpu_count()} cores\n{memory}\n\n"
+        "| tokens | step | 64 experts (ms) | 1,024 experts (ms) | ratio | quartiles "
+        "| limit (ms) | limit / many |\n|---|---|---|---|---|---|---|---|"
     )
     for tokens, name in itertools.product(a.tokens, few):
         x = tf.random.normal((tokens, a.units))
         (many_s, few_s), (low, middle, high) = compare(
             many[name], few[name], (x,), a.pairs
         )
+        limit = max(few_s, memory.least_seconds(name, num_bytes))
         print(
             f"| {tokens:,} | {name} | {few_s * 1e3:.1f} | {many_s * 1e3:.1f} | {middle:.2f} "
-            f"| {low:.2f} - {high:.2f} |",
+            f"| {low:.2f} - {high:.2f} | {limit * 1e3:.1f} | {limit / many_s:.2f} |",
             flush=True,
         )
 

@@ -4,8 +4,9 @@
 
 With 1, 8 or 64 tokens hardly any arithmetic is shared, and the limit is the time to read
 the chosen experts' weights and multiply with them: for every assignment of a token to an
-expert two products of one row. The two sides alternate in one run. `--quick` is a tiny run
-that only shows that everything works.
+expert two products of one row. The two sides alternate in one run. Beside them: what the
+memory takes to read these weights (`bandwidth.py`), where no cache has them from the run
+before. `--quick` is a tiny run that only shows that everything works.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import bandwidth
 import keras
 import tensorflow as tf
 from alternating import compare
@@ -46,11 +48,12 @@ def main():
     if a.quick:
         a.experts, a.units, a.hidden_units, a.pairs = [8], 8, 12, 2
     keras.utils.set_random_seed(a.seed)
+    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
     print(
         f"{a.units} units, {a.hidden_units} hidden units, k = {a.k}, {a.pairs} pairs, "
-        f"TensorFlow {tf.__version__}, {os.cpu_count()} cores\n\n"
+        f"TensorFlow {tf.__version__}, {os.cpu_count()} cores\n{memory}\n\n"
         "| experts | tokens | mixture (ms) | chosen weights alone (ms) | ratio | quartiles "
-        "|\n|---|---|---|---|---|---|"
+        "| reading them (ms) |\n|---|---|---|---|---|---|---|"
     )
     for num_experts in a.experts:
         layer = layers.MoE(
@@ -86,9 +89,11 @@ def main():
                 (),
                 a.pairs,
             )
+            num_bytes = 4 * chosen.shape[0] * 2 * a.units * a.hidden_units
+            reading_s = memory.least_seconds("forward", num_bytes)
             print(
                 f"| {num_experts} | {tokens} | {mixture_s * 1e3:.2f} | {limit_s * 1e3:.2f} "
-                f"| {middle:.2f} | {low:.2f} - {high:.2f} |",
+                f"| {middle:.2f} | {low:.2f} - {high:.2f} | {reading_s * 1e3:.2f} |",
                 flush=True,
             )
 

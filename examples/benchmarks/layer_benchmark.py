@@ -3,12 +3,15 @@
     python examples/benchmarks/layer_benchmark.py --picture layer.png
     python examples/benchmarks/layer_benchmark.py --peers    # tf-models-official, keras-hub
     python examples/benchmarks/layer_benchmark.py --products # the experts' products alone
+    python examples/benchmarks/layer_benchmark.py --optimizer factored_adam
 
 The dense feed-forward layer has k times the hidden units of an expert, so it spends the
 same multiply-adds on a token as k experts: it is what a mixture could cost at best on one
 device. How near a machine lets it come to that depends on how fast it reads the weights of
-many experts; `--products` therefore compares with what no layer can leave out, the products
-of the experts, done by NumPy one expert at a time with as many threads as there are cores.
+many experts: the limit beside it is the longer of the time of the dense layer and of the
+time that the memory takes for the weights (`bandwidth.py`). `--products` compares with what no
+layer can leave out, the products of the experts, done by NumPy one expert at a time with as
+many threads as there are cores. `--optimizer` adds a step that ends with the optimizer's.
 The two sides alternate in one run; a ratio above 1 means the mixture is faster.
 `--quick` is a tiny run that only shows that everything works.
 """
@@ -22,20 +25,27 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # One thread a product: the threads of `make_products` are over experts.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import bandwidth
 import keras
 import numpy as np
 import tensorflow as tf
 from alternating import compare, make_steps
 
-from keras_moe import layers
+from keras_moe import layers, optimizers
 
 HEADER = (
-    "| experts | step | {other} (ms) | mixture (ms) | {other} / mixture | quartiles "
-    "|\n|---|---|---|---|---|---|"
+    "| experts | step | {other} (ms) | mixture (ms) | {other} / mixture | quartiles |{more}"
+    "\n|---|---|---|---|---|---|{lines}"
 )
+LIMIT = {"more": " limit (ms) | limit / mixture |", "lines": "---|---|"}
+OPTIMIZERS = {
+    "sgd": keras.optimizers.SGD,
+    "adam": keras.optimizers.Adam,
+    "factored_adam": optimizers.FactoredAdam,
+}
 
 
-def make_mixture(num_experts, units, hidden_units, k):
+def make_mixture(num_experts, units, hidden_units, k, optimizer=None):
     layer = layers.MoE(
         layers.FeedForwardExperts(num_experts, hidden_units),
         layers.NoisyTopKGating(k=k),
@@ -48,10 +58,15 @@ def make_mixture(num_experts, units, hidden_units, k):
     def call(x, training):
         return layer(x, training=training), layer.losses
 
-    return make_steps(call, [v.value for v in layer.trainable_variables])
+    return make_steps(call, layer.trainable_variables, made(optimizer))
 
 
-def make_dense(units, hidden_units, k):
+def made(optimizer):
+    """A new one of that name; rates that leave the weights as they are, nearly."""
+    return optimizer and OPTIMIZERS[optimizer](1e-6)
+
+
+def make_dense(units, hidden_units, k, optimizer=None):
     model = keras.Sequential(
         [
             keras.layers.Dense(k * hidden_units, "relu", use_bias=False),
@@ -63,7 +78,7 @@ def make_dense(units, hidden_units, k):
     def call(x, training):
         return model(x, training=training), []
 
-    return make_steps(call, [v.value for v in model.trainable_variables])
+    return make_steps(call, model.trainable_variables, made(optimizer))
 
 
 def make_products(num_experts, tokens, units, hidden_units, k):
@@ -134,33 +149,47 @@ def make_keras_hub(num_experts, units, hidden_units, k, tokens):
         return layer(x, training=training)[0], layer.losses
 
     layer.build((1, tokens, units))
-    return make_steps(call, [v.value for v in layer.trainable_variables])
+    return make_steps(call, layer.trainable_variables)
 
 
-def row(name, other, mixture, x, pairs):
-    """Prints one row and returns its ratio."""
+def row(name, other, mixture, x, pairs, memory_s=None):
+    """Prints one row, with a limit if the time of the memory is given; its ratio."""
     (other_s, mixture_s), (low, middle, high) = compare(other, mixture, (x,), pairs)
+    limit = ""
+    if memory_s is not None:
+        limit_s = max(other_s, memory_s)
+        limit = f" {limit_s * 1e3:.1f} | {limit_s / mixture_s:.2f} |"
     print(
         f"| {name} | {other_s * 1e3:.1f} | {mixture_s * 1e3:.1f} | {middle:.2f} "
-        f"| {low:.2f} - {high:.2f} |",
+        f"| {low:.2f} - {high:.2f} |{limit}",
         flush=True,
     )
     return middle
 
 
 def against_dense(a):
-    print(HEADER.format(other="dense"))
+    memory = bandwidth.measure(**a.memory)
+    print(f"{memory}\n")
+    print(HEADER.format(other="dense", **LIMIT))
     x = tf.random.normal((a.tokens, a.units))
-    dense = make_dense(a.units, a.hidden_units, a.k)
+    dense = make_dense(a.units, a.hidden_units, a.k, a.optimizer)
     ratios = {}
     for num_experts in a.experts:
-        mixture = make_mixture(num_experts, a.units, a.hidden_units, a.k)
-        for step in ("forward", "training"):
+        mixture = make_mixture(num_experts, a.units, a.hidden_units, a.k, a.optimizer)
+        num_bytes = 4 * num_experts * 2 * a.units * a.hidden_units
+        for step in dense:
             start = time.perf_counter()
             mixture[step](x)
             first = time.perf_counter() - start
             ratios[num_experts, step] = row(
-                f"{num_experts} | {step}", dense[step], mixture[step], x, a.pairs
+                f"{num_experts} | {step}",
+                dense[step],
+                mixture[step],
+                x,
+                a.pairs,
+                memory.least_seconds(
+                    step, num_bytes, a.optimizer if step == "update" else None
+                ),
             )
             if num_experts == max(a.experts):
                 print(f"<!-- first call of {step}: {first:.1f} s -->", flush=True)
@@ -168,7 +197,7 @@ def against_dense(a):
 
 
 def against_products(a):
-    print(HEADER.format(other="products"))
+    print(HEADER.format(other="products", more="", lines=""))
     x = tf.random.normal((a.tokens, a.units))
     for num_experts in a.experts:
         mixture = make_mixture(num_experts, a.units, a.hidden_units, a.k)
@@ -184,7 +213,9 @@ def against_peers(a):
         ("tf-models-official", make_tf_models, 32, a.k, tokens, ("training",)),
         ("keras-hub", make_keras_hub, 64, 2, small, ("forward",)),
     ):
-        print(f"\n{n} tokens, k = {k}\n\n" + HEADER.format(other=name))
+        print(
+            f"\n{n} tokens, k = {k}\n\n" + HEADER.format(other=name, more="", lines="")
+        )
         x = tf.random.normal((n, a.units))
         experts = min(experts, max(a.experts))
         try:
@@ -204,7 +235,7 @@ def draw(ratios, path):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for step in ("forward", "training"):
+    for step in dict.fromkeys(step for _, step in ratios):
         points = [(e, ratio) for (e, s), ratio in ratios.items() if s == step]
         axes.plot(*zip(*points, strict=True), marker="o", label=step)
     axes.axhline(1.0, color="grey", linewidth=1, label="dense layer")
@@ -239,6 +270,12 @@ def main():
         "--pairs", type=int, default=7, help="pairs of alternating measurements"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument(
+        "--optimizer",
+        choices=list(OPTIMIZERS),
+        help="measure a step with its update too",
+    )
+    parser.add_argument("--threads", type=int, help="at most; default: one a core")
     against = parser.add_mutually_exclusive_group()
     against.add_argument("--peers", action="store_true", help="compare with packages")
     against.add_argument(
@@ -247,12 +284,18 @@ def main():
     parser.add_argument("--picture", help="file to draw the ratios to")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
+    a.memory = {"num_bytes": 2**20, "repeat": 1} if a.quick else {}
+    if a.threads:
+        a.memory["threads"] = a.threads
+        tf.config.threading.set_intra_op_parallelism_threads(a.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(a.threads)
     if a.quick:
         a.experts, a.tokens, a.units, a.hidden_units, a.pairs = [4, 8], 64, 8, 12, 2
     keras.utils.set_random_seed(a.seed)
     print(
         f"{a.tokens} tokens, {a.units} units, {a.hidden_units} hidden units, k = {a.k}, "
-        f"{a.pairs} pairs, TensorFlow {tf.__version__}, {os.cpu_count()} cores\n"
+        f"{a.pairs} pairs, TensorFlow {tf.__version__}, "
+        f"{a.threads or os.cpu_count()} threads\n"
     )
     if a.peers or a.products:
         (against_peers if a.peers else against_products)(a)

@@ -3,19 +3,20 @@
     python examples/benchmarks/many_experts_benchmark.py
 
 Equal k, equal tokens, equal experts: 1,024 flat and 4,096 in 64 groups against 64 flat, a
-ratio above 1 meaning that the many are faster. Beside the time of the many stands the time
-to read their weights once, which no layer can undercut: at few tokens it is most of a step.
+ratio above 1 meaning that the many are faster. No layer can undercut the limit beside it: the
+longer of the time of the few and of what the memory takes for the weights (`bandwidth.py`).
 Then all tokens to the same experts against balanced routing, for a plan of products expert
 by expert and for one of blocks. The sides alternate in one run. `--quick` is a tiny run
 that only shows that everything works.
 """
 
 import argparse
+import itertools
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import bandwidth
 import keras
 import numpy as np
 import tensorflow as tf
@@ -51,50 +52,37 @@ def make_mixture(num_experts, hidden_units, units, k=4, num_groups=None, skewed=
         return layer(x, training=training), layer.losses
 
     variables = [v.value for v in layer.trainable_variables]
-    return layer, make_steps(call, variables)
-
-
-def read_once(layer):
-    """Seconds to read the kernels, with as many threads as there are cores."""
-    kernels = [kernel.value.numpy() for kernel in layer.experts.kernels]
-    parts = [part for kernel in kernels for part in np.array_split(kernel, 64)]
-
-    def read():
-        return list(pool.map(np.sum, parts))
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return min(seconds(read) for _ in range(5))
+    return make_steps(call, variables)
 
 
 def many_against_few(a):
-    few = make_mixture(a.few, a.hidden_units, a.units)[1]
+    few = make_mixture(a.few, a.hidden_units, a.units)
+    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
     print(
-        "| experts | tokens | 64 experts (ms) | many (ms) | 64 / many | quartiles "
-        "| reading the weights (ms) |\n|---|---|---|---|---|---|---|"
+        f"{memory}\n\n| experts | tokens | step | 64 experts (ms) | many (ms) | 64 / many "
+        "| quartiles | limit (ms) | limit / many |\n|---|---|---|---|---|---|---|---|---|"
     )
     firsts = []
     for name, num_experts, num_groups in (
         ("flat", a.flat, None),
         ("hierarchical", a.hierarchical, int(a.hierarchical**0.5)),
     ):
-        layer, many = make_mixture(
-            num_experts, a.hidden_units, a.units, num_groups=num_groups
-        )
-        reading = read_once(layer)
-        for tokens in a.tokens:
+        many = make_mixture(num_experts, a.hidden_units, a.units, num_groups=num_groups)
+        num_bytes = 4 * num_experts * 2 * a.units * a.hidden_units
+        x = tf.random.normal((a.tokens[0], a.units))
+        firsts.append((num_experts, *(seconds(step, x) for step in many.values())))
+        for tokens, step in itertools.product(a.tokens, many):
             x = tf.random.normal((tokens, a.units))
-            first = seconds(many["forward"], x)
             (few_s, many_s), (low, middle, high) = compare(
-                few["forward"], many["forward"], (x,), a.pairs
+                few[step], many[step], (x,), a.pairs
             )
+            limit = max(few_s, memory.least_seconds(step, num_bytes))
             print(
-                f"| {num_experts:,} {name} | {tokens:,} | {few_s * 1e3:.1f} "
+                f"| {num_experts:,} {name} | {tokens:,} | {step} | {few_s * 1e3:.1f} "
                 f"| {many_s * 1e3:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} "
-                f"| {reading * 1e3:.0f} |",
+                f"| {limit * 1e3:.1f} | {limit / many_s:.2f} |",
                 flush=True,
             )
-            if tokens == a.tokens[0]:
-                firsts.append((num_experts, first, seconds(many["training"], x)))
     print("\n| experts | first call, forward (s) | training (s) |\n|---|---|---|")
     for num_experts, forward, training in firsts:
         print(f"| {num_experts:,} | {forward:.1f} | {training:.1f} |", flush=True)
@@ -110,7 +98,7 @@ def skewed_against_balanced(a):
     x = tf.constant(x)
     for num_experts, k in ((a.few // 2, 1), (a.few // 2, 4), (a.flat, 1), (a.flat, 4)):
         sides = [
-            make_mixture(num_experts, a.hidden_units, a.units, k=k, skewed=skewed)[1]
+            make_mixture(num_experts, a.hidden_units, a.units, k=k, skewed=skewed)
             for skewed in (True, False)
         ]
         for step in ("forward", "training"):

@@ -4,8 +4,9 @@
 
 Embedding, LSTM, mixture or dense layer of equal operations, LSTM, softmax: the model of
 `python -m keras_moe train-lm`, with Adam, by `train_on_batch`. The two sides alternate in
-one run; a ratio above 1 means the mixture is faster. `--quick` is a tiny run that only shows
-that everything works.
+one run; a ratio above 1 means the mixture is faster. The limit is the longer of the time of
+the dense side and of what the memory takes for the experts' weights, their gradients and
+Adam (`bandwidth.py`). `--quick` is a tiny run that only shows that everything works.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import bandwidth
 import keras
 import numpy as np
 from alternating import compare
@@ -59,16 +61,19 @@ def main():
     for kind in ("moe_1_wide", "moe"):
         model = make_model(kind, a)
         sides.append(lambda x, y, model=model: np.asarray(model.train_on_batch(x, y)))
+    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
     print(
         f"{a.units} units, {a.hidden_units} hidden units, vocabulary {a.vocabulary}, "
-        f"{a.batch} x {a.time} tokens, {a.pairs} pairs\n\n"
-        "| experts | dense (ms) | mixture (ms) | dense / mixture | quartiles |\n"
-        "|---|---|---|---|---|"
+        f"{a.batch} x {a.time} tokens, {a.pairs} pairs\n{memory}\n\n"
+        "| experts | dense (ms) | mixture (ms) | dense / mixture | quartiles "
+        "| limit (ms) | limit / mixture |\n|---|---|---|---|---|---|---|"
     )
     (dense_s, mixture_s), (low, middle, high) = compare(*sides, tuple(tokens), a.pairs)
+    num_bytes = 4 * a.experts * 2 * a.units * a.hidden_units
+    limit = max(dense_s, memory.least_seconds("training", num_bytes, "adam"))
     print(
         f"| {a.experts} | {dense_s * 1e3:.1f} | {mixture_s * 1e3:.1f} | {middle:.2f} "
-        f"| {low:.2f} - {high:.2f} |"
+        f"| {low:.2f} - {high:.2f} | {limit * 1e3:.1f} | {limit / mixture_s:.2f} |"
     )
 
 
