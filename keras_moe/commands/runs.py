@@ -291,11 +291,11 @@ def _load_best(model, folder, rows, found):
     path = folder / WEIGHTS
     try:
         folders.load_weights(model, path)
-    except ValueError as error:
+    except ValueError:
         best = min(rows, key=lambda row: row["val_perplexity"])["epoch"] + 1
         if best not in found or backups.damage(found[best]) is not None:
             raise
-        print(f"{error} Written again from {found[best].name}.")
+        print(f"{path} is damaged: it is written again from {found[best]}.")
         with writing.written_beside(path) as partial:
             shutil.copyfile(found[best], partial)
         folders.load_weights(model, path)
