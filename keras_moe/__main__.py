@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 on success, 2 for bad arguments or input.
     """
     arguments = vars(make_parser().parse_args(argv))
-    from keras_moe.commands import options
+    from keras_moe import writing
+    from keras_moe.commands import folders, options
 
     command = arguments.pop("command")
     job: Callable[[], object]
@@ -77,15 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         from keras_moe.commands import train_mt as train_mt_command
 
         job = partial(train_mt_command.run, options.TrainMTOptions(**arguments))
+    is_run = command.startswith("train-")
+    resumes = f" {folders.GOES_ON}" * is_run
     try:
         job()
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rest = resumes * isinstance(error, writing.NoRoomError)
+        print(f"error: {error}{rest}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = " The same command goes on from the last finished epoch."
-        is_run = command.startswith("train-")
-        print(f"\nInterrupted.{resumes * is_run}", file=sys.stderr)
+        print(f"\nInterrupted.{resumes}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,7 +1,9 @@
 """Files that are there as a whole or not at all, and whether they can be written."""
 
 import contextlib
+import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,26 +12,86 @@ from pathlib import Path
 PARTIAL = ".partial."
 
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class NoRoomError(OSError):
+    """A file was not written: the disk is full, or a quota or limit is reached."""
+
+
 @contextlib.contextmanager
 def written_beside(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside `path` to write to, renamed to `path` when all has been written.
 
-    Whoever is interrupted within leaves what stood at `path` before.
+    Whoever is interrupted within leaves what stood at `path` before; so does a machine
+    that loses its power.
 
     Args:
         path: Str or path of the file.
 
     Yields:
         Path in the same folder, with the same suffixes.
+
+    Raises:
+        NoRoomError: The disk is full.
     """
     path = Path(path)
     partial = path.with_name(PARTIAL + path.name)
     try:
         yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise
+        number = _number_of(error)
+        if number not in _NO_ROOM or isinstance(error, NoRoomError):
+            raise
+        raise _no_room(path, number) from error
+
+
+def verify_room(path: str | os.PathLike, num_bytes: int) -> None:
+    """Raises unless so many bytes can be written where `path` is; writes nothing.
+
+    For libraries that a full disk leaves in disorder: HDF5 ends the process later.
+
+    Args:
+        path: Str or path of the file that is to be written.
+        num_bytes: Int. At most so many.
+
+    Raises:
+        NoRoomError: They have no room.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    path = Path(path)
+    with tempfile.TemporaryFile(dir=path.parent) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            # Others say that this file system cannot tell.
+            if error.errno in _NO_ROOM:
+                whole = path.with_name(path.name.removeprefix(PARTIAL))
+                raise _no_room(whole, error.errno, num_bytes) from error
+
+
+def _number_of(error):
+    """The error number of the system; HDF5 tells it in words only."""
+    number = getattr(error, "errno", None)
+    if number is None and isinstance(error, RuntimeError | OSError):
+        match = re.search(r"errno = (\d+)", str(error))
+        number = int(match[1]) if match else None
+    return number
+
+
+def _no_room(path, number, num_bytes=None):
+    size = "" if num_bytes is None else f" (up to {num_bytes:,} bytes)"
+    error = NoRoomError(
+        f"{path} could not be written{size}: {os.strerror(number)}. Free some space on "
+        "its disk. What stood there before is kept."
+    )
+    error.errno = number
+    return error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

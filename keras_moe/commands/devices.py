@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from keras_moe import checks, distribution
 from keras_moe.commands import folders
+from keras_moe.distribution import backups, launcher, lost_workers
 
 _MIRRORED = (
     tf.distribute.MirroredStrategy,
@@ -56,14 +57,13 @@ def launch_workers(options: Any) -> bool:
         f"Starting {options.workers} processes; all but the first write to {logs}.",
         flush=True,
     )
-    status = distribution.launch(
+    status, failed = launcher.run_workers(
         ["-m", "keras_moe", *sys.argv[1:]], options.workers, logs
     )
     if status:
         raise ValueError(
-            f"A process of `workers` failed. Received: exit status {status}. See its "
-            f"output above or in {logs}; the same command goes on from the last "
-            "finished epoch."
+            f"A process of `workers` failed. Received: exit status {status}. {failed} "
+            f"{folders.GOES_ON}"
         )
     return True
 
@@ -121,6 +121,18 @@ def _strategy_of(options):
     return tf.distribute.MirroredStrategy(names)
 
 
+@contextlib.contextmanager
+def lost_workers_named(strategy: Any) -> Iterator[None]:
+    """Inside, the error of a lost worker is a `ValueError` that says which it was."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        lost = lost_workers.describe(error, strategy)
+        if lost is None:
+            raise
+        raise ValueError(f"{lost} {folders.GOES_ON}") from error
+
+
 def scope_of(strategy: Any) -> contextlib.AbstractContextManager:
     """The scope to build and compile a model in."""
     return contextlib.nullcontext() if strategy is None else strategy.scope()
@@ -128,28 +140,11 @@ def scope_of(strategy: Any) -> contextlib.AbstractContextManager:
 
 def own_folder(folder: Path, strategy: Any) -> Path:
     """Where this process writes: the others write beside what the first writes."""
-    resolver = getattr(strategy, "cluster_resolver", None)
-    return _folder_of(folder, getattr(resolver, "task_id", None) or 0)
+    return _folder_of(folder, backups.index_of(strategy))
 
 
 def _folder_of(folder, index):
     return folder if index == 0 else folder.with_name(f"{folder.name}_worker_{index}")
-
-
-def gathered(values: Sequence[int], strategy: Any) -> list[tuple[int, ...]]:
-    """What every process of a strategy has given, in the order of the processes.
-
-    All processes must call it, each with as many numbers.
-    """
-    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-        return [tuple(values)]
-
-    def gather():
-        context = tf.distribute.get_replica_context()
-        return context.all_gather(tf.constant([values], tf.int32), axis=0)
-
-    found = strategy.experimental_local_results(strategy.run(gather))[0]
-    return [tuple(row) for row in found.numpy().tolist()]
 
 
 def _has_gpus(options):

@@ -19,6 +19,7 @@ WEIGHTS, BACKUP, FINISHED = "best.weights.h5", "checkpoint", "finished.json"
 # The key of the settings by which a folder is known as a run of this package.
 _MARK = "run_of"
 ANEW = "Start again in another `output_dir`, or with --overwrite."
+GOES_ON = "The same command goes on from the last finished epoch."
 
 
 def check_folder(options: Any, folder: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import math
-import re
 import shutil
 import time
 from pathlib import Path
@@ -12,9 +11,10 @@ import h5py
 import keras
 
 from keras_moe import checks, telemetry, writing
-from keras_moe.commands import devices, folders
+from keras_moe.commands import folders
 from keras_moe.commands.folders import BACKUP, FINISHED, HISTORY, WEIGHTS
 from keras_moe.commands.options import DTYPES
+from keras_moe.distribution import backups
 
 TENSORBOARD, USAGE_PICTURE = "tensorboard", "expert_usage.png"
 
@@ -86,17 +86,10 @@ def numbers_of(dtype: str):
 
 
 class NoiseOfEpoch(keras.callbacks.Callback):
-    """Sets the random generators of the layers to what belongs to an epoch.
-
-    Keras does not save their states. With the epoch in their counters a run that
-    goes on after an interruption draws the noise it would have drawn without.
-    """
+    """Sets the random generators of the layers to what belongs to an epoch."""
 
     def on_epoch_begin(self, epoch, logs=None):
-        for variable in self.model.variables:
-            if variable.path.endswith("seed_generator_state"):
-                seed = keras.ops.convert_to_numpy(variable)[0]
-                variable.assign([seed, epoch << 20])
+        backups.set_noise(self.model, epoch)
 
 
 class StopDiverged(keras.callbacks.Callback):
@@ -184,44 +177,33 @@ class History(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps what a run goes on from, of the last two epochs.
-
-    One file holds all of it and has the number of epochs in its name, so that no
-    interruption can leave the weights of one epoch with the number of another. The
-    file before is for workers of which another did not get as far.
-    """
+    """Keeps what a run goes on from, of the last two epochs."""
 
     def __init__(self, folder):
         super().__init__()
         self.folder = folder
 
     def on_epoch_end(self, epoch, logs=None):
-        self.folder.mkdir(exist_ok=True)
-        save_weights(self.model, self.folder / f"epoch_{epoch + 1}.weights.h5")
-        kept = {checkpoints(self.folder).get(n) for n in (epoch, epoch + 1)}
-        for path in set(self.folder.iterdir()) - kept:
-            path.unlink()
+        backups.write(self.model, self.folder, epoch + 1)
+        for name in _OF_0_1_0:
+            for end in ("", _COPY):
+                (self.folder / f"{name}{end}").unlink(missing_ok=True)
+
+
+# What version 0.1.0 has written, in place, with a copy of the epoch before.
+_OF_0_1_0, _COPY = ("latest.weights.h5", "training_metadata.json"), ".bkp"
 
 
 def save_weights(model, path):
     """Writes weights and optimizer, as a whole or not at all."""
-    with writing.written_beside(path) as partial:
-        model.save_weights(partial, overwrite=True)
+    backups.write_weights(model, path)
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """Files that a run can go on from, by the number of epochs done."""
-    found = {
-        int(match[1]): path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"epoch_(\d+)\.weights\.h5", path.name))
-    }
-    # What version 0.1.0 has written, in place, with a copy of the epoch before.
-    for end in () if found else ("", ".bkp"):
-        path, epochs = (
-            folder / f"{name}{end}"
-            for name in ("latest.weights.h5", "training_metadata.json")
-        )
+    found = backups.files(folder)
+    for end in () if found else ("", _COPY):
+        path, epochs = (folder / f"{name}{end}" for name in _OF_0_1_0)
         if epochs.exists() and path.exists() and _opens(path):
             number = folders.read_json(epochs, folders.ANEW).get("epoch")
             if isinstance(number, int) and number > 0:
@@ -259,30 +241,23 @@ def train(model, folder, options, fit, strategy=None) -> float:
         ValueError: A file of the folder is damaged, or the training diverged.
     """
     seconds = folders.finished_seconds(folder)
-    found = checkpoints(folder / BACKUP)
-    done = max(found, default=0)
-    workers = devices.gathered([done, seconds is not None], strategy)
-    if seconds is not None and all(finished for _, finished in workers):
+    workers = backups.gathered([seconds is not None], strategy)
+    if seconds is not None and all(finished for (finished,) in workers):
         print(f"{folder} holds a trained model; --overwrite trains it again.")
         folders.load_weights(model, folder / WEIGHTS)
         return seconds
-    if max(workers)[0] - min(workers)[0] > 1:
-        raise ValueError(
-            f"The folders of the workers beside {folder} do not belong together. "
-            f"Received: {[n for n, _ in workers]} epochs to go on from. Start again in "
-            "another `output_dir`, or with --overwrite."
-        )
-    done = min(workers)[0]
+    found = checkpoints(folder / BACKUP)
+    done = backups.agreed(folder / BACKUP, strategy, folders.ANEW)
     rows = folders.read_history(folder)[:done]
     if done:
-        if len(rows) < done or done not in found:
+        if len(rows) < done:
             raise folders.damaged(
-                folder / (HISTORY if done in found else BACKUP),
+                folder / HISTORY,
                 f"{len(rows)} epochs, where {done} are to go on from",
                 folders.ANEW,
             )
         # The best ones too, so that damage is found before the training.
-        folders.load_weights(model, folder / WEIGHTS)
+        _load_best(model, folder, rows, found)
         folders.load_weights(model, found[done])
 
     def announce(steps):
@@ -306,9 +281,24 @@ def train(model, folder, options, fit, strategy=None) -> float:
     folders.load_weights(model, folder / WEIGHTS)
     folders.write_json(folder / FINISHED, {"training_seconds": seconds})
     # Before all workers are finished any of them may have to go on.
-    devices.gathered([0], strategy)
+    backups.gathered([0], strategy)
     shutil.rmtree(folder / BACKUP, ignore_errors=True)
     return seconds
+
+
+def _load_best(model, folder, rows, found):
+    """Those of the best epoch, also from what the run goes on from if that has them."""
+    path = folder / WEIGHTS
+    try:
+        folders.load_weights(model, path)
+    except ValueError:
+        best = min(rows, key=lambda row: row["val_perplexity"])["epoch"] + 1
+        if best not in found or backups.damage(found[best]) is not None:
+            raise
+        print(f"{path} is damaged: it is written again from {found[best]}.")
+        with writing.written_beside(path) as partial:
+            shutil.copyfile(found[best], partial)
+        folders.load_weights(model, path)
 
 
 def print_files(rows):

@@ -46,7 +46,9 @@ def run(options: TrainLMOptions) -> dict:
     if devices.launch_workers(options):
         return folders.read_json(Path(options.output_dir) / REPORT, folders.ANEW)
     with runs.numbers_of(options.dtype):
-        return _run(options, devices.make_strategy(options))
+        strategy = devices.make_strategy(options)
+        with devices.lost_workers_named(strategy):
+            return _run(options, strategy)
 
 
 def _run(options, strategy):

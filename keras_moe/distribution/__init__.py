@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from keras_moe import checks, engine
+from keras_moe.distribution.backups import Backup
 from keras_moe.distribution.launcher import launch
 from keras_moe.distribution.requirements import verify_versions
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from keras_moe.distribution.dtensor.strategy import DTensorStrategy
 
 __all__ = [
+    "Backup",
     "DTensorStrategy",
     "Description",
     "Share",

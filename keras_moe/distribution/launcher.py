@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def launch(
     Each process finds its place in the environment variable `TF_CONFIG`, which
     `tf.distribute.MultiWorkerMirroredStrategy` reads. The first, which is the
     chief, writes to the console; the others to `worker_<number>.log`. If one fails
-    the others are ended.
+    the others are ended, also those that are stopped, and standard error says which
+    it was: the one that was killed or stopped, not those that noticed.
 
     Args:
         arguments: Arguments of the Python interpreter: a script or `-m` and a
@@ -41,6 +43,24 @@ def launch(
         Several hosts need no launcher: set `TF_CONFIG` on each and start the
         program there.
     """
+    status, failed = run_workers(arguments, num_workers, log_dir)
+    if status:
+        print(failed, file=sys.stderr, flush=True)
+    return status
+
+
+def run_workers(
+    arguments: Sequence[str], num_workers: int, log_dir: str | os.PathLike
+) -> tuple[int, str]:
+    """As `launch`, which has the arguments.
+
+    Returns:
+        The exit status of the first process that failed, else 0; and which one failed
+        and how, in a sentence, or an empty string.
+
+    Raises:
+        ValueError: As `launch`.
+    """
     num_workers = checks.verify_positive_int(num_workers, "num_workers")
     if not arguments:
         raise ValueError(
@@ -54,11 +74,15 @@ def launch(
     try:
         for index in range(num_workers):
             workers.append(_start(arguments, addresses, index, log_dir))
-        return _wait(workers)
+        status, index, how = _wait(workers)
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
+    if not status:
+        return 0, ""
+    output = f"in {log_dir / f'worker_{index}.log'}" if index else "above"
+    return status, f"Worker {index} ({addresses[index]}) {how}. Its output is {output}."
 
 
 def _start(arguments, addresses, index, log_dir):
@@ -77,19 +101,47 @@ def _start(arguments, addresses, index, log_dir):
 
 
 def _wait(workers):
-    """Until all have ended, or one has failed and the others had time to say so."""
-    failed_at = None
-    status = 0
+    """Until all have ended, or one has failed and the others had time to say so.
+
+    Returns the first exit status that is not 0, and the worker that is to blame, with
+    how it ended.
+    """
+    failed_at, status, index, how = None, 0, 0, ""
     while True:
         codes = [worker.poll() for worker in workers]
-        if None not in codes:
-            return status or next((code for code in codes if code), 0)
-        failed = [code for code in codes if code]
+        failed = {i: code for i, code in enumerate(codes) if code}
+        running = [i for i, code in enumerate(codes) if code is None]
+        stopped = [i for i in running if _is_stopped(workers[i])] if failed else []
         if failed and failed_at is None:
-            failed_at, status = time.monotonic(), failed[0]
+            failed_at = time.monotonic()
+            # One that a signal ended before one that noticed and said so.
+            index, status = min(failed.items(), key=lambda item: item[1] > 0)
+            how = _ending(status)
+            if stopped:
+                index, how = stopped[0], "was stopped by a signal and did not answer"
+        # Those that are stopped will not say anything.
+        if running == stopped:
+            return status, index, how
         if failed_at is not None and time.monotonic() - failed_at > _GRACE_SECONDS:
-            return status
+            return status, index, how
         time.sleep(0.2)
+
+
+def _ending(status):
+    if status > 0:
+        return f"failed with exit status {status}"
+    return f"was ended by signal {-status} ({signal.strsignal(-status)})"
+
+
+def _is_stopped(worker):
+    """Whether a process is stopped (SIGSTOP, say), and not ended."""
+    if not hasattr(os, "waitid"):
+        return False
+    options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+    try:
+        return os.waitid(os.P_PID, worker.pid, options) is not None
+    except ChildProcessError:
+        return False
 
 
 def _free_ports(count):

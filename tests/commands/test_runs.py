@@ -1,5 +1,6 @@
 """A training that is interrupted, diverges, or finds damaged files."""
 
+import errno
 import json
 import shutil
 from types import SimpleNamespace
@@ -95,8 +96,8 @@ def test_a_run_cut_at_any_of_its_writes_goes_on_exactly(tmp_path, monkeypatch):
         assert [row["epoch"] for row in history] == [0, 1]
         assert not (folder / "checkpoint").exists()
         count += 1
-    # Two epochs of best weights, history, checkpoint; then that it is finished.
-    assert count == 7
+    # Two epochs of best weights, history, digest, checkpoint; then that it is finished.
+    assert count == 9
 
 
 def test_a_training_that_diverges_is_an_error_and_not_finished(tmp_path):
@@ -138,10 +139,6 @@ def interrupted(tmp_path_factory):
     [
         ("history.csv", b"epoch,seconds,val_perplexity\n0,1.0", r"history\.csv is dam"),
         ("history.csv", None, r"history\.csv is damaged.*0 epochs, where 2"),
-        ("best.weights.h5", None, r"best\.weights\.h5 is damaged.*missing"),
-        ("best.weights.h5", 900, r"best\.weights\.h5 is damaged"),
-        ("checkpoint/epoch_2.weights.h5", 900, r"epoch_2\.weights\.h5 is damaged"),
-        ("checkpoint/epoch_2.weights.h5", b"", r"epoch_2\.weights\.h5 is damaged"),
         ("finished.json", b"", r"finished\.json is damaged"),
         ("finished.json", b'{"training_seconds": "x"}', r"finished\.json is damaged"),
         ("finished.json", b"{}", r"finished\.json is damaged.*Delete it"),
@@ -161,6 +158,96 @@ def test_a_damaged_file_is_named_before_the_training(
     with pytest.raises(ValueError, match=message):
         train(folder, epochs_run=(began := []))
     assert not began
+
+
+def cut_to(number):
+    return lambda content: content[:number]
+
+
+def changed(content):
+    """One bit, in the middle of the numbers."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_to(0), cut_to(96), cut_to(9000), cut_to(-100), changed],
+    ids=["nothing left", "header", "half", "without its end", "one bit"],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    interrupted, whole, tmp_path, damage, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    path = folder / "checkpoint" / "epoch_2.weights.h5"
+    assert path.stat().st_size > 2 * 9000
+    path.write_bytes(damage(path.read_bytes()))
+    found = train(folder, epochs_run=(began := []))
+    assert began == [1]
+    printed = capsys.readouterr().out
+    assert (
+        f"{path} is damaged (it is not what was written): going on after 1" in printed
+    )
+    for ours, theirs in zip(found, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert [row["epoch"] for row in folders.read_history(folder)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["best.weights.h5", "checkpoint/epoch_2.weights.h5"])
+def test_best_weights_are_read_from_the_checkpoint(interrupted, whole, tmp_path, name):
+    """Or the checkpoint is passed over that has them."""
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    (folder / name).unlink()
+    for ours, theirs in zip(train(folder), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (("epoch_1", "epoch_2"), r"damaged files only \(none.*epoch_1.*--overwrite"),
+        (("best", "epoch_1"), r"best\.weights\.h5 is damaged.*--overwrite"),
+    ],
+)
+def test_what_is_not_whole_twice_is_an_error(interrupted, tmp_path, cut, message):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    for path in folder.rglob("*.h5"):
+        if path.name.startswith(cut):
+            path.write_bytes(path.read_bytes()[:5000])
+    rows = folders.read_history(folder)
+    rows[0]["val_perplexity"] = 0.5  # the best, which one checkpoint has
+    folders.write_history(folder, rows)
+    with pytest.raises(ValueError, match=message):
+        train(folder, epochs_run=(began := []))
+    assert not began
+
+
+def test_a_full_disk_names_the_file_and_loses_nothing(
+    interrupted, whole, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    shutil.copytree(interrupted, folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.os, "posix_fallocate", full, raising=False)
+        with pytest.raises(writing.NoRoomError, match=r"h5 could not .* No space left"):
+            train(folder)
+    changed = {p.name for p, content in before.items() if p.read_bytes() != content}
+    assert changed <= {"history.csv"}  # where the third epoch is not the best
+    for ours, theirs in zip(train(folder), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("is_cut", [False, True])

@@ -1,19 +1,22 @@
-"""One of several workers that back up at the end of every epoch.
+"""One of several workers, or one alone, with a backup at the end of every epoch.
 
-At a step of the settings it stops: `kill` ends it at once, `freeze` leaves it there
-without an answer. Prints the seconds that a failed step took, or its final weights.
+At a step of the settings a worker stops: `kill` ends it at once, `freeze` leaves it
+there without an answer, `full` lets no file become longer, as a full disk does. One
+process alone then goes on when there is room again. Prints a digest of its final state,
+and the error of the disk; other errors are raised as a user sees them.
 """
 
+import hashlib
 import json
 import os
+import resource
 import signal
 import sys
-import time
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from keras_moe import distribution, writing
 from tests.distribution import child
 
 EPOCHS, STEPS = 4, 5
@@ -30,66 +33,61 @@ class Stop(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.epoch == self.stop_epoch and batch == 2:
-            print("STOPPING", flush=True)
+        if self.epoch != self.stop_epoch or batch != 2:
+            return
+        print("STOPPING", flush=True)
+        if self.how == "full":
+            limit(1000)
+        else:
             number = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[self.how]
             os.kill(os.getpid(), number)
 
 
-class Clock(keras.callbacks.Callback):
-    """When the last step ended."""
-
-    def on_train_begin(self, logs=None):
-        self.last = time.monotonic()
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.last = time.monotonic()
+def limit(num_bytes):
+    """No file may become longer; Python ignores the signal, so writing fails."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, most))
 
 
 def main():
     settings = json.loads(sys.argv[1])
-    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    index = (
+        json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("index", 0)
+    )
     child.start(1)
-    options = tf.distribute.experimental.CommunicationOptions(
-        timeout_seconds=settings.get("timeout_seconds")
-    )
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
-    case = child.Case(num_experts=7, optimizer="Adam")
-    model = child.build(case, strategy)
-    backup = keras.callbacks.BackupAndRestore(
-        f"{settings['directory']}/worker_{index}", delete_checkpoint=False
-    )
-    clock = Clock()
-    callbacks = [backup, SeedOfEpoch(), clock]
-    if settings.get("stop") and index == 1:
+    strategy = None
+    if "TF_CONFIG" in os.environ:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    case = child.Case(num_experts=7, optimizer="Adam", dropout=0.2)
+    callbacks = [distribution.Backup(settings["folder"])]
+    if settings.get("stop") and index == settings["stopped"]:
         callbacks.append(Stop(settings["stop"], epoch=2))
+    model = child.build(case, strategy)
+    seen = None
     try:
-        model.fit(
-            child.dataset(case).repeat(),
-            epochs=EPOCHS,
-            steps_per_epoch=STEPS,
-            verbose=0,
-            shuffle=False,
-            callbacks=callbacks,
-        )
-    except Exception as error:
-        seconds = time.monotonic() - clock.last
-        print(
-            "RESULT " + json.dumps({"error": type(error).__name__, "seconds": seconds})
-        )
-        sys.stdout.flush()
-        os._exit(1)  # the runtime waits for the lost worker at a normal end
-    weights = [float(np.sum(np.abs(v.numpy()))) for v in model.trainable_variables]
-    print("RESULT " + json.dumps({"weights": weights}), flush=True)
+        fit(model, case, callbacks)
+    except writing.NoRoomError as error:
+        if strategy is not None:
+            raise
+        seen = str(error)
+        limit(resource.RLIM_INFINITY)
+        model = child.build(case, strategy)
+        fit(model, case, callbacks[:1])
+    state = child.state_of(model)
+    digest = hashlib.sha256(b"".join(state[name].tobytes() for name in sorted(state)))
+    found = {"state": digest.hexdigest(), "error": seen}
+    print("RESULT " + json.dumps(found), flush=True)
 
 
-class SeedOfEpoch(keras.callbacks.Callback):
-    """The noise of an epoch is the same in a run that goes on."""
-
-    def on_epoch_begin(self, epoch, logs=None):
-        for variable in self.model.variables:
-            if variable.path.endswith("seed_generator_state"):
-                variable.assign([1, 1000 * epoch])
+def fit(model, case, callbacks):
+    model.fit(
+        child.dataset(case).repeat(),
+        epochs=EPOCHS,
+        steps_per_epoch=STEPS,
+        verbose=0,
+        shuffle=False,
+        callbacks=callbacks,
+    )
 
 
 if __name__ == "__main__":

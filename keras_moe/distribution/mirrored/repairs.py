@@ -4,9 +4,11 @@ Of Keras 3.15.1. `tests/distribution/test_repairs.py` runs plain models without 
 and fails when one is no longer needed.
 """
 
+import functools
+
 import tensorflow as tf
 
-from keras_moe.distribution import compatibility
+from keras_moe.distribution import compatibility, lost_workers
 
 _MIRRORED = (
     tf.distribute.MirroredStrategy,
@@ -21,6 +23,7 @@ def install() -> None:
     if not _installed:
         install_symbolic_build()
         install_reduction()
+        install_lost_workers()
     _installed = True
 
 
@@ -72,3 +75,28 @@ def install_reduction() -> None:
         return stock(values, strategy, reduction)
 
     module.reduce_per_replica = reduce_per_replica
+
+
+def install_lost_workers() -> None:
+    """Lets the error of a lost worker end in a line that says which it was.
+
+    TensorFlow names it in the midst of many lines, or not at all.
+    """
+    for name in ("fit", "evaluate", "predict"):
+        _name_lost_workers(compatibility.TensorFlowTrainer, name)
+
+
+def _name_lost_workers(kind, name):
+    stock = getattr(kind, name)
+
+    @functools.wraps(stock)
+    def named(self, *args, **kwargs):
+        try:
+            return stock(self, *args, **kwargs)
+        except tf.errors.OpError as error:
+            lost = lost_workers.describe(error, self._distribute_strategy)
+            if lost is not None and lost not in error.message:
+                error._message = f"{error.message}\n{lost}"
+            raise
+
+    setattr(kind, name, named)
