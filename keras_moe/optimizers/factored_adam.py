@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine
-from keras_moe.optimizers import rows
+from keras_moe.optimizers import factors, rows
 from keras_moe.types import at_least_float32
 
 UNTOUCHED_ROWS = ("decay", "catch_up", "keep")
@@ -282,50 +282,35 @@ class FactoredAdam(keras.optimizers.Adam):
         gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
         # Summed over replicas it may have lost its shape.
         gradient = tf.ensure_shape(gradient, variable.shape)
-        target = variable.value if isinstance(variable, keras.Variable) else variable
-        size = gradient.shape[0]
-        block = _block_of(gradient.shape, gradient.dtype.size)
-        if gradient.shape.rank < 3 or block >= size:
-            step, row, column = self._factored_step(gradient, learning_rate, index)
-            self.assign(self._rows[index], row)
-            self.assign(self._columns[index], column)
+        slots = self._rows[index], self._columns[index]
+        parts = factors.blocks_of(gradient.shape, gradient.dtype.size)
+        if len(parts) == 1:
+            step, *new = self._factored_step(gradient, learning_rate, slots)
+            for slot, value in zip(slots, new, strict=True):
+                self.assign(slot, value)
             self.assign_sub(variable, step)
             return
+        target = variable.value if isinstance(variable, keras.Variable) else variable
         before: list = []
-        factors = []
-        for start in range(0, size, block):
-            part = slice(start, min(start + block, size))
+        found = []
+        for part in parts:
             with tf.control_dependencies(before):  # one after the other
                 own = tf.identity(gradient[part])
-            step, *new = self._factored_step(own, learning_rate, index, part)
-            done = target[part].assign(target[part] - step)
+            step, *new = self._factored_step(own, learning_rate, slots, part)
+            done = factors.subtract_from(target, part, step)
             before = [] if tf.executing_eagerly() else [done]
-            factors.append(new)
-        rows, columns = zip(*factors, strict=True)
-        self.assign(self._rows[index], tf.concat(rows, axis=0))
-        self.assign(self._columns[index], tf.concat(columns, axis=0))
+            found.append(new)
+        factors.end_of_writes(target)
+        for slot, values in zip(slots, zip(*found, strict=True), strict=True):
+            self.assign(slot, tf.concat(values, axis=0))
 
-    def _factored_step(self, gradient, learning_rate, index, part=slice(None)):
+    def _factored_step(self, gradient, learning_rate, slots, part=slice(None)):
         """What to subtract from a part of a weight, its new rows and columns."""
-        step = tf.cast(self.iterations + 1, gradient.dtype)
-        beta_2 = tf.constant(self.beta_2, gradient.dtype)
-        rate = tf.cast(learning_rate, gradient.dtype)
-        squared = tf.square(gradient)
-        row, column = (
-            old + (1 - beta_2) * (tf.reduce_mean(squared, axis=axis) - old)
-            for old, axis in (
-                (tf.convert_to_tensor(self._rows[index])[part], -1),
-                (tf.convert_to_tensor(self._columns[index])[part], -2),
-            )
+        row, column = (tf.convert_to_tensor(slot)[part] for slot in slots)
+        step = self.iterations + 1
+        return factors.factored_step(
+            gradient, row, column, step, learning_rate, self.beta_2, self.epsilon
         )
-        # The roots of the factors first: no second array of the weight's size,
-        # and no product that underflows. An expert without any gradient so far
-        # has zeros everywhere: 0 / epsilon.
-        mean = tf.reduce_mean(row, axis=-1, keepdims=True)
-        by_row = tf.sqrt(tf.math.divide_no_nan(row, mean))[..., :, tf.newaxis]
-        by_column = tf.sqrt(column / (1 - beta_2**step))[..., tf.newaxis, :]
-        step = rate * gradient / (by_row * by_column + self.epsilon)
-        return step, row, column
 
     def _clip_gradients(self, grads):
         if any(map(rows.is_sparse, grads)):  # Keras would make them dense
@@ -385,12 +370,3 @@ def _matched(pattern, var_list, name):
         )
     return matched
 
-
-# Bytes of weights that are updated at a time, at least, and most parts of a stack.
-_BLOCK_BYTES, _MOST_BLOCKS = 1 << 24, 64
-
-
-def _block_of(shape, itemsize):
-    """Experts whose weights are updated at a time."""
-    one = itemsize * shape[1:].num_elements()
-    return max(1, -(-shape[0] // _MOST_BLOCKS), _BLOCK_BYTES // max(1, one))
