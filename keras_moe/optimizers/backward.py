@@ -200,7 +200,9 @@ class BackwardUpdate:
                 f"Received a second backward pass through {self._variable.path!r}. Pass "
                 "update_in_backward=False."
             )
-        with tf.control_dependencies(self._before):
+        # After the forward pass, whose tensor is the variable's memory: a gather beside
+        # it would copy all kernels.
+        with tf.control_dependencies([*self._before, dy]):
             kernel = tf.raw_ops.ResourceGather(
                 resource=self._target.handle,
                 indices=tf.constant([expert]),
