@@ -30,7 +30,11 @@ def verify_options(options: dict[str, Any]) -> None:
             )
 
 
-class UpdatesInBackward:
+# A Keras optimizer stands behind it in the order of bases.
+_Optimizer: Any = object
+
+
+class UpdatesInBackward(_Optimizer):
     """What `FactoredAdam` adds to Keras' optimizers for its steps in the backward pass.
 
     Attributes:
