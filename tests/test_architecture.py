@@ -136,6 +136,7 @@ PRIVATE_NAMES = {
     "_tracker",
     "_trainable_variables",
     "_untrack_variable",
+    "_use_weight_decay",
 }
 PRIVATE_NAMES |= {
     "_get_control_flow_context",
