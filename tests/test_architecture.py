@@ -19,13 +19,15 @@ PACKAGE = Path(keras_moe.__file__).parent  # the installed one, where it is
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the others.
-CORE = {"types", "checks", "engine", "operations", "runtime", "writing", "_version"}
+CORE = {"types", "checks", "engine", "operations", "runtime", "updating"}
+CORE |= {"writing", "_version"}
 ALLOWED = {
     "types": {"functional"},  # by a deprecated property, when it is read
     "checks": set(),
     "engine": {"operations", "runtime"},
     "operations": set(),
     "runtime": set(),
+    "updating": {"engine"},
     "writing": set(),
     "_version": set(),
     "functional": CORE,
@@ -130,9 +132,11 @@ PRIVATE_NAMES = {
     "_flatten_layers",
     "_get_variable_index",
     "_non_trainable_variables",
+    "_track_variable",
     "_tracker",
     "_trainable_variables",
     "_untrack_variable",
+    "_use_weight_decay",
 }
 PRIVATE_NAMES |= {
     "_get_control_flow_context",

@@ -35,7 +35,7 @@ def make_optimizer(options, model, schedule, **arguments):
         model: The model, built; a factor of what it has not is left out.
         schedule: From `learning_rate`.
         **arguments: Those of `FactoredAdam` beside its factors of the learning rate.
-            Without any of its own Keras' Adam is made.
+            Without any it is Keras' Adam, in one pass over the weights.
     """
     factors = {
         pattern: getattr(options, name)
@@ -43,8 +43,6 @@ def make_optimizer(options, model, schedule, **arguments):
         if getattr(options, name) != 1.0
         and any(re.search(pattern, w.path) for w in model.trainable_variables)
     }
-    if not factors and not {"factored", "untouched_rows"} & set(arguments):
-        return keras.optimizers.Adam(schedule, **arguments)
     arguments = {"factored": [], "learning_rate_factors": factors, **arguments}
     return FactoredAdam(schedule, **arguments)
 

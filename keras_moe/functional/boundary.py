@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from keras_moe import checks
 from keras_moe.functional import ops
+from keras_moe.functional.updated_kernels import UpdatedKernels
 
 
 def checked(function: Callable, shapes: str = "") -> Callable:
@@ -63,7 +64,8 @@ def _converted(value, name, kind):
     if value is None and kind not in (int, float, tf.Tensor | int):
         return None
     if kind in (tf.Tensor, tf.Tensor | None):
-        return value if tf.is_tensor(value) else tf.convert_to_tensor(value)
+        is_one = tf.is_tensor(value) or isinstance(value, UpdatedKernels)
+        return value if is_one else tf.convert_to_tensor(value)
     if kind in (Sequence[tf.Tensor], Sequence[tf.Tensor] | None):
         return [_converted(each, name, tf.Tensor) for each in value]
     if kind in (tf.Tensor | int, tf.Tensor | int | None):

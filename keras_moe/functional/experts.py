@@ -39,6 +39,7 @@ from keras_moe.functional.recomputation import (
 )
 from keras_moe.functional.slot_runs import run_in_slots
 from keras_moe.functional.static_slots import SlotPlan
+from keras_moe.functional.updated_kernels import as_tensors, split_each
 from keras_moe.types import DispatchPlan
 
 COMPUTATIONS = ("unrolled", "blocks")
@@ -119,6 +120,7 @@ def run_experts(
         )
     verify_computation(computation)
     num_experts = weights[0].shape[0]
+    weights = as_tensors(weights)
     if expert_inputs.shape.rank == 3:
         shape = [num_experts, None, None]
         checks.verify_shape(shape, "slots of each expert", expert_inputs=expert_inputs)
@@ -175,6 +177,10 @@ def mix_experts(
         Shazeer et al. 2017, equation 1.
     """
     verify_computation(computation)
+    num_experts = weights[0].shape[0]
+    is_unrolled = (computation or default_computation(num_experts)) == "unrolled"
+    if not isinstance(plan, SortedPlan) or not is_unrolled or recompute:
+        weights = as_tensors(weights)
     if isinstance(plan, SlotPlan):
         return run_in_slots(
             network, inputs, plan, weights, gates=gates, recompute=recompute
@@ -189,9 +195,8 @@ def mix_experts(
             computation=computation,
         )
         return plan.combine(rows, gates, tf.shape(inputs)[0])
-    num_experts = weights[0].shape[0]
     gates = tf.cast(gates, float_type(inputs, weights))
-    if (computation or default_computation(num_experts)) == "blocks":
+    if not is_unrolled:
         run = recomputed(network) if recompute else network
         return mix_in_blocks(run, inputs, gates, plan, *weights)
     rows = _Rows(plan, num_experts)
@@ -221,7 +226,7 @@ def _of_each(parts, weights):
     product with a transposed kernel repacks it and takes 1.4 (512 rows) to 2.3 times
     (64 rows) as long.
     """
-    own = zip(*(tf.split(weight, len(parts)) for weight in weights), strict=True)
+    own = zip(*split_each(weights, len(parts)), strict=True)
     return [[part[tf.newaxis], *mine] for part, mine in zip(parts, own, strict=True)]
 
 

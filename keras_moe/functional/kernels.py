@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_moe.functional.updated_kernels import ExpertKernel
+
 
 class Kernel(NamedTuple):
     """What stands for the kernels of e experts in a product.
@@ -26,7 +28,7 @@ class Kernel(NamedTuple):
     factor: float = 1.0
 
 
-def product(x: tf.Tensor, kernel: tf.Tensor | Kernel) -> tf.Tensor:
+def product(x: tf.Tensor, kernel: tf.Tensor | Kernel | ExpertKernel) -> tf.Tensor:
     """Rows times kernel.
 
     The two thin products of a low-rank addition cost `r * (in + out)` operations a row.
@@ -36,11 +38,13 @@ def product(x: tf.Tensor, kernel: tf.Tensor | Kernel) -> tf.Tensor:
 
     Args:
         x: `(e, R, in)`.
-        kernel: `(e, in, out)`, or a `Kernel`.
+        kernel: `(e, in, out)`, a `Kernel`, or an `ExpertKernel`.
 
     Returns:
         `(e, R, out)`, in the type of `x`.
     """
+    if isinstance(kernel, ExpertKernel):
+        return kernel.times(x)
     if not isinstance(kernel, Kernel):
         return tf.matmul(x, kernel)
     y = tf.matmul(x, tf.cast(tf.stop_gradient(kernel.value), x.dtype))

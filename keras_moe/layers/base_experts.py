@@ -230,6 +230,10 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         """
         return [self.read(weight) for weight in self.stacked_weights]
 
+    def for_update(self, values: list[Any]) -> list[Any]:
+        """`values`, kernels as optimizers may update them in the backward pass."""
+        return values
+
     def network(self, rows: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
         """What experts compute, row by row.
 
@@ -282,7 +286,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             inputs,
             gates,
             plan,
-            weights,
+            self.for_update(weights),
             recompute=self.recompute,
             computation=self.computation,
         )

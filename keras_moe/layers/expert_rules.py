@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe import engine, updating
+from keras_moe.functional.updated_kernels import UpdatedKernels
 
 # Sums over elements: that of a stack is the sum of those of its experts.
 _SUMS = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
@@ -155,3 +156,28 @@ class StepValues:
         noted, value = self._values.pop((engine.current_replica(), key), (None, None))
         around = [*engine.current_graphs(), None]  # no graph is around all
         return value if any(graph is noted for graph in around) else None
+
+
+def kernels_for_update(
+    values: list[Any], variables: Sequence[Any], kernels: Sequence[Any]
+) -> list[Any]:
+    """What experts compute with, where an optimizer may update kernels early.
+
+    Args:
+        values: Tensors, first those of `variables`.
+        variables: The stacked weights of a layer.
+        kernels: Those of them that are kernels.
+
+    Returns:
+        `values`, with `UpdatedKernels` for kernels that are trained and have no rules.
+    """
+    if not updating.is_wanted():
+        return values
+    free = {
+        id(kernel)
+        for kernel in kernels
+        if kernel.trainable and kernel.regularizer is None and kernel.constraint is None
+    }
+    own = zip(values, variables, strict=False)
+    found = [UpdatedKernels(x, v) if id(v) in free else x for x, v in own]
+    return [*found, *values[len(variables) :]]

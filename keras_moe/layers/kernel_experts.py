@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_moe import checks
 from keras_moe.functional.kernels import Kernel, merged
 from keras_moe.layers.base_experts import Experts
+from keras_moe.layers.expert_rules import kernels_for_update
 from keras_moe.layers.tracking import track_entries
 from keras_moe.types import at_least_float32
 
@@ -118,6 +119,12 @@ class KernelExperts(Experts):
             self._add_scales()
         if self.lora_rank is not None:
             self._add_lora(self.lora_rank, "he_uniform", "zeros")
+
+    def for_update(self, values):
+        takes_kernels = getattr(type(self).network, "takes_kernels", False)
+        if not takes_kernels or self._beside_kernels():
+            return values
+        return kernels_for_update(values, self.stacked_weights, self.kernels)
 
     def compute(self, rows, *weights):
         beside = {id(weight) for weight in self._beside_kernels()}

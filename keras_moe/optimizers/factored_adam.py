@@ -1,5 +1,6 @@
 """Adam that keeps next to no state for the weights of experts."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,14 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine
-from keras_moe.optimizers import rows
+from keras_moe.optimizers import adam, backward, factors, patterns, rows
 from keras_moe.types import at_least_float32
 
 UNTOUCHED_ROWS = ("decay", "catch_up", "keep")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class FactoredAdam(keras.optimizers.Adam):
+class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
     """Adam; for expert weights with beta1 = 0 and a factored second moment.
 
     An expert weight of shape `(E, in, out)` keeps, instead of a first and a
@@ -31,7 +32,8 @@ class FactoredAdam(keras.optimizers.Adam):
     for each expert by itself. The mean of r and that of c are both the mean of
     the second moment. If all squared gradients have rank 1 with the same factors,
     this is Adam with beta1 = 0 exactly. All other weights are updated as by
-    `keras.optimizers.Adam`.
+    `keras.optimizers.Adam`; on one device in one pass over weight, moments and
+    gradient, so `FactoredAdam(factored=[])` is a faster Adam for all weights.
 
     An expert that takes no token has a zero gradient: its weights stay, and its
     averages decay.
@@ -65,6 +67,15 @@ class FactoredAdam(keras.optimizers.Adam):
             whose path is matched (`re.search`), e.g. `{"_experts": 0.5}`; 0
             leaves them as they are. Of several that match one weight the product is
             taken. Weight decay goes by the rate without them. Defaults to `None`.
+        update_in_backward: Bool. Whether factored kernels of up to 256 experts are
+            updated where their gradients arise, a few experts at a time: the gradient of
+            the stack, as large as the weights, is never there, and the weights are the
+            same. In `fit` nothing else is needed; a loop of one's own, within one
+            `tf.function`, computes gradients of `optimizer.scale_loss(loss)`, once.
+            Where it cannot be done (eager mode, several devices, XLA and GPUs, a
+            `LossScaleOptimizer`, experts in blocks, with `recompute`, rules or frozen
+            ones, or used twice) the step is the ordinary one, with a warning. Defaults
+            to `False`.
         name: Str. Defaults to `"factored_adam"`.
         **kwargs: Those of `keras.optimizers.Adam` but `amsgrad`: weight decay,
             clipping, EMA, loss scale, gradient accumulation.
@@ -78,6 +89,7 @@ class FactoredAdam(keras.optimizers.Adam):
         ValueError: A decay is not within [0, 1), `epsilon` is 0 to float32 or another
             number is negative or not finite, `factored` is not a list of regular
             expressions or `learning_rate_factors` no dict of them, `amsgrad` is set;
+            `update_in_backward` comes with an option that needs whole gradients;
             when built: a pattern matches no weight, or one of `factored` a weight of
             rank below 2.
 
@@ -106,6 +118,7 @@ class FactoredAdam(keras.optimizers.Adam):
         untouched_rows: str = "decay",
         factored: Sequence[str] | None = None,
         learning_rate_factors: Mapping[str, float] | None = None,
+        update_in_backward: bool = False,
         name: str = "factored_adam",
         **kwargs: Any,
     ):
@@ -128,6 +141,8 @@ class FactoredAdam(keras.optimizers.Adam):
                 "`amsgrad` must be left out. Received: amsgrad=True. The largest "
                 "second moment cannot be kept in factors."
             )
+        if update_in_backward:
+            backward.verify_options(kwargs)
         checks.verify_choice(untouched_rows, "untouched_rows", UNTOUCHED_ROWS)
         if untouched_rows == "catch_up" and beta_1 >= beta_2**0.5:
             raise ValueError(
@@ -139,8 +154,9 @@ class FactoredAdam(keras.optimizers.Adam):
             learning_rate, beta_1, beta_2, epsilon=epsilon, name=name, **kwargs
         )
         self.untouched_rows = untouched_rows
-        self.factored = None if factored is None else _verify_patterns(factored)
-        self.learning_rate_factors = _verify_factors(learning_rate_factors)
+        self.factored = None if factored is None else patterns.verify_patterns(factored)
+        self.learning_rate_factors = patterns.verify_factors(learning_rate_factors)
+        self._set_update_in_backward(update_in_backward)
 
     def build(self, var_list):
         """Makes the slots.
@@ -159,10 +175,7 @@ class FactoredAdam(keras.optimizers.Adam):
         for variable in var_list:
             row = column = momentum = velocity = last_step = None
             if variable.path in selected:
-                row = self.add_factor(variable, variable.shape[:-1], "row")
-                column = self.add_factor(
-                    variable, (*variable.shape[:-2], variable.shape[-1]), "column"
-                )
+                row, column = self._factors_for(variable)
             else:
                 momentum = self.add_variable_from_reference(variable, "momentum")
                 velocity = self.add_variable_from_reference(variable, "velocity")
@@ -172,6 +185,13 @@ class FactoredAdam(keras.optimizers.Adam):
             self._last_steps.append(last_step)
             self._momentums.append(momentum)
             self._velocities.append(velocity)
+
+    def _add_factors(self, variable):
+        leading, (rows_, columns) = variable.shape[:-2], variable.shape[-2:]
+        return [
+            self.add_factor(variable, (*leading, rows_), "row"),
+            self.add_factor(variable, (*leading, columns), "column"),
+        ]
 
     def _add_last_step(self, variable):
         """When each row was read, if that is to be known."""
@@ -185,14 +205,10 @@ class FactoredAdam(keras.optimizers.Adam):
     def _select(self, var_list):
         """Paths of the variables to factor."""
         if self.factored is None:
-            return {
-                v.path
-                for v in var_list
-                if getattr(v, "is_expert_weight", False) and len(v.shape) >= 2
-            }
+            return {v.path for v in var_list if self._is_factored(v)}
         found = set()
         for pattern in self.factored:
-            for variable in _matched(pattern, var_list, "factored"):
+            for variable in patterns.matched(pattern, var_list, "factored"):
                 if len(variable.shape) < 2:
                     raise ValueError(
                         "`factored` must match weights of rank 2 or more. Received: "
@@ -202,14 +218,24 @@ class FactoredAdam(keras.optimizers.Adam):
                 found.add(variable.path)
         return found
 
+    def _is_factored(self, variable):
+        if self.factored is None:
+            is_of_experts = getattr(variable, "is_expert_weight", False)
+            return is_of_experts and len(variable.shape) >= 2
+        return any(re.search(pattern, variable.path) for pattern in self.factored)
+
+    def rate_factor_of(self, variable) -> float:
+        """What the learning rate of a variable is multiplied by."""
+        factors_ = self.learning_rate_factors.items()
+        return math.prod(
+            f for pattern, f in factors_ if re.search(pattern, variable.path)
+        )
+
     def _factors_of(self, var_list):
         """What the learning rate of each variable is multiplied by."""
-        found = dict.fromkeys((v.path for v in var_list), 1.0)
-        for pattern, factor in self.learning_rate_factors.items():
-            matched = _matched(pattern, var_list, "learning_rate_factors")
-            for path in {v.path for v in matched}:
-                found[path] *= factor
-        return [found[v.path] for v in var_list]
+        for pattern in self.learning_rate_factors:
+            patterns.matched(pattern, var_list, "learning_rate_factors")
+        return [self.rate_factor_of(v) for v in var_list]
 
     def add_factor(self, variable, shape, name):
         """Makes a slot of another shape than its variable's.
@@ -252,7 +278,16 @@ class FactoredAdam(keras.optimizers.Adam):
         else:
             if rows.is_sparse(gradient):
                 gradient = tf.convert_to_tensor(gradient)  # sums rows by word
+            self._update_whole(gradient, variable, learning_rate, index)
+
+    def _update_whole(self, gradient, variable, learning_rate, index):
+        gradient = tf.cast(gradient, variable.dtype)
+        if not adam.can_be_applied(variable, gradient):
             super().update_step(gradient, variable, learning_rate)
+            return
+        slots = self._momentums[index], self._velocities[index]
+        step = self.iterations + 1
+        adam.apply(variable, *slots, gradient, learning_rate, step, self)
 
     def _update_rows(self, gradient, variable, learning_rate, index):
         """Adam on the rows of a table that have a gradient."""
@@ -282,50 +317,42 @@ class FactoredAdam(keras.optimizers.Adam):
         gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
         # Summed over replicas it may have lost its shape.
         gradient = tf.ensure_shape(gradient, variable.shape)
-        target = variable.value if isinstance(variable, keras.Variable) else variable
-        size = gradient.shape[0]
-        block = _block_of(gradient.shape, gradient.dtype.size)
-        if gradient.shape.rank < 3 or block >= size:
-            step, row, column = self._factored_step(gradient, learning_rate, index)
-            self.assign(self._rows[index], row)
-            self.assign(self._columns[index], column)
+        slots = self._rows[index], self._columns[index]
+        parts = factors.blocks_of(gradient.shape, gradient.dtype.size)
+        if len(parts) == 1:
+            step, *new = self.factored_step(gradient, learning_rate, slots)
+            for slot, value in zip(slots, new, strict=True):
+                self.assign(slot, value)
             self.assign_sub(variable, step)
             return
+        target = variable.value if isinstance(variable, keras.Variable) else variable
         before: list = []
-        factors = []
-        for start in range(0, size, block):
-            part = slice(start, min(start + block, size))
+        found = []
+        for part in parts:
             with tf.control_dependencies(before):  # one after the other
                 own = tf.identity(gradient[part])
-            step, *new = self._factored_step(own, learning_rate, index, part)
-            done = target[part].assign(target[part] - step)
+            step, *new = self.factored_step(own, learning_rate, slots, part)
+            done = factors.subtract_from(target, part, step)
             before = [] if tf.executing_eagerly() else [done]
-            factors.append(new)
-        rows, columns = zip(*factors, strict=True)
-        self.assign(self._rows[index], tf.concat(rows, axis=0))
-        self.assign(self._columns[index], tf.concat(columns, axis=0))
+            found.append(new)
+        factors.end_of_writes(target)
+        for slot, values in zip(slots, zip(*found, strict=True), strict=True):
+            self.assign(slot, tf.concat(values, axis=0))
 
-    def _factored_step(self, gradient, learning_rate, index, part=slice(None)):
-        """What to subtract from a part of a weight, its new rows and columns."""
-        step = tf.cast(self.iterations + 1, gradient.dtype)
-        beta_2 = tf.constant(self.beta_2, gradient.dtype)
-        rate = tf.cast(learning_rate, gradient.dtype)
-        squared = tf.square(gradient)
-        row, column = (
-            old + (1 - beta_2) * (tf.reduce_mean(squared, axis=axis) - old)
-            for old, axis in (
-                (tf.convert_to_tensor(self._rows[index])[part], -1),
-                (tf.convert_to_tensor(self._columns[index])[part], -2),
-            )
+    def factored_step(self, gradient, learning_rate, slots, part=slice(None)):
+        """What to subtract from a part of a weight, its new rows and columns.
+
+        Args:
+            gradient: Of the part.
+            learning_rate: A number.
+            slots: Rows and columns of the weight.
+            part: A run of experts. Defaults to all.
+        """
+        row, column = (tf.convert_to_tensor(slot)[part] for slot in slots)
+        step = self.iterations + 1
+        return factors.factored_step(
+            gradient, row, column, step, learning_rate, self.beta_2, self.epsilon
         )
-        # The roots of the factors first: no second array of the weight's size,
-        # and no product that underflows. An expert without any gradient so far
-        # has zeros everywhere: 0 / epsilon.
-        mean = tf.reduce_mean(row, axis=-1, keepdims=True)
-        by_row = tf.sqrt(tf.math.divide_no_nan(row, mean))[..., :, tf.newaxis]
-        by_column = tf.sqrt(column / (1 - beta_2**step))[..., tf.newaxis, :]
-        step = rate * gradient / (by_row * by_column + self.epsilon)
-        return step, row, column
 
     def _clip_gradients(self, grads):
         if any(map(rows.is_sparse, grads)):  # Keras would make them dense
@@ -343,54 +370,5 @@ class FactoredAdam(keras.optimizers.Adam):
             "untouched_rows": self.untouched_rows,
             "factored": None if self.factored is None else list(self.factored),
             "learning_rate_factors": dict(self.learning_rate_factors),
+            "update_in_backward": self.update_in_backward,
         }
-
-
-def _verify_patterns(patterns):
-    valid = isinstance(patterns, Sequence) and not isinstance(patterns, str)
-    try:
-        for pattern in patterns if valid else ():
-            re.compile(pattern)
-    except (re.error, TypeError):
-        valid = False
-    if not valid:
-        raise ValueError(
-            "`factored` must be None or a list of regular expressions. Received: "
-            f"factored={patterns!r}. Pass e.g. ['experts/kernel']."
-        )
-    return tuple(patterns)
-
-
-def _verify_factors(factors):
-    try:
-        patterns = {} if factors is None else dict(factors)
-        _verify_patterns(list(patterns))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "`learning_rate_factors` must be None or a dict of regular expression to "
-            f"factor. Received: learning_rate_factors={factors!r}. Pass e.g. "
-            "{'_experts': 0.5}."
-        ) from error
-    name, rest = "learning_rate_factors", ". Pass 1 for the rate as it is."
-    return {p: checks.verify_number(f, name, rest=rest) for p, f in patterns.items()}
-
-
-def _matched(pattern, var_list, name):
-    """The variables whose path a pattern matches, at least one."""
-    matched = [v for v in var_list if re.search(pattern, v.path)]
-    if not matched:
-        raise ValueError(
-            f"`{name}` must match weights of the model. Received: {pattern!r}, which "
-            f"matches none of {[v.path for v in var_list]}. Correct it or leave it out."
-        )
-    return matched
-
-
-# Bytes of weights that are updated at a time, at least, and most parts of a stack.
-_BLOCK_BYTES, _MOST_BLOCKS = 1 << 24, 64
-
-
-def _block_of(shape, itemsize):
-    """Experts whose weights are updated at a time."""
-    one = itemsize * shape[1:].num_elements()
-    return max(1, -(-shape[0] // _MOST_BLOCKS), _BLOCK_BYTES // max(1, one))

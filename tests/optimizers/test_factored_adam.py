@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_moe import layers, models
-from keras_moe.optimizers import FactoredAdam, factored_adam
+from keras_moe.optimizers import FactoredAdam, factors
 from tests.oracles import factored_adam as oracle
 
 RNG_SHAPE = (3, 4, 5)
@@ -88,7 +88,7 @@ def test_blocks_of_experts_are_updated_as_the_whole(monkeypatch):
     rng = np.random.default_rng(6)
     start, gradients = rng.normal(size=(7, 4, 5)), rng.normal(size=(3, 7, 4, 5))
     # Blocks of 3, 3 and 1 experts of 4 * 5 * 8 bytes.
-    monkeypatch.setattr(factored_adam, "_BLOCK_BYTES", 3 * 160)
+    monkeypatch.setattr(factors, "_BLOCK_BYTES", 3 * 160)
     wanted = oracle.factored_adam(start, gradients, 0.05, 0.9, 1e-7)
     for wrap in (lambda step: step, tf.function):
         variable, optimizer = expert_variable(start), FactoredAdam(0.05, beta_2=0.9)
