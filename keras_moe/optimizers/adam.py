@@ -61,8 +61,11 @@ def apply(
         Kingma and Ba 2015, "Adam: a method for stochastic optimization", end of section 2.
     """
     dtype = gradient.dtype
+    beta_1, beta_2, epsilon = (
+        tf.constant(number, dtype)
+        for number in (optimizer.beta_1, optimizer.beta_2, optimizer.epsilon)
+    )
     # Powers as Keras takes them: in the type of the weight.
-    beta_1, beta_2 = (tf.cast(b, dtype) for b in (optimizer.beta_1, optimizer.beta_2))
     step = tf.cast(step, dtype)
     tf.raw_ops.ResourceApplyAdam(
         var=_resource(variable).handle,
@@ -73,7 +76,7 @@ def apply(
         lr=tf.cast(learning_rate, dtype),
         beta1=beta_1,
         beta2=beta_2,
-        epsilon=tf.cast(optimizer.epsilon, dtype),
+        epsilon=epsilon,
         grad=gradient,
         use_locking=True,
     )

