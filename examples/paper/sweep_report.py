@@ -229,20 +229,27 @@ def overtaking(curve, other):
 def draw(path, records):
     """Perplexity by tokens, and beside it BLEU or the number of experts.
 
-    A picture for each comparison: the second one has a 2 in its name.
+    A picture for each comparison: the second one has a 2 in its name. Mixtures of one
+    number of experts are not drawn by it.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     for i, rows in enumerate(comparisons(records).values()):
-        figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-        left, right = figure.subplots(1, 2)
+        has_bleu = all("bleu" in row.found[0] for row in rows)
+        sizes = {row.settings["num_experts"] for row in rows if row.is_mixture}
+        columns = 2 if has_bleu or len(sizes) > 1 else 1
+        figure = Figure(figsize=(5 * columns, 4), dpi=120, layout="constrained")
+        left, right = figure.subplots(1, columns, squeeze=False)[0][[0, -1]]
         draw_curves(left, rows, "perplexity", "validation perplexity")
         left.set_yscale("log")
-        if all("bleu" in row.found[0] for row in rows):
+        left.yaxis.set_major_formatter(ScalarFormatter())
+        left.yaxis.set_minor_formatter(ScalarFormatter())
+        if has_bleu:
             draw_curves(right, rows, "bleu", "validation BLEU, greedy")
-        else:
+        elif columns == 2:
             draw_by_experts(right, rows)
-        for axes in (left, right):
+        for axes in {left, right}:
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
