@@ -160,7 +160,8 @@ def test_jitter_is_seen_by_the_gate_alone_and_in_training_alone(kind, rng):
     # Uniform over a width of 0.5: standard deviation 0.5 / sqrt(12).
     assert factors.std() == pytest.approx(0.5 / 12**0.5, rel=0.05)
     assert np.abs(np.corrcoef(factors.T) - np.eye(D)).max() < 0.25
-    assert np.ptp(gate(x, training=False).gates, axis=0).max() == 0.0
+    # Kernels of some processors round the last rows otherwise than the first.
+    assert np.ptp(gate(x, training=False).gates, axis=0).max() < 1e-6
     # Another call, other numbers; the same seed, the same.
     again = make(kind, **options)
     again.gate_kernel.assign(gate.gate_kernel)
@@ -168,7 +169,7 @@ def test_jitter_is_seen_by_the_gate_alone_and_in_training_alone(kind, rng):
     assert np.any(again(x, training=True).gates != result.gates)
     # Experts that return what they get show what they get.
     moe = layers.MoE(layers.ExpertList([keras.layers.Identity()] * 1), None)
-    np.testing.assert_array_equal(moe(x, training=True), x)
+    np.testing.assert_allclose(moe(x, training=True), x, rtol=1e-6)
 
 
 def test_scaled_gates(rng):
