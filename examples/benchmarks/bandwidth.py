@@ -60,21 +60,43 @@ class Bandwidth(NamedTuple):
         )
 
 
-def measure(num_bytes=BYTES, repeat=5, threads=None):
+def weight_bytes(num_experts, units, hidden_units):
+    """Bytes of the weights of experts with one hidden layer, in float32."""
+    return 4 * num_experts * 2 * units * hidden_units
+
+
+# Two columns of a table: the limit of a step, and how near it came.
+HEADER, LINES = " limit (ms) | limit / {} |", "---|---|"
+
+
+def cells(seconds_, least, memory_seconds):
+    """What stands in these columns.
+
+    Args:
+        seconds_: Of the step.
+        least: Seconds of what has equal operations and few weights.
+        memory_seconds: From `least_seconds`.
+    """
+    limit = max(least, memory_seconds)
+    return f" {limit * 1e3:.1f} | {limit / seconds_:.2f} |"
+
+
+def measure(threads=None, quick=False):
     """The `Bandwidth` of this machine now: the best of some runs.
 
     Args:
-        num_bytes: Of the array.
-        repeat: Runs.
         threads: None for one a core.
+        quick: Whether a small array will do, once, that only shows that it works.
     """
+    num_bytes, repeat = (2**20, 1) if quick else (BYTES, 5)
+    threads = threads or os.cpu_count()
     array = np.ones(num_bytes // 4, "float32")
     parts = np.array_split(array, PARTS)
 
     def fill_new(part):
         np.empty_like(part).fill(1.0)
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads) as pool:
 
         def best(function):
             def run():
@@ -86,7 +108,7 @@ def measure(num_bytes=BYTES, repeat=5, threads=None):
             best(lambda part: np.dot(part, part)),
             best(lambda part: part.fill(1.0)),
             best(fill_new),
-            threads or os.cpu_count(),
+            threads,
         )
 
 

@@ -36,7 +36,7 @@ def make_layer_steps(num_groups, group_size, units, hidden_units):
     def call(x, training):
         return layer(x, training=training), layer.losses
 
-    steps = make_steps(call, [v.value for v in layer.trainable_variables])
+    steps = make_steps(call, layer.trainable_variables)
     return {"training": steps["training"], "forward": steps["forward"]}
 
 
@@ -57,26 +57,28 @@ def main():
     if a.quick:
         a.tokens, a.units, a.hidden_units, a.pairs = [64], 8, 8, 2
     keras.utils.set_random_seed(0)
-    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
-    num_bytes = 4 * 1024 * 2 * a.units * a.hidden_units
+    memory = bandwidth.measure(quick=a.quick)
+    num_bytes = bandwidth.weight_bytes(1024, a.units, a.hidden_units)
     few = make_layer_steps(8, 8, a.units, a.hidden_units)
     many = make_layer_steps(32, 32, a.units, a.hidden_units)
     print(
         f"{a.units} units, {a.hidden_units} hidden units, "
         f"k = 2 x 2, {a.pairs} pairs, TensorFlow {tf.__version__}, "
         f"{os.cpu_count()} cores\n{memory}\n\n"
-        "| tokens | step | 64 experts (ms) | 1,024 experts (ms) | ratio | quartiles "
-        "| limit (ms) | limit / many |\n|---|---|---|---|---|---|---|---|"
+        "| tokens | step | 64 experts (ms) | 1,024 experts (ms) | ratio | quartiles |"
+        + bandwidth.HEADER.format("many")
+        + "\n|---|---|---|---|---|---|"
+        + bandwidth.LINES
     )
     for tokens, name in itertools.product(a.tokens, few):
         x = tf.random.normal((tokens, a.units))
         (many_s, few_s), (low, middle, high) = compare(
             many[name], few[name], (x,), a.pairs
         )
-        limit = max(few_s, memory.least_seconds(name, num_bytes))
+        limit = bandwidth.cells(many_s, few_s, memory.least_seconds(name, num_bytes))
         print(
             f"| {tokens:,} | {name} | {few_s * 1e3:.1f} | {many_s * 1e3:.1f} | {middle:.2f} "
-            f"| {low:.2f} - {high:.2f} | {limit * 1e3:.1f} | {limit / many_s:.2f} |",
+            f"| {low:.2f} - {high:.2f} |{limit}",
             flush=True,
         )
 

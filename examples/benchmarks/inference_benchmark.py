@@ -48,7 +48,7 @@ def main():
     if a.quick:
         a.experts, a.units, a.hidden_units, a.pairs = [8], 8, 12, 2
     keras.utils.set_random_seed(a.seed)
-    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
+    memory = bandwidth.measure(quick=a.quick)
     print(
         f"{a.units} units, {a.hidden_units} hidden units, k = {a.k}, {a.pairs} pairs, "
         f"TensorFlow {tf.__version__}, {os.cpu_count()} cores\n{memory}\n\n"
@@ -89,7 +89,7 @@ def main():
                 (),
                 a.pairs,
             )
-            num_bytes = 4 * chosen.shape[0] * 2 * a.units * a.hidden_units
+            num_bytes = bandwidth.weight_bytes(chosen.shape[0], a.units, a.hidden_units)
             reading_s = memory.least_seconds("forward", num_bytes)
             print(
                 f"| {num_experts} | {tokens} | {mixture_s * 1e3:.2f} | {limit_s * 1e3:.2f} "

@@ -37,7 +37,7 @@ HEADER = (
     "| experts | step | {other} (ms) | mixture (ms) | {other} / mixture | quartiles |{more}"
     "\n|---|---|---|---|---|---|{lines}"
 )
-LIMIT = {"more": " limit (ms) | limit / mixture |", "lines": "---|---|"}
+LIMIT = {"more": bandwidth.HEADER.format("mixture"), "lines": bandwidth.LINES}
 OPTIMIZERS = {
     "sgd": keras.optimizers.SGD,
     "adam": keras.optimizers.Adam,
@@ -157,8 +157,7 @@ def row(name, other, mixture, x, pairs, memory_s=None):
     (other_s, mixture_s), (low, middle, high) = compare(other, mixture, (x,), pairs)
     limit = ""
     if memory_s is not None:
-        limit_s = max(other_s, memory_s)
-        limit = f" {limit_s * 1e3:.1f} | {limit_s / mixture_s:.2f} |"
+        limit = bandwidth.cells(mixture_s, other_s, memory_s)
     print(
         f"| {name} | {other_s * 1e3:.1f} | {mixture_s * 1e3:.1f} | {middle:.2f} "
         f"| {low:.2f} - {high:.2f} |{limit}",
@@ -168,7 +167,7 @@ def row(name, other, mixture, x, pairs, memory_s=None):
 
 
 def against_dense(a):
-    memory = bandwidth.measure(**a.memory)
+    memory = bandwidth.measure(a.threads, a.quick)
     print(f"{memory}\n")
     print(HEADER.format(other="dense", **LIMIT))
     x = tf.random.normal((a.tokens, a.units))
@@ -176,7 +175,7 @@ def against_dense(a):
     ratios = {}
     for num_experts in a.experts:
         mixture = make_mixture(num_experts, a.units, a.hidden_units, a.k, a.optimizer)
-        num_bytes = 4 * num_experts * 2 * a.units * a.hidden_units
+        num_bytes = bandwidth.weight_bytes(num_experts, a.units, a.hidden_units)
         for step in dense:
             start = time.perf_counter()
             mixture[step](x)
@@ -284,9 +283,7 @@ def main():
     parser.add_argument("--picture", help="file to draw the ratios to")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
-    a.memory = {"num_bytes": 2**20, "repeat": 1} if a.quick else {}
     if a.threads:
-        a.memory["threads"] = a.threads
         tf.config.threading.set_intra_op_parallelism_threads(a.threads)
         tf.config.threading.set_inter_op_parallelism_threads(a.threads)
     if a.quick:

@@ -51,16 +51,18 @@ def make_mixture(num_experts, hidden_units, units, k=4, num_groups=None, skewed=
     def call(x, training):
         return layer(x, training=training), layer.losses
 
-    variables = [v.value for v in layer.trainable_variables]
-    return make_steps(call, variables)
+    return make_steps(call, layer.trainable_variables)
 
 
 def many_against_few(a):
     few = make_mixture(a.few, a.hidden_units, a.units)
-    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
+    memory = bandwidth.measure(quick=a.quick)
     print(
         f"{memory}\n\n| experts | tokens | step | 64 experts (ms) | many (ms) | 64 / many "
-        "| quartiles | limit (ms) | limit / many |\n|---|---|---|---|---|---|---|---|---|"
+        "| quartiles |"
+        + bandwidth.HEADER.format("many")
+        + "\n|---|---|---|---|---|---|---|"
+        + bandwidth.LINES
     )
     firsts = []
     for name, num_experts, num_groups in (
@@ -68,7 +70,7 @@ def many_against_few(a):
         ("hierarchical", a.hierarchical, int(a.hierarchical**0.5)),
     ):
         many = make_mixture(num_experts, a.hidden_units, a.units, num_groups=num_groups)
-        num_bytes = 4 * num_experts * 2 * a.units * a.hidden_units
+        num_bytes = bandwidth.weight_bytes(num_experts, a.units, a.hidden_units)
         x = tf.random.normal((a.tokens[0], a.units))
         firsts.append((num_experts, *(seconds(step, x) for step in many.values())))
         for tokens, step in itertools.product(a.tokens, many):
@@ -76,11 +78,11 @@ def many_against_few(a):
             (few_s, many_s), (low, middle, high) = compare(
                 few[step], many[step], (x,), a.pairs
             )
-            limit = max(few_s, memory.least_seconds(step, num_bytes))
+            least = memory.least_seconds(step, num_bytes)
+            limit = bandwidth.cells(many_s, few_s, least)
             print(
                 f"| {num_experts:,} {name} | {tokens:,} | {step} | {few_s * 1e3:.1f} "
-                f"| {many_s * 1e3:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} "
-                f"| {limit * 1e3:.1f} | {limit / many_s:.2f} |",
+                f"| {many_s * 1e3:.1f} | {middle:.2f} | {low:.2f} - {high:.2f} |{limit}",
                 flush=True,
             )
     print("\n| experts | first call, forward (s) | training (s) |\n|---|---|---|")

@@ -61,19 +61,22 @@ def main():
     for kind in ("moe_1_wide", "moe"):
         model = make_model(kind, a)
         sides.append(lambda x, y, model=model: np.asarray(model.train_on_batch(x, y)))
-    memory = bandwidth.measure(**({"num_bytes": 2**20} if a.quick else {}))
+    memory = bandwidth.measure(quick=a.quick)
     print(
         f"{a.units} units, {a.hidden_units} hidden units, vocabulary {a.vocabulary}, "
         f"{a.batch} x {a.time} tokens, {a.pairs} pairs\n{memory}\n\n"
-        "| experts | dense (ms) | mixture (ms) | dense / mixture | quartiles "
-        "| limit (ms) | limit / mixture |\n|---|---|---|---|---|---|---|"
+        "| experts | dense (ms) | mixture (ms) | dense / mixture | quartiles |"
+        + bandwidth.HEADER.format("mixture")
+        + "\n|---|---|---|---|---|"
+        + bandwidth.LINES
     )
     (dense_s, mixture_s), (low, middle, high) = compare(*sides, tuple(tokens), a.pairs)
-    num_bytes = 4 * a.experts * 2 * a.units * a.hidden_units
-    limit = max(dense_s, memory.least_seconds("training", num_bytes, "adam"))
+    num_bytes = bandwidth.weight_bytes(a.experts, a.units, a.hidden_units)
+    least = memory.least_seconds("training", num_bytes, "adam")
+    limit = bandwidth.cells(mixture_s, dense_s, least)
     print(
         f"| {a.experts} | {dense_s * 1e3:.1f} | {mixture_s * 1e3:.1f} | {middle:.2f} "
-        f"| {low:.2f} - {high:.2f} | {limit * 1e3:.1f} | {limit / mixture_s:.2f} |"
+        f"| {low:.2f} - {high:.2f} |{limit}"
     )
 
 

@@ -91,7 +91,11 @@ def main():
     if a.child:
         print(measure_peak(a))
         return
-    weights = 2 * 4 * a.experts * a.units * a.hidden_units
+    import tensorflow as tf
+    from alternating import compare
+    from bandwidth import weight_bytes
+
+    weights = weight_bytes(a.experts, a.units, a.hidden_units)
     print(
         f"{a.experts} experts, {a.tokens} tokens, k = {a.k}, {a.units} units, "
         f"{a.hidden_units} hidden units\n\n"
@@ -105,9 +109,6 @@ def main():
             f"| {peak / weights:.2f} |",
             flush=True,
         )
-    import tensorflow as tf
-    from alternating import compare
-
     x = tf.random.normal((a.tokens, a.units))
     steps = [make_step(a, side) for side in SIDES]
     (ordinary, early), (low, middle, high) = compare(*steps, (x,), a.pairs)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from keras_moe import writing
 from keras_moe.commands import runs
+from keras_moe.distribution import backups
 
 # What a dense model has no use for is not to tell its records apart.
 WITHOUT_MIXTURE = {
@@ -79,7 +80,7 @@ def keep(folder, model, curve):
     # The curve first: a point more than there are weights of is cut off.
     writing.write_text(folder / "curve.json", json.dumps(curve))
     point = len(curve)
-    runs.save_weights(model, folder / f"epoch_{point}.weights.h5")
+    backups.write_weights(model, folder / f"epoch_{point}.weights.h5")
     for old in set(runs.checkpoints(folder)) - {point}:
         (folder / f"epoch_{old}.weights.h5").unlink()
 

@@ -148,7 +148,7 @@ class KeepBest(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if self._is_best(logs["val_perplexity"]):
-            save_weights(self.model, self.path)
+            backups.write_weights(self.model, self.path)
         elif self.is_over:
             self.model.stop_training = True
 
@@ -192,11 +192,6 @@ class Checkpoint(keras.callbacks.Callback):
 
 # What version 0.1.0 has written, in place, with a copy of the epoch before.
 _OF_0_1_0, _COPY = ("latest.weights.h5", "training_metadata.json"), ".bkp"
-
-
-def save_weights(model, path):
-    """Writes weights and optimizer, as a whole or not at all."""
-    backups.write_weights(model, path)
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

@@ -174,10 +174,9 @@ class BackwardUpdate:
     def __init__(self, optimizer: Any, variable: Any, slots: list):
         self._optimizer, self._variable, self._slots = optimizer, variable, slots
         self._target = variable._value
-        parts = factors.blocks_of(self._target.shape, self._target.dtype.size)
-        self._left = {part.start: part for part in parts}
+        self._parts = factors.blocks_of(self._target.shape, self._target.dtype.size)
         self._part_of = {
-            i: part for part in parts for i in range(part.start, part.stop)
+            i: part for part in self._parts for i in range(part.start, part.stop)
         }
         self._gradients: dict[int, tf.Tensor] = {}
         self._reads: dict[int, tf.Tensor] = {}
@@ -240,12 +239,11 @@ class BackwardUpdate:
             step += kernels * tf.cast(optimizer.weight_decay * rate, dtype)
         self._before = [factors.subtract_from(self._target, part, step)]
         self._new_slots[part.start] = new
-        del self._left[part.start]
-        if not self._left:
+        if len(self._new_slots) == len(self._parts):
             self._finish()
 
     def _finish(self):
         factors.end_of_writes(self._target)
-        found = [self._new_slots[start] for start in sorted(self._new_slots)]
+        found = [self._new_slots[part.start] for part in self._parts]
         for slot, values in zip(self._slots, zip(*found, strict=True), strict=True):
             self._optimizer.assign(slot, tf.concat(values, axis=0))
