@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine
-from keras_moe.optimizers import adam, backward, factors, patterns, rows
+from keras_moe.optimizers import adam, backward, factors, patterns, readers, rows
 from keras_moe.types import at_least_float32
 
 UNTOUCHED_ROWS = ("decay", "catch_up", "keep")
@@ -157,6 +157,7 @@ class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
         self.factored = None if factored is None else patterns.verify_patterns(factored)
         self.learning_rate_factors = patterns.verify_factors(learning_rate_factors)
         self._set_update_in_backward(update_in_backward)
+        self._readers = readers.NONE
 
     def build(self, var_list):
         """Makes the slots.
@@ -266,8 +267,19 @@ class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
             return [self._momentums[index], self._velocities[index]]
         return [self._rows[index], self._columns[index]]
 
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        self._readers = readers.Readers(grads)
+        try:
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+        finally:
+            self._readers = readers.NONE
+
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable and its slots."""
+        with tf.control_dependencies(self._readers.of(variable)):
+            self._update(gradient, variable, learning_rate)
+
+    def _update(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)
         if self._rate_factors[index] != 1.0:
             learning_rate = learning_rate * self._rate_factors[index]
