@@ -16,6 +16,8 @@ from keras_moe.distribution.dtensor.variables import (
     replicated,
     sharded_layout,
 )
+from keras_moe.distribution.dtensor.vocabulary import LaidOutTable, MeshVocabulary
+from keras_moe.distribution.messages import verify_no_tables
 
 
 class MeshEngine(engine.Engine):
@@ -33,9 +35,26 @@ class MeshEngine(engine.Engine):
     def __init__(self, mesh: dtensor.Mesh):
         self.mesh = mesh
         self.devices = f"a mesh of {mesh.size} devices"
-        self.weights = _Weights(mesh)
+        # Whether the words of a vocabulary are shared out, and whether any table has
+        # been made so far.
+        self.shards_vocabulary = self.has_tables = False
+        self.weights = _Weights(self)
         self.operations = _Operations(mesh)
         self.dispatcher = self._dispatcher
+
+    def vocabulary_of(self, table):
+        if not getattr(table, "is_table", False):
+            return None
+        return MeshVocabulary(self.mesh, table.num_experts)
+
+    def shard_vocabulary(self) -> None:
+        """Shares the words of vocabularies out, of tables that are made from here on.
+
+        Raises:
+            ValueError: A table was made before, of which every device has all words.
+        """
+        verify_no_tables(self)
+        self.shards_vocabulary = True
 
     def _dispatcher(self, k, capacity_factor=None, most_experts=None):
         # Gates say -1 for no expert here, in as many columns as they have at most.
@@ -43,8 +62,20 @@ class MeshEngine(engine.Engine):
 
 
 class _Weights(engine.Weights):
-    def __init__(self, mesh):
-        self._mesh = mesh
+    def __init__(self, owner):
+        self._engine, self._mesh = owner, owner.mesh
+
+    def add_table_weight(self, layer, shape, initializer, name, axis=0, **options):
+        self._engine.has_tables = True
+        if not self._engine.shards_vocabulary:
+            return super().add_table_weight(layer, shape, initializer, name, **options)
+        with compatibility.layer_name_scope(layer):
+            options = {"dtype": layer.variable_dtype, **options}
+            variable = LaidOutTable(
+                initializer, shape, self._mesh, axis=axis, name=name, **options
+            )
+        variable.strategy = tf.distribute.get_strategy()
+        return compatibility.track_weight(layer, variable)
 
     def add_expert_weight(self, layer, shape, initializer, name, together=1, **options):
         if in_step():
@@ -66,6 +97,7 @@ class _Weights(engine.Weights):
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
 
     def add_slot(self, optimizer, variable, shape, name):
+        slots.verify_factored(optimizer, variable, shape)
         return slots.make_slot(optimizer, variable, name, shape=shape)
 
     def entries_here(self, variable, values):

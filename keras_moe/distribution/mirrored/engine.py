@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_moe import engine, operations
 from keras_moe.distribution import compatibility, slots
+from keras_moe.distribution.messages import other_scope, verify_no_tables
 from keras_moe.distribution.mirrored import (
     exchange,
     expert_layers,
@@ -23,6 +24,7 @@ from keras_moe.distribution.mirrored.expert_variable import (
     HOLDERS,
     ExpertVariable,
 )
+from keras_moe.distribution.mirrored.vocabulary import ShardedVocabulary
 from keras_moe.distribution.topology import make_shards
 
 
@@ -38,6 +40,9 @@ class MirroredEngine(engine.Engine):
         # Set when the first experts are sharded: losses are then those of the
         # global batch.
         self.has_experts = False
+        # Whether the words of a vocabulary are shared out, and whether any table has
+        # been made so far.
+        self.shards_vocabulary = self.has_tables = False
         # Replicas that hold all experts together.
         self.group_size = strategy.num_replicas_in_sync
         self.weights = _Weights(self)
@@ -58,6 +63,25 @@ class MirroredEngine(engine.Engine):
     def strategy(self) -> Any:
         """The `tf.distribute.Strategy`."""
         return self._strategy()
+
+    def vocabulary_of(self, table):
+        if not getattr(table, "is_table", False):
+            return None
+        if table.strategy is not self.strategy:
+            raise other_scope(
+                f"{table.path!r} of a strategy with {table.shards.num_replicas} replicas "
+                f"in a step of another with {self.replicas.number}"
+            )
+        return ShardedVocabulary(self.replicas, table.shards)
+
+    def shard_vocabulary(self) -> None:
+        """Shares the words of vocabularies out, of tables that are made from here on.
+
+        Raises:
+            ValueError: A table was made before, of which every replica has all words.
+        """
+        verify_no_tables(self)
+        self.shards_vocabulary = True
 
     def set_group_size(self, size: int) -> None:
         """Sets how many replicas hold all experts together.
@@ -108,6 +132,26 @@ class _Weights(engine.Weights):
             )
         return compatibility.track_weight(layer, variable)
 
+    def add_table_weight(self, layer, shape, initializer, name, axis=0, **options):
+        self._engine.has_tables = True
+        if not self._engine.shards_vocabulary:
+            return super().add_table_weight(layer, shape, initializer, name, **options)
+        # Words have no groups: all replicas share them out.
+        self._engine.has_experts = True
+        shards = make_shards(shape[axis], self._engine.replicas.number)
+        with compatibility.layer_name_scope(layer):
+            variable = ExpertVariable(
+                initializer,
+                shape,
+                self._engine.strategy,
+                shards,
+                axis=axis,
+                is_table=True,
+                name=name,
+                **{"dtype": layer.variable_dtype, **options},
+            )
+        return compatibility.track_weight(layer, variable)
+
     def sum_of_parts(self, variable, value):
         shards = variable.shards
         if shards.group_size == 1:
@@ -120,6 +164,7 @@ class _Weights(engine.Weights):
             variable.of_experts = self._engine.replicas.number
 
     def add_slot(self, optimizer, variable, shape, name):
+        slots.verify_factored(optimizer, variable, shape)
         if len(variable.shape) < 3:
             raise ValueError(
                 "A sharded weight must have an axis besides that of the experts for "
@@ -170,6 +215,22 @@ class _Replicas(engine.Replicas):
         strategy = self._engine.strategy
         found = compatibility.all_gather(strategy, value[tf.newaxis], among)
         return tf.ensure_shape(found, (None, *value.shape))
+
+    def exchange(self, blocks, among=None):
+        """`(P, ...)`: block r goes to replica r, and its block comes back.
+
+        Its gradient is itself; `among` a part of the replicas, see `compatibility`.
+        """
+        _verify_graph()
+        strategy = self._engine.strategy
+
+        @tf.custom_gradient
+        def run(blocks):
+            received = compatibility.all_to_all(strategy, blocks, among)
+            received = tf.ensure_shape(received, blocks.shape)
+            return received, partial(self.exchange, among=among)
+
+        return run(blocks)
 
     def num_before(self, num_rows):
         rows = self.gather(tf.cast(num_rows, tf.int32))
