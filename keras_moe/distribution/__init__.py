@@ -124,8 +124,9 @@ def shard_vocabulary(strategy: tf.distribute.Strategy) -> None:
     `set_expert_parallel_size`.
 
     Args:
-        strategy: A `MirroredStrategy` or `MultiWorkerMirroredStrategy`. Call before
-            layers with a vocabulary are built in its scope, in every process.
+        strategy: A `MirroredStrategy`, `MultiWorkerMirroredStrategy` or
+            `DTensorStrategy`. Call before layers with a vocabulary are built in its
+            scope, in every process. With one replica it does nothing.
 
     Raises:
         ValueError: It comes after such a layer was built, or the strategy is of another

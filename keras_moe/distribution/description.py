@@ -103,7 +103,7 @@ class Description(NamedTuple):
 def describe(
     model: keras.Model, num_tokens: int | None = None
 ) -> Description | Layouts:
-    """Which expert lives on which device, what it takes there, and what travels.
+    """Which expert or word lives on which device, what it takes there, and what travels.
 
     Args:
         model: A built Keras model, under a strategy or not.
@@ -149,11 +149,8 @@ def describe(
         state = [v for v in slots if any(getattr(v, "slot_of", None) is w for w in own)]
         shares += _shares(layer, own, state)
     # Those of layers that are experts are alike on all replicas.
-    num_replicas = max(
-        (getattr(v, "of_experts", 1) for v in every),
-        default=1,
-    )
-    num_replicas = max([num_replicas, *(v.shards.num_replicas for v in sharded)])
+    of_layers = [getattr(v, "of_experts", 1) for v in every]
+    num_replicas = max([1, *of_layers, *(v.shards.num_replicas for v in sharded)])
     traffic = _traffic(model, num_tokens, num_replicas) if num_tokens else {}
     return Description(
         tuple(shares), replicated, num_replicas, traffic, _gradient_traffic(sharded)

@@ -34,18 +34,3 @@ def does_not_work(name: str, value: object, model: str, where: str, remedy: str)
         f"`{name}` of `compile` does not work {where}. Received: {name}={value!r} for "
         f"{model!r}; {remedy}."
     )
-
-
-def verify_no_tables(engine) -> None:
-    """Raises where a vocabulary is to be sharded, and a table has been made.
-
-    Args:
-        engine: With `shards_vocabulary` and `has_tables`.
-    """
-    if engine.has_tables and not engine.shards_vocabulary:
-        raise ValueError(
-            "`shard_vocabulary` must be called before layers with a vocabulary are "
-            "built in the scope of the strategy. Received: a call after one was built, "
-            "of which every device has all words. Call it right after making the "
-            "strategy."
-        )

@@ -6,6 +6,32 @@ from typing import Any
 import tensorflow as tf
 
 
+class SharesWords:
+    """Of an engine of several devices: whether they share the words of vocabularies out.
+
+    Attributes:
+        shards_vocabulary: Whether they do.
+        has_tables: Whether any table has been made so far.
+    """
+
+    shards_vocabulary = has_tables = False
+
+    def shard_vocabulary(self) -> None:
+        """Shares words out, of tables that are made from here on.
+
+        Raises:
+            ValueError: A table was made before, of which every device has all words.
+        """
+        if self.has_tables and not self.shards_vocabulary:
+            raise ValueError(
+                "`shard_vocabulary` must be called before layers with a vocabulary are "
+                "built in the scope of the strategy. Received: a call after one was "
+                "built, of which every device has all words. Call it right after making "
+                "the strategy."
+            )
+        self.shards_vocabulary = True
+
+
 class Vocabulary:
     """Tables of V words, of which each device has a run.
 

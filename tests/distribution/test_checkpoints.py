@@ -59,15 +59,19 @@ def assert_goes_on(stages, directory):
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param([("mirrored", 3, True), (None, 1, True)], id="few"),
+        pytest.param(
+            [("mirrored", 3, True), (None, 1, True), ("dtensor", 2, True)], id="few"
+        ),
         pytest.param(
             [
                 ("mirrored", 4, True),
                 (None, 1, True),
                 ("mirrored", 2, "everywhere"),
+                ("dtensor", 4, True),
                 ("mirrored", 3, True),
+                ("dtensor", 3, True),
             ],
-            id="mirrored",
+            id="many",
             marks=pytest.mark.exhaustive,
         ),
     ],

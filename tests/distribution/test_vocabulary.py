@@ -37,7 +37,10 @@ def run(settings, module="vocabulary_child"):
 
 
 def assert_equal(devices, cases, **settings):
-    results = run({"devices": devices, "cases": cases, **settings})
+    assert_results(cases, run({"devices": devices, "cases": cases, **settings}))
+
+
+def assert_results(cases, results):
     for case, result in zip(cases, results, strict=True):
         assert result["start"] == 0.0, case
         assert result["moved"] > 0.01, case
@@ -55,6 +58,14 @@ def assert_equal(devices, cases, **settings):
 )
 def test_training_is_that_of_one_device(devices):
     assert_equal(devices, [SAMPLED, {**FACTORED, **WITH_ACCURACY}])
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_two_processes_train_as_one_device(devices):
+    cases = [{**SAMPLED, "steps": 6}, {**CLIPPED_ADAM, **UNEVEN, **PLAIN, "steps": 6}]
+    settings = {"engine": "mirrored", "devices": devices, "cases": cases}
+    for results in children.run_workers("vocabulary_child", settings, timeout=900):
+        assert_results(cases, results)
 
 
 # DTensor cannot accumulate gradients.
@@ -91,6 +102,7 @@ def test_other_optimizers_losses_and_models(devices):
     cases = [
         {**SGD, **UNEVEN, "model": "tied transformer"},
         {**SGD, **UNEVEN, **PLAIN, "model": "transformer"},
+        {**SGD, **UNEVEN, "model": "translation"},
         {**AVERAGED, **SMOOTHED},
         {**SAMPLED, **WITH_ACCURACY, "optimizer": "Adam", "options": RATE},
         {**SAMPLED, "stateful": True, "examples": 24, "steps": 6},
@@ -176,13 +188,20 @@ COUNTED = [
 ]
 
 
+def exchanged_by(engine, sampled=(None, 50)):
+    """What steps exchange on three devices, for two sizes of the vocabulary."""
+    cases = [
+        {**CLIPPED_ADAM, **PLAIN, "words": words, "num_sampled": number}
+        for number in sampled
+        for words in (600, 1201)
+    ]
+    settings = {"engine": engine, "devices": 3, "exchanged": True, "cases": cases}
+    return run(settings)
+
+
 @pytest.fixture(scope="module")
 def exchanged():
-    """What steps exchange on three devices, for two sizes of the vocabulary."""
-    full = {**CLIPPED_ADAM, **PLAIN}
-    both = [{**full, "words": 600}, {**full, "words": 1201}]
-    cases = [*both, *({**case, "num_sampled": 50} for case in both)]
-    return run({"devices": 3, "exchanged": True, "cases": cases})
+    return exchanged_by("mirrored")
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["full", "sampled"])
@@ -192,6 +211,25 @@ def test_what_travels_does_not_grow_with_the_vocabulary(exchanged, kind):
     assert small["evaluate"] == large["evaluate"]
     names = [name for name, _ in small["fit"] if name != "all_reduce_gradients"]
     assert collections.Counter(names) == COUNTED[kind]
+
+
+@pytest.mark.parametrize(
+    "sampled", [None, pytest.param(50, marks=pytest.mark.exhaustive)]
+)
+def test_what_travels_on_a_mesh_does_not_grow_with_the_vocabulary(sampled):
+    small, large = exchanged_by("dtensor", [sampled])
+    for step in ("fit", "evaluate"):
+        assert small[step] == large[step]
+        assert min(number for _, number in small[step]) > 0  # of numbers, all known
+    # Embedding, kernel and bias, each with two slots of Adam: 401 words, of which two are
+    # padding on the last device.
+    held = [
+        (layout, num_bytes)
+        for _, _, shape, layout, num_bytes in large["variables"]
+        if 1201 in shape
+    ]
+    parts = [(["expert", "unsharded"], 401 * 64), (["unsharded", "expert"], 401 * 64)]
+    assert sorted(held) == sorted([*parts, (["expert"], 401 * 4)] * 3)
 
 
 def test_devices_hold_their_words_and_the_state_for_them(exchanged):

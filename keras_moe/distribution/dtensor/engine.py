@@ -17,10 +17,10 @@ from keras_moe.distribution.dtensor.variables import (
     sharded_layout,
 )
 from keras_moe.distribution.dtensor.vocabulary import LaidOutTable, MeshVocabulary
-from keras_moe.distribution.messages import verify_no_tables
+from keras_moe.distribution.vocabulary import SharesWords
 
 
-class MeshEngine(engine.Engine):
+class MeshEngine(SharesWords, engine.Engine):
     """Experts shared among the devices of a mesh; one logical replica.
 
     Args:
@@ -35,9 +35,6 @@ class MeshEngine(engine.Engine):
     def __init__(self, mesh: dtensor.Mesh):
         self.mesh = mesh
         self.devices = f"a mesh of {mesh.size} devices"
-        # Whether the words of a vocabulary are shared out, and whether any table has
-        # been made so far.
-        self.shards_vocabulary = self.has_tables = False
         self.weights = _Weights(self)
         self.operations = _Operations(mesh)
         self.dispatcher = self._dispatcher
@@ -46,15 +43,6 @@ class MeshEngine(engine.Engine):
         if not getattr(table, "is_table", False):
             return None
         return MeshVocabulary(self.mesh, table.num_experts)
-
-    def shard_vocabulary(self) -> None:
-        """Shares the words of vocabularies out, of tables that are made from here on.
-
-        Raises:
-            ValueError: A table was made before, of which every device has all words.
-        """
-        verify_no_tables(self)
-        self.shards_vocabulary = True
 
     def _dispatcher(self, k, capacity_factor=None, most_experts=None):
         # Gates say -1 for no expert here, in as many columns as they have at most.
@@ -69,26 +57,24 @@ class _Weights(engine.Weights):
         self._engine.has_tables = True
         if not self._engine.shards_vocabulary:
             return super().add_table_weight(layer, shape, initializer, name, **options)
-        with compatibility.layer_name_scope(layer):
-            options = {"dtype": layer.variable_dtype, **options}
-            variable = LaidOutTable(
-                initializer, shape, self._mesh, axis=axis, name=name, **options
-            )
-        variable.strategy = tf.distribute.get_strategy()
-        return compatibility.track_weight(layer, variable)
+        options = {"axis": axis, "name": name, **options}
+        return self._add(LaidOutTable, layer, initializer, shape, **options)
 
     def add_expert_weight(self, layer, shape, initializer, name, together=1, **options):
+        options = {"name": name, **options}
+        return self._add(LaidOutExperts, layer, initializer, shape, **options)
+
+    def _add(self, kind, layer, initializer, shape, **options):
         if in_step():
             raise ValueError(
-                "A layer with experts must be built before `strategy.run`, in the "
-                f"scope of the strategy. Received: {layer.name!r} built within a "
-                "step. Use `keras.Input`, or call `build` in `strategy.scope()`."
+                "A layer with experts or shared words must be built before "
+                "`strategy.run`, in the scope of the strategy. Received: "
+                f"{layer.name!r} built within a step. Use `keras.Input`, or call "
+                "`build` in `strategy.scope()`."
             )
+        options = {"dtype": layer.variable_dtype, **options}
         with compatibility.layer_name_scope(layer):
-            options = {"dtype": layer.variable_dtype, **options}
-            variable = LaidOutExperts(
-                initializer, shape, self._mesh, name=name, **options
-            )
+            variable = kind(initializer, shape, self._mesh, **options)
         variable.strategy = tf.distribute.get_strategy()
         return compatibility.track_weight(layer, variable)
 

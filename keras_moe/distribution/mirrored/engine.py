@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_moe import engine, operations
 from keras_moe.distribution import compatibility, slots
-from keras_moe.distribution.messages import other_scope, verify_no_tables
+from keras_moe.distribution.messages import other_scope
 from keras_moe.distribution.mirrored import (
     exchange,
     expert_layers,
@@ -26,9 +26,10 @@ from keras_moe.distribution.mirrored.expert_variable import (
 )
 from keras_moe.distribution.mirrored.vocabulary import ShardedVocabulary
 from keras_moe.distribution.topology import make_shards
+from keras_moe.distribution.vocabulary import SharesWords
 
 
-class MirroredEngine(engine.Engine):
+class MirroredEngine(SharesWords, engine.Engine):
     """One shard of every mixture's experts on each replica of a strategy.
 
     Args:
@@ -40,9 +41,6 @@ class MirroredEngine(engine.Engine):
         # Set when the first experts are sharded: losses are then those of the
         # global batch.
         self.has_experts = False
-        # Whether the words of a vocabulary are shared out, and whether any table has
-        # been made so far.
-        self.shards_vocabulary = self.has_tables = False
         # Replicas that hold all experts together.
         self.group_size = strategy.num_replicas_in_sync
         self.weights = _Weights(self)
@@ -73,15 +71,6 @@ class MirroredEngine(engine.Engine):
                 f"in a step of another with {self.replicas.number}"
             )
         return ShardedVocabulary(self.replicas, table.shards)
-
-    def shard_vocabulary(self) -> None:
-        """Shares the words of vocabularies out, of tables that are made from here on.
-
-        Raises:
-            ValueError: A table was made before, of which every replica has all words.
-        """
-        verify_no_tables(self)
-        self.shards_vocabulary = True
 
     def set_group_size(self, size: int) -> None:
         """Sets how many replicas hold all experts together.
@@ -120,35 +109,23 @@ class _Weights(engine.Weights):
         if getattr(layer, "groups_are_shared_by_all", False):
             size = self._engine.replicas.number
         shards = make_shards(shape[0], self._engine.replicas.number, together, size)
-        self._engine.has_experts = True
-        with compatibility.layer_name_scope(layer):
-            variable = ExpertVariable(
-                initializer,
-                shape,
-                self._engine.strategy,
-                shards,
-                name=name,
-                **{"dtype": layer.variable_dtype, **options},
-            )
-        return compatibility.track_weight(layer, variable)
+        return self._add(layer, initializer, shape, shards, name=name, **options)
 
     def add_table_weight(self, layer, shape, initializer, name, axis=0, **options):
         self._engine.has_tables = True
         if not self._engine.shards_vocabulary:
             return super().add_table_weight(layer, shape, initializer, name, **options)
         # Words have no groups: all replicas share them out.
-        self._engine.has_experts = True
         shards = make_shards(shape[axis], self._engine.replicas.number)
+        options = {"axis": axis, "is_table": True, "name": name, **options}
+        return self._add(layer, initializer, shape, shards, **options)
+
+    def _add(self, layer, initializer, shape, shards, **options):
+        self._engine.has_experts = True
+        options = {"dtype": layer.variable_dtype, **options}
         with compatibility.layer_name_scope(layer):
             variable = ExpertVariable(
-                initializer,
-                shape,
-                self._engine.strategy,
-                shards,
-                axis=axis,
-                is_table=True,
-                name=name,
-                **{"dtype": layer.variable_dtype, **options},
+                initializer, shape, self._engine.strategy, shards, **options
             )
         return compatibility.track_weight(layer, variable)
 

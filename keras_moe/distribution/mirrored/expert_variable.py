@@ -189,10 +189,10 @@ class ExpertVariable(keras.Variable):
     def _initialize_with_initializer(self, initializer):
         if not tf.distribute.in_cross_replica_context():
             raise ValueError(
-                "A layer with experts must be built before `strategy.run`, in the "
-                f"scope of the strategy. Received: {self.path!r} made within a "
-                "replica. Call the model on a batch in `strategy.scope()` first, or "
-                "use `keras.Input`."
+                "A layer with experts or shared words must be built before "
+                f"`strategy.run`, in the scope of the strategy. Received: {self.path!r} "
+                "made within a replica. Call the model on a batch in `strategy.scope()` "
+                "first, or use `keras.Input`."
             )
         shape, dtype, shards = tuple(self._shape), self._dtype, self.shards
         with tf.init_scope():
