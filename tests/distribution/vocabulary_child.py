@@ -60,6 +60,7 @@ def build(case, strategy=None):
     """The compiled model; always the same weights at the start."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
+    keras.config.set_floatx(case.dtype)
     keras.config.set_dtype_policy(case.dtype)
     with child.scope_of(strategy):
         model = make(case)
