@@ -27,7 +27,8 @@ SGD = {"optimizer": "SGD", "options": {"learning_rate": 0.5, "clipnorm": 0.05}}
 CLIPPED_SGD = {"learning_rate": 0.5, "momentum": 0.5, "global_clipnorm": 0.1}
 CLIPPED_SGD = {"optimizer": "SGD", "options": CLIPPED_SGD}
 SAMPLED = {**CLIPPED_SGD, **PLAIN, **UNEVEN, "num_sampled": 7}
-# On one device it is TensorFlow's kernel, whose 1 - beta_2 is rounded: 6e-6 of a move.
+# On one device it is TensorFlow's kernel, whose 1 - beta_2 is rounded: 6e-6 of a move, and
+# more of what is computed with all weights.
 FACTORED = {**CLIPPED_ADAM, **UNEVEN, "optimizer": "FactoredAdam", "steps": 6}
 AVERAGED = {"weight_decay": 0.1, "use_ema": True, "ema_overwrite_frequency": 3}
 AVERAGED = {**AVERAGED, **RATE, "gradient_accumulation_steps": 2}
@@ -48,23 +49,27 @@ def assert_results(cases, results):
     for case, result in zip(cases, results, strict=True):
         assert result["start"] == 0.0, case
         assert result["moved"] > 0.01, case
+        limit = 3e-5 if case["optimizer"] == "FactoredAdam" else 1e-5
         for name in ("losses", "weights", "figures", "predicted"):
-            assert result[name] <= 1e-5, (name, case, result)
+            assert result[name] <= limit, (name, case, result)
 
 
 @pytest.mark.parametrize(
-    "devices",
+    ("devices", "cases"),
     [
-        pytest.param(2, marks=pytest.mark.exhaustive),
-        3,
-        pytest.param(4, marks=pytest.mark.exhaustive),
+        (3, [SAMPLED]),
+        pytest.param(2, [SAMPLED, FACTORED], marks=pytest.mark.exhaustive),
+        pytest.param(3, [{**FACTORED, **WITH_ACCURACY}], marks=pytest.mark.exhaustive),
+        pytest.param(4, [SAMPLED, FACTORED], marks=pytest.mark.exhaustive),
     ],
+    ids=["3", "2 all", "3 more", "4 all"],
 )
-def test_training_is_that_of_one_device(devices):
-    assert_equal(devices, [SAMPLED, {**FACTORED, **WITH_ACCURACY}])
+def test_training_is_that_of_one_device(devices, cases):
+    assert_equal(devices, cases)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("devices", [1, 2])
 def test_two_processes_train_as_one_device(devices):
     cases = [{**SAMPLED, "steps": 6}, {**CLIPPED_ADAM, **UNEVEN, **PLAIN, "steps": 6}]
     settings = {"engine": "mirrored", "devices": devices, "cases": cases}
@@ -79,14 +84,9 @@ ON_MESH = [
 ]
 
 
-@pytest.mark.parametrize(
-    "devices",
-    [
-        pytest.param(2, marks=pytest.mark.exhaustive),
-        3,
-        pytest.param(4, marks=pytest.mark.exhaustive),
-    ],
-)
+# With the full softmax `test_checkpoints` has it in the usual run.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("devices", [2, 3, 4])
 def test_training_on_a_mesh_is_that_of_one_device(devices):
     assert_equal(devices, ON_MESH, engine="dtensor")
 
@@ -164,21 +164,19 @@ def test_operations_equal_the_oracle(operations, name):
         np.testing.assert_allclose(gradient, each, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_no_word_raises(operations):
+def test_no_word_raises_on_replicas_and_a_mesh_draws_candidates(operations):
     _, found = operations
-    for said in found.get("no word", ()):  # a mesh does not look
-        assert "is not in [0" in said, said
-
-
-def test_a_mesh_draws_other_candidates_in_each_step(operations):
-    _, found = operations
-    draws = found.get("drawn", ())
-    for ids, counts in draws:
+    if "no word" in found:  # a mesh does not look
+        assert len(found["no word"]) == 2
+        for said in found["no word"]:
+            assert "is not in [0" in said, said
+        return
+    first, second = found["drawn"]
+    for ids, counts in (first, second):
         assert len(set(ids)) == 8
         assert set(ids) <= set(range(50))
         assert 0 < min(counts) <= max(counts) <= 1
-    if draws:
-        assert draws[0] != draws[1]
+    assert first != second
 
 
 # Of a step of training on a replica, besides the sum of the other weights' gradients.
@@ -217,9 +215,8 @@ def test_what_travels_does_not_grow_with_the_vocabulary(exchanged, kind):
     assert collections.Counter(names) == COUNTED[kind]
 
 
-@pytest.mark.parametrize(
-    "sampled", [None, pytest.param(50, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sampled", [None, 50])
 def test_what_travels_on_a_mesh_does_not_grow_with_the_vocabulary(sampled):
     small, large = exchanged_by("dtensor", [sampled])
     for step in ("fit", "evaluate"):
