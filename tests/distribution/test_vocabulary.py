@@ -215,8 +215,9 @@ def test_what_travels_does_not_grow_with_the_vocabulary(exchanged, kind):
     assert collections.Counter(names) == COUNTED[kind]
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("sampled", [None, 50])
+@pytest.mark.parametrize(
+    "sampled", [None, pytest.param(50, marks=pytest.mark.exhaustive)]
+)
 def test_what_travels_on_a_mesh_does_not_grow_with_the_vocabulary(sampled):
     small, large = exchanged_by("dtensor", [sampled])
     for step in ("fit", "evaluate"):
