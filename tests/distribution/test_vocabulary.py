@@ -92,6 +92,16 @@ def test_training_on_a_mesh_is_that_of_one_device(devices):
 
 
 @pytest.mark.exhaustive
+def test_two_clients_of_a_mesh_train_as_one_device():
+    cases = [{**SAMPLED, "examples": 24, "steps": 6}]
+    settings = {"engine": "dtensor", "devices": 1, "cases": cases}
+    for results in children.run_workers(
+        "vocabulary_child", settings, timeout=900, who=children.clients_of
+    ):
+        assert_results(cases, results)
+
+
+@pytest.mark.exhaustive
 def test_other_models_on_a_mesh():
     cases = [
         {**SGD, **UNEVEN, **PLAIN, "model": "tied transformer"},
