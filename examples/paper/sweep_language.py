@@ -70,6 +70,7 @@ class LanguageModelArm(sweep_arm.Arm):
                 k=k,
                 num_experts=self.num_experts if self.middle == "moe" else 0,
                 gating=self.gating,
+                noise=self.noise_stddev,
                 **settings,
             )
         )

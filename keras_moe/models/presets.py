@@ -47,6 +47,8 @@ class Preset:
         shared_units: Int. Hidden units of an expert that every token passes.
         gating: `"noisy_top_k"`, `"balanced"` (appendix F) or another gate of
             `make_mixture`.
+        noise: `"learned"` or a float, the standard deviation of the noise of noisy
+            gates.
         recompute: Bool. Whether hidden activations are computed again in the
             backward pass (appendix D).
         expert_optimizer: `"adam"` or `"factored_adam"` (appendix D).
@@ -85,6 +87,7 @@ class Preset:
     hidden_units: int = 1024
     shared_units: int = 0
     gating: str = "noisy_top_k"
+    noise: Any = "learned"
     recompute: bool = False
     expert_optimizer: str = "adam"
     dropout: float = 0.1
@@ -112,6 +115,10 @@ class Preset:
             elif field.name in _CHOICES:
                 checks.verify_choice(value, field.name, _CHOICES[field.name])
             object.__setattr__(self, field.name, value)
+        if self.noise != "learned":
+            checks.verify_number(
+                self.noise, "noise", rest=", which may be 'learned', too."
+            )
         checks.verify_rate(self.dropout, "dropout")
         checks.verify_weight(self.loss_weight, "loss_weight")
         if self.middle == "moe":
@@ -123,8 +130,8 @@ class Preset:
 
     @property
     def gate_matrices(self) -> int:
-        """Matrices of a gate: one more where it has noise."""
-        return 2 if self.gating == "noisy_top_k" else 1
+        """Matrices of a gate: one more where it learns its noise."""
+        return 2 if (self.gating, self.noise) == ("noisy_top_k", "learned") else 1
 
     @property
     def group_size(self) -> int:

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 from tests.distribution import children
-from tests.distribution.children import SEVERAL_DEVICES
+from tests.distribution.children import ADAM, SEVERAL_DEVICES
 
 pytestmark = pytest.mark.slow
 
 RATE = {"learning_rate": 0.01}
 SGD = {"optimizer": "SGD", "options": {"learning_rate": 0.5}}
-ADAM = {"optimizer": "Adam", "options": RATE}
 SEVEN = {"num_experts": 7}
 SHORT = {"steps": 6}
 

@@ -3,19 +3,18 @@
 import pytest
 
 from tests.distribution import children
-from tests.distribution.children import SEVERAL_DEVICES
+from tests.distribution.children import ADAM, SEVERAL_DEVICES
 
 pytestmark = pytest.mark.slow
 
 SGD = {"optimizer": "SGD", "options": {"learning_rate": 0.5}}
 RATE = {"learning_rate": 0.01}
-ADAM = {"optimizer": "Adam", "options": RATE}
 FLAT, HIERARCHICAL, BALANCED = (
     {"layer": layer} for layer in ("flat", "hierarchical", "balanced")
 )
 SEVEN = {"num_experts": 7}
 
-CLIPPED_ADAM = {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}}
+CLIPPED_ADAM = {**ADAM, "options": {**ADAM["options"], "global_clipnorm": 0.1}}
 
 OPTIMIZERS = [
     {"optimizer": "AdamW", "options": {**RATE, "weight_decay": 0.05, "use_ema": True}},
@@ -27,7 +26,7 @@ OPTIMIZERS = [
     {"optimizer": "LossScaleOptimizer", "options": RATE},
 ]
 CLIPPED = [
-    {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}},
+    CLIPPED_ADAM,
     {"optimizer": "SGD", "options": {"learning_rate": 0.5, "clipnorm": 0.05}},
     {"optimizer": "Adam", "options": {**RATE, "gradient_accumulation_steps": 4}},
 ]

@@ -18,7 +18,7 @@ from tests.distribution.test_equivalence import (
 pytestmark = pytest.mark.slow
 
 DROPOUT = {"dropout": 0.3}
-ACCUMULATED = {**ADAM, "options": {**RATE, "gradient_accumulation_steps": 2}}
+ACCUMULATED = {**ADAM, "options": {**ADAM["options"], "gradient_accumulation_steps": 2}}
 CLIPPED_SGD = {**SGD, "options": {"learning_rate": 0.5, "clipnorm": 0.05}}
 LOSS_SCALED = {**ADAM, "optimizer": "LossScaleOptimizer"}
 AVERAGED = {"weight_decay": 0.1, "use_ema": True, "ema_overwrite_frequency": 3}

@@ -135,6 +135,22 @@ def test_a_small_preset_builds_and_has_the_counted_parameters(name):
     assert copy.get_config() == model.get_config()
 
 
+@pytest.mark.parametrize("name", ["moe_4", "moe_256_h"])
+def test_a_gate_of_fixed_noise_has_one_matrix(name):
+    preset = models.preset(name)
+    learned = models.scale_down(preset, factor=32, vocabulary_size=50)
+    fixed = dataclasses.replace(learned, noise=0.2)
+    counted = models.count(fixed)
+    gates = models.count(learned)
+    assert counted.operations["gating"] == gates.operations["gating"] / 2
+    assert counted.parameters["gating"] == gates.parameters["gating"] / 2
+    model = models.build_language_model(fixed)
+    model(np.ones((2, 3), "int32"))
+    assert model.count_params() == models.count(fixed, biases=True).total_parameters
+    with pytest.raises(ValueError, match="noise=-1.*'learned'"):
+        dataclasses.replace(learned, noise=-1)
+
+
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_every_language_model_can_be_made_without_memory(name):
     model = models.build_language_model(models.preset(name))
