@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 UNEVEN = {"examples": 25, "steps": 20}
 PLAIN = {"middle": False}
 RATE = {"learning_rate": 0.01}
-CLIPPED_ADAM = {"optimizer": "Adam", "options": {**RATE, "global_clipnorm": 0.1}}
+CLIPPED_ADAM = {**children.ADAM["options"], "global_clipnorm": 0.1}
+CLIPPED_ADAM = {**children.ADAM, "options": CLIPPED_ADAM}
 SGD = {"optimizer": "SGD", "options": {"learning_rate": 0.5, "clipnorm": 0.05}}
 # Adam hardly sees by what all gradients are multiplied.
 CLIPPED_SGD = {"learning_rate": 0.5, "momentum": 0.5, "global_clipnorm": 0.1}
