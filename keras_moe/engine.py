@@ -57,6 +57,32 @@ class Weights:
         """Adds a gate's weight stacked over groups, which lives where they do."""
         return self.add_expert_weight(layer, shape, initializer, name)
 
+    def add_table_weight(
+        self,
+        layer: Any,
+        shape: tuple,
+        initializer: Any,
+        name: str,
+        axis: int = 0,
+        **options: Any,
+    ) -> Any:
+        """Adds a weight with an entry for each word of a vocabulary to a layer.
+
+        Args:
+            layer: The Keras layer that owns it.
+            shape: Of the whole table.
+            initializer: Keras initializer of the whole table.
+            name: Name of the weight.
+            axis: That of the words. Defaults to 0.
+            **options: Those of `add_weight`.
+
+        Returns:
+            The Keras variable. In Python it reads and is set as the whole table.
+        """
+        return layer.add_weight(
+            name=name, shape=shape, initializer=initializer, **options
+        )
+
     def sum_of_parts(self, variable: Any, value: tf.Tensor) -> tf.Tensor:
         """Sum over all experts of what was found of those that are here.
 
@@ -190,6 +216,17 @@ class Engine:
     values_are_here = True
     dispatcher: Callable[..., Any] | None = None
     hierarchical_mixture: Callable[..., Any] | None = None
+
+    def vocabulary_of(self, table: Any) -> Any:
+        """A `distribution.vocabulary.Vocabulary` if the words of a table are shared out.
+
+        Args:
+            table: A variable that `add_table_weight` may have made, or anything else.
+
+        Returns:
+            How to use it and those like it here; None if all of it is here.
+        """
+        return None
 
     def run_each(
         self,

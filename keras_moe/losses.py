@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import functional
+from keras_moe.functional.full_softmax import are_losses
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -30,6 +31,8 @@ class TokenCrossentropy(keras.losses.SparseCategoricalCrossentropy):
         super().__init__(from_logits=from_logits, **kwargs)
 
     def call(self, y_true, y_pred):
+        if are_losses(y_pred):  # words are on several devices, and no logits are made
+            return y_pred
         y_pred = tf.convert_to_tensor(y_pred)
         config = self.get_config()
         usual = config["from_logits"] and config.get("ignore_class") is None

@@ -31,7 +31,8 @@ def launch_workers(options: Any) -> bool:
 
     Raises:
         ValueError: A number is below 1, two are given, `expert_parallel_size` does not
-            divide that of the devices, or a process failed.
+            divide that of the devices, `shard_vocabulary` has no devices or another way
+            to update words, or a process failed.
     """
     given = {
         name: getattr(options, name)
@@ -47,6 +48,7 @@ def launch_workers(options: Any) -> bool:
             f"{named}. Leave all but one out."
         )
     _verify_size(options)
+    _verify_vocabulary(options)
     if options.workers is None or "TF_CONFIG" in os.environ:
         return False
     folder = Path(options.output_dir)
@@ -79,6 +81,8 @@ def make_strategy(options: Any) -> Any:
     strategy, size = _strategy_of(options), options.expert_parallel_size
     if size is not None and isinstance(strategy, _MIRRORED):
         distribution.set_expert_parallel_size(strategy, size)
+    if getattr(options, "shard_vocabulary", False):
+        distribution.shard_vocabulary(strategy)
     return strategy
 
 
@@ -96,6 +100,27 @@ def _verify_size(options):
             f"`expert_parallel_size` must divide `{name}`. Received: "
             f"expert_parallel_size={size}, {name}={number}. Each group of devices holds "
             "all experts, so groups are equal."
+        )
+
+
+def _verify_vocabulary(options):
+    if not getattr(options, "shard_vocabulary", False):
+        return
+    places = {
+        name: getattr(options, name) for name in ("devices", "workers", "dtensor")
+    }
+    if max(number or 1 for number in places.values()) == 1:
+        raise ValueError(
+            "`shard_vocabulary` needs several devices to share the words. Received: "
+            "shard_vocabulary=True, "
+            f"{', '.join(f'{k}={v}' for k, v in places.items())}. Set one of these, or "
+            "leave `shard_vocabulary` out."
+        )
+    if options.num_sampled is not None and options.untouched_rows != "decay":
+        raise ValueError(
+            "`untouched_rows` must be 'decay' with `shard_vocabulary`, where each device "
+            f"updates all of its words. Received: {options.untouched_rows!r}. Leave one "
+            "of the two out."
         )
 
 

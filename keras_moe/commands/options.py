@@ -12,6 +12,7 @@ from keras_moe.optimizers.factored_adam import UNTOUCHED_ROWS
 
 DTYPES = ("float32", "float64", "mixed_bfloat16")
 DECAYS = ("inverse_square_root", "cosine")
+_PLACES = ("devices", "workers", "dtensor", "expert_parallel_size", "shard_vocabulary")
 SIDES = ("both", "encoder", "decoder")
 
 
@@ -135,13 +136,7 @@ class TrainLMOptions(TrainOptions):
     """Options of `train-lm`."""
 
     COMMAND = "train-lm"
-    FREE = (
-        *TrainOptions.FREE,
-        "devices",
-        "workers",
-        "dtensor",
-        "expert_parallel_size",
-    )
+    FREE = (*TrainOptions.FREE, *_PLACES)
 
     output_dir: str = _default("output_dir", "runs/language_model")
     activation: str = _default("activation", "linear")
@@ -227,6 +222,9 @@ class TrainLMOptions(TrainOptions):
         None,
         "devices that share the experts out, of those of --devices or --workers, whose "
         "number it divides: each group of so many holds all experts; default: all",
+    )
+    shard_vocabulary: bool = _option(
+        False, "share the words of embedding and softmax out among all devices"
     )
 
     @property

@@ -31,6 +31,7 @@ __all__ = [
     "describe",
     "launch",
     "set_expert_parallel_size",
+    "shard_vocabulary",
 ]
 
 _HOMES = {
@@ -108,6 +109,41 @@ def set_expert_parallel_size(strategy: tf.distribute.Strategy, size: int) -> Non
         )
     if engine_here is not engine.ONE_DEVICE:
         engine_here.set_group_size(size)  # type: ignore[attr-defined]
+
+
+def shard_vocabulary(strategy: tf.distribute.Strategy) -> None:
+    """Shares the words of vocabularies out among the devices of a strategy.
+
+    Of R devices each holds a run of V / R words: their rows of the embedding and of the
+    softmax, the gradients of these and the state of the optimizer for them. Without this
+    call every device has all words. Losses and weights are those of one device either
+    way, and files do not depend on it.
+
+    It is for the models of this package and for `SampledSoftmax`; layers of Keras stay
+    as they are. Under a mirrored strategy the words are shared among all replicas, with any
+    `set_expert_parallel_size`.
+
+    Args:
+        strategy: A `MirroredStrategy`, `MultiWorkerMirroredStrategy` or
+            `DTensorStrategy`. Call before layers with a vocabulary are built in its
+            scope, in every process. With one replica it does nothing.
+
+    Raises:
+        ValueError: It comes after such a layer was built, or the strategy is of another
+            kind.
+
+    Example:
+
+    >>> strategy = tf.distribute.MirroredStrategy()
+    >>> keras_moe.distribution.shard_vocabulary(strategy)
+
+    Reference:
+        Shoeybi et al. 2019, "Megatron-LM", section 3, on the softmax of a vocabulary in
+        parts.
+    """
+    engine_here = _engine_of(strategy)
+    if engine_here is not engine.ONE_DEVICE:
+        engine_here.shard_vocabulary()  # type: ignore[attr-defined]
 
 
 def _is_on_mesh(strategy):

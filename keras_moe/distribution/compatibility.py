@@ -23,6 +23,7 @@ from keras.src.losses import loss as loss_module
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from tensorflow.dtensor.python import accelerator_util
 from tensorflow.dtensor.python import api as dtensor_api
+from tensorflow.python.data.ops import multi_device_iterator_ops as device_iterators
 from tensorflow.python.distribute import distribute_lib, values_util
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
 from tensorflow.python.distribute.cross_device_utils import INSTANCE_KEY_START_NUMBER
@@ -49,6 +50,7 @@ __all__ = [
     "all_to_all",
     "collective_ops_of",
     "component_devices",
+    "device_iterators",
     "dtensor_is_initialized",
     "in_stateless_scope",
     "is_recording",

@@ -1,4 +1,4 @@
-"""What lives where: a table of a model's experts over its devices."""
+"""What lives where: a table of a model's experts and words over its devices."""
 
 import math
 from typing import NamedTuple
@@ -24,13 +24,14 @@ from keras_moe.distribution.topology import (
 
 
 class Share(NamedTuple):
-    """What one replica holds of one layer's experts.
+    """What one replica holds of one layer's experts, or of its vocabulary.
 
     Attributes:
         layer: Path of the layer that owns the weights.
         replica: Number of the replica among those of all processes.
         device: Its device, where this process knows it, else `"other process"`.
-        entries: The experts, or the groups of a hierarchical gate, that live there.
+        entries: The experts, the groups of a hierarchical gate, or the words of a
+            vocabulary, that live there.
         weight_bytes: Bytes of their weights.
         slot_bytes: Bytes of the optimizer's state for them; 0 before it is built.
         group: Number of the expert-parallel group of the replica. Each group holds
@@ -102,7 +103,7 @@ class Description(NamedTuple):
 def describe(
     model: keras.Model, num_tokens: int | None = None
 ) -> Description | Layouts:
-    """Which expert lives on which device, what it takes there, and what travels.
+    """Which expert or word lives on which device, what it takes there, and what travels.
 
     Args:
         model: A built Keras model, under a strategy or not.
@@ -148,7 +149,8 @@ def describe(
         state = [v for v in slots if any(getattr(v, "slot_of", None) is w for w in own)]
         shares += _shares(layer, own, state)
     # Those of layers that are experts are alike on all replicas.
-    num_replicas = max((getattr(v, "of_experts", 1) for v in every), default=1)
+    of_layers = [getattr(v, "of_experts", 1) for v in every]
+    num_replicas = max([1, *of_layers, *(v.shards.num_replicas for v in sharded)])
     traffic = _traffic(model, num_tokens, num_replicas) if num_tokens else {}
     return Description(
         tuple(shares), replicated, num_replicas, traffic, _gradient_traffic(sharded)
@@ -188,7 +190,8 @@ def _gradient_traffic(variables):
 def _part_bytes(variable):
     """`(R,)`: bytes that each replica holds of a sharded weight."""
     itemsize = tf.as_dtype(variable.dtype).size
-    return shard_bytes(variable.shards, tuple(variable.shape), itemsize)
+    shape = tuple(variable.shape)
+    return shard_bytes(variable.shards, shape, itemsize, variable.axis)
 
 
 def _traffic(model, num_tokens, num_replicas):

@@ -36,6 +36,41 @@ def make_slot(
     return compatibility.track_weight(optimizer, slot)
 
 
+def verify_untouched_rows(optimizer: Any, variables: list) -> None:
+    """Raises where an optimizer would update some rows of a sharded table only.
+
+    Args:
+        optimizer: A Keras optimizer, maybe a `FactoredAdam`.
+        variables: The Keras variables that it is built for.
+    """
+    kept = getattr(optimizer, "untouched_rows", "decay")
+    tables = [v.path for v in variables if getattr(v, "is_table", False)]
+    if tables and kept != "decay":
+        raise ValueError(
+            "`untouched_rows` must be 'decay' where the vocabulary is sharded: each "
+            "device updates all of its words. Received: "
+            f"untouched_rows={kept!r} for {tables[0]!r}. Leave it out, or do not call "
+            "`shard_vocabulary`."
+        )
+
+
+def verify_factored(optimizer: Any, variable: Any, shape: tuple) -> None:
+    """Raises where state would average over the words of a sharded table.
+
+    Args:
+        optimizer: The optimizer that will own the state.
+        variable: The sharded weight.
+        shape: Of the state.
+    """
+    if getattr(variable, "is_table", False):
+        raise ValueError(
+            "A table whose words are shared out must have state for each of its numbers. "
+            f"Received: {type(optimizer).__name__} with state of shape {tuple(shape)} "
+            f"for {variable.path!r} of shape {tuple(variable.shape)}. Factor the kernels "
+            "of the experts only."
+        )
+
+
 def build_adafactor(optimizer: Any, variables: list) -> None:
     """As `Adafactor.build`, in the same order, with rows and columns sharded too.
 

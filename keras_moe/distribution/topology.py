@@ -122,19 +122,23 @@ def make_shards(
     return Shards(sizes, starts, int(num_experts), num_replicas // group_size)
 
 
-def shard_bytes(shards: Shards, shape: tuple, itemsize: int) -> np.ndarray:
+def shard_bytes(
+    shards: Shards, shape: tuple, itemsize: int, axis: int = 0
+) -> np.ndarray:
     """Bytes that each replica holds of a stacked weight.
 
     Args:
         shards: From `make_shards`.
         shape: Shape of the whole weight, `(E, ...)`.
         itemsize: Bytes of one element.
+        axis: That of length E. Defaults to 0.
 
     Returns:
         `(R,)` int64.
     """
     sizes = np.tile(shards.sizes, shards.num_groups)
-    return sizes * (math.prod(shape[1:]) * itemsize)
+    others = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
+    return sizes * (others * itemsize)
 
 
 def exchange_bytes(

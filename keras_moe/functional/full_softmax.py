@@ -1,8 +1,23 @@
 """Cross-entropy of logits, in few passes over them."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from keras_moe.functional import ops
+
+_IS_LOSSES = "_keras_moe_is_losses"
+
+
+def as_losses(losses: tf.Tensor) -> tf.Tensor:
+    """Marks cross-entropies of tokens, which stand in the place of their logits."""
+    setattr(losses, _IS_LOSSES, True)
+    return losses
+
+
+def are_losses(predictions: Any) -> bool:
+    """Whether these are no logits, but what `as_losses` has marked."""
+    return getattr(predictions, _IS_LOSSES, False)
 
 
 def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:

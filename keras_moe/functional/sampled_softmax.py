@@ -125,12 +125,43 @@ def sampled_cross_entropy(
     if not ops.values_are_here():  # on a mesh variables are read whole
         kernel, bias = tf.convert_to_tensor(kernel), tf.convert_to_tensor(bias)
     targets, candidates = tf.cast(targets, tf.int64), tf.cast(candidates, tf.int64)
-    target_scores = tf.gather(bias, targets) + tf.reduce_sum(
-        inputs * tf.gather(kernel, targets), axis=-1
+    return cross_entropy_of_candidates(
+        inputs,
+        (tf.gather(kernel, targets), tf.gather(bias, targets)),
+        (tf.gather(kernel, candidates), tf.gather(bias, candidates)),
+        targets,
+        candidates,
+        expected_counts,
     )
-    kernel = tf.gather(kernel, candidates)
-    bias = tf.gather(bias, candidates) - tf.math.log(expected_counts)
-    if ops.shapes_are_static():
+
+
+def cross_entropy_of_candidates(
+    inputs: tf.Tensor,
+    target_rows: tuple[tf.Tensor, tf.Tensor],
+    candidate_rows: tuple[tf.Tensor, tf.Tensor],
+    targets: tf.Tensor,
+    candidates: tf.Tensor,
+    expected_counts: tf.Tensor,
+) -> tf.Tensor:
+    """As `sampled_cross_entropy`, of rows of the kernel that were looked up before.
+
+    Args:
+        inputs: `(N, D)` floating point.
+        target_rows: `(N, D)` of the kernel and `(N,)` of the bias, of the same type.
+        candidate_rows: `(C, D)` and `(C,)`, likewise.
+        targets: `(N,)` ints.
+        candidates: `(C,)` ints.
+        expected_counts: `(C,)`, of the type of `inputs`, positive.
+
+    Returns:
+        `(N,)`, of the type of `inputs`.
+    """
+    targets, candidates = tf.cast(targets, tf.int64), tf.cast(candidates, tf.int64)
+    rows, bias = target_rows
+    target_scores = bias + tf.reduce_sum(inputs * rows, axis=-1)
+    kernel, bias = candidate_rows
+    bias = bias - tf.math.log(expected_counts)
+    if ops.results_are_static():
         is_hit = targets[:, tf.newaxis] == candidates
         return _normalized_static(inputs, kernel, bias, target_scores, is_hit)
     return _normalized(
@@ -147,7 +178,8 @@ def sampled_cross_entropy(
 def _normalized_static(inputs, kernel, bias, target_scores, is_hit):
     """As `_normalized`, for hits `(N, C)` bool, in operations that XLA fuses."""
     scores = tf.matmul(inputs, kernel, transpose_b=True) + bias
-    scores = tf.where(is_hit, tf.constant(-math.inf, scores.dtype), scores)
+    lowest = tf.ones_like(scores) * tf.constant(-math.inf, scores.dtype)
+    scores = tf.where(is_hit, lowest, scores)
     scores = tf.concat([target_scores[:, tf.newaxis], scores], axis=1)
     return tf.reduce_logsumexp(scores, axis=1) - target_scores
 

@@ -3,9 +3,11 @@
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks, engine, functional
+from keras_moe.functional.sampled_softmax import cross_entropy_of_candidates
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -61,8 +63,12 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
 
     Mixed precision: scores and losses are float32 under every policy.
 
+    Several devices may share the words out, see `distribution.shard_vocabulary`. All then
+    have the candidates that the first one has drawn.
+
     XLA: `jit_compile=True` works. XLA has no candidate sampler: candidates are then
-    drawn by `functional.log_uniform_candidates`, and `seed` is not used.
+    drawn by `functional.log_uniform_candidates`, and `seed` is not used. So they are on a
+    mesh of DTensor, from `seed` and the number of the draw.
 
     Example:
 
@@ -102,21 +108,30 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed = checks.verify_seed(seed)
+        self._draws = _Draws()
 
     def build(self, input_shape):
         features = checks.verify_input_shape(input_shape, type(self).__name__)
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(self.vocabulary_size, features),
-            initializer=self.kernel_initializer,
+        add_table_weight = engine.for_weights().weights.add_table_weight
+        self.kernel = add_table_weight(
+            self,
+            (self.vocabulary_size, features),
+            self.kernel_initializer,
+            "kernel",
             autocast=False,
         )
-        self.bias = self.add_weight(
-            name="bias",
-            shape=(self.vocabulary_size,),
-            initializer=self.bias_initializer,
+        self.bias = add_table_weight(
+            self,
+            (self.vocabulary_size,),
+            self.bias_initializer,
+            "bias",
             autocast=False,
         )
+
+    @property
+    def vocabulary(self) -> Any:
+        """How to use the kernel if its words are shared out here, else None."""
+        return engine.current().vocabulary_of(getattr(self, "kernel", None))
 
     def call(self, inputs, targets=None, training=None):
         checks.verify_floating(inputs.dtype, type(self).__name__)
@@ -126,22 +141,45 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         targets = checks.verify_ids(targets, "targets", self.vocabulary_size)
         shape = inputs.shape[:-1]
         checks.verify_shape(shape, "a word for each row of `inputs`", targets=targets)
-        if not training:
-            losses = functional.cross_entropy(
-                tf.reshape(self._logits(inputs), (-1, self.vocabulary_size)),
-                tf.reshape(targets, (-1,)),
-            )
-            return tf.reshape(losses, tf.shape(inputs)[:-1])
+        if training:
+            losses = self._sampled_losses(inputs, targets)
+        else:
+            losses = self._full_losses(inputs, targets)
+        return tf.reshape(losses, tf.shape(inputs)[:-1])
+
+    def _full_losses(self, inputs, targets):
+        vocabulary = self.vocabulary
+        if vocabulary is not None:
+            return vocabulary.cross_entropy(inputs, self.kernel, self.bias, targets)
+        logits = tf.reshape(self._logits(inputs), (-1, self.vocabulary_size))
+        return functional.cross_entropy(logits, tf.reshape(targets, (-1,)))
+
+    def _sampled_losses(self, inputs, targets):
         candidates, expected_counts = self.sample()
-        losses = functional.sampled_cross_entropy(
-            tf.reshape(inputs, (-1, inputs.shape[-1])),
-            self.kernel.value,
-            self.bias.value,
+        expected_counts = tf.cast(expected_counts, inputs.dtype)
+        vocabulary = self.vocabulary
+        rows = tf.reshape(inputs, (-1, inputs.shape[-1]))
+        if vocabulary is None:
+            return functional.sampled_cross_entropy(
+                rows,
+                self.kernel.value,
+                self.bias.value,
+                tf.reshape(targets, (-1,)),
+                candidates,
+                expected_counts,
+            )
+        # Every device has drawn its own.
+        candidates, expected_counts = vocabulary.agreed([candidates, expected_counts])
+        tables = (self.kernel, self.bias)
+        kernel, bias = vocabulary.rows(tables, targets)
+        return cross_entropy_of_candidates(
+            rows,
+            (tf.reshape(kernel, (-1, inputs.shape[-1])), tf.reshape(bias, (-1,))),
+            vocabulary.common_rows(tables, candidates),
             tf.reshape(targets, (-1,)),
             candidates,
-            tf.cast(expected_counts, inputs.dtype),
+            expected_counts,
         )
-        return tf.reshape(losses, tf.shape(inputs)[:-1])
 
     def sample(self):
         """Draws candidates.
@@ -151,6 +189,9 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
             expected_counts: `(num_sampled,)` float32, the chance of each to be
                 drawn; see `functional.unbiased_candidates`.
         """
+        if not engine.current().values_are_here:  # a mesh, which has no sampler either
+            uniform = self._draws.uniform(self.vocabulary_size, self.seed)
+            return functional.log_uniform_candidates(uniform, self.num_sampled)
         if engine.is_compiled_by_xla():  # which has no such sampler
             uniform = tf.random.uniform((self.vocabulary_size,), seed=self.seed)
             return functional.log_uniform_candidates(uniform, self.num_sampled)
@@ -169,6 +210,9 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
         )
 
     def _logits(self, inputs):
+        vocabulary = self.vocabulary
+        if vocabulary is not None:
+            return vocabulary.logits(inputs, self.kernel, self.bias)
         kernel = tf.transpose(tf.convert_to_tensor(self.kernel))
         return tf.tensordot(inputs, kernel, axes=1) + self.bias
 
@@ -188,3 +232,24 @@ class SampledSoftmax(checks.FromConfig, keras.layers.Layer):
             "bias_initializer": keras.initializers.serialize(self.bias_initializer),
             "seed": self.seed,
         }
+
+
+class _Draws:
+    """Random numbers of each draw where operations keep no state, out of Keras' sight."""
+
+    def __init__(self):
+        self._seed = self._count = None
+
+    def uniform(self, number, seed):
+        """`(number,)` float32, others in every step."""
+        here = engine.current()
+        if self._count is None:
+            self._seed = np.random.randint(2**31) if seed is None else seed
+            self._count = here.weights.local_variable(
+                lambda: tf.constant(0, tf.int64), ()
+            )
+        self._count.assign_add(tf.constant(1, tf.int64))
+        count = tf.convert_to_tensor(self._count)
+        key = tf.stack([tf.constant(self._seed, tf.int64), count])
+        drawn = tf.random.stateless_uniform((number,), key)
+        return here.operations.replicated(drawn)

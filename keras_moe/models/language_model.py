@@ -14,6 +14,7 @@ from keras_moe.layers.embedding import Embedding
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.layers.tracking import track_entries
+from keras_moe.layers.word_scores import WordScores
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import (
     as_middle,
@@ -27,7 +28,7 @@ from keras_moe.models.parts import (
     verify_width,
     zero_states,
 )
-from keras_moe.models.sampled_training import SampledTraining, with_softmax_inputs
+from keras_moe.models.sampled_training import SampledTraining, scores_of
 from keras_moe.models.stream_state import ResetAtEpochBegin, StreamState
 from keras_moe.types import at_least_float32
 
@@ -165,7 +166,7 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
         dtype = at_least_float32(self.compute_dtype).name
         options: dict[str, Any] = {"dtype": dtype, "name": "softmax"}
         if self.num_sampled is None:
-            return keras.layers.Dense(self.vocabulary_size, **options)
+            return WordScores(self.vocabulary_size, **options)
         return SampledSoftmax(self.vocabulary_size, self.num_sampled, **options)
 
     @property
@@ -289,10 +290,8 @@ class MoELanguageModel(SavedWhole, Generation, SampledTraining, keras.Model):
 
     def _run(self, tokens, state, training):
         hidden, next_state = self.hidden_with_state(tokens, state, training)
-        logits = self.softmax(hidden)
-        if training and self.num_sampled is not None:
-            logits = with_softmax_inputs(logits, hidden)
-        return logits, next_state
+        sampled = bool(training) and self.num_sampled is not None
+        return scores_of(self.softmax, hidden, sampled), next_state
 
     def compute_mask(self, inputs, previous_mask=None):
         return keras.ops.not_equal(inputs, PAD_ID)

@@ -16,6 +16,7 @@ from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.tracking import track_entries
 from keras_moe.layers.transformer import MoETransformerBlock
 from keras_moe.layers.transformer_checks import verify_normalization
+from keras_moe.layers.word_scores import WordScores
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import verify_tokens
 from keras_moe.models.parts import SavedWhole, TracedFunctions
@@ -124,7 +125,13 @@ class MoETransformerLanguageModel(SavedWhole, Generation, keras.Model):
             vocabulary_size, units, name="embedding", dtype=policy
         )
         self.position_embedding = (
-            Embedding(max_length, units, name="position_embedding", dtype=policy)
+            Embedding(
+                max_length,
+                units,
+                of_words=False,
+                name="position_embedding",
+                dtype=policy,
+            )
             if self.learned_positions
             else None
         )
@@ -133,7 +140,7 @@ class MoETransformerLanguageModel(SavedWhole, Generation, keras.Model):
         self.softmax_dense = (
             None
             if self.tied
-            else keras.layers.Dense(vocabulary_size, dtype=float_type, name="softmax")
+            else WordScores(vocabulary_size, dtype=float_type, name="softmax")
         )
         self._traced_functions = TracedFunctions()
 
@@ -186,8 +193,13 @@ class MoETransformerLanguageModel(SavedWhole, Generation, keras.Model):
         """
         if self.softmax_dense is not None:
             return self.softmax_dense(hidden)
-        kernel = tf.convert_to_tensor(self.embedding.embeddings)
         kind = at_least_float32(self.compute_dtype)
+        vocabulary = self.embedding.vocabulary
+        if vocabulary is not None:
+            hidden = tf.cast(hidden, self.embedding.variable_dtype)
+            logits = vocabulary.logits(hidden, self.embedding.embeddings)
+            return tf.cast(logits, kind)
+        kernel = tf.convert_to_tensor(self.embedding.embeddings)
         return tf.einsum("btd,vd->btv", tf.cast(hidden, kind), tf.cast(kernel, kind))
 
     def initial_state(self, batch_size: Any, length: Any = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from keras_moe.layers.embedding import Embedding
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.routing_record import recorded_routing, routing_arrays
 from keras_moe.layers.tracking import track_entries
+from keras_moe.layers.word_scores import WordScores
 from keras_moe.models.parts import (
     SavedWhole,
     TracedFunctions,
@@ -181,7 +182,7 @@ class MoETranslator(SavedWhole, Decoding, keras.Model):
         track_entries(self, "decoder")
         self.encoder_dropouts = self._make_dropouts(self.encoder)
         self.decoder_dropouts = self._make_dropouts(self.decoder)
-        self.softmax = keras.layers.Dense(
+        self.softmax = WordScores(
             vocabulary_size,
             bias_initializer=_BiasWithoutPadding(),
             dtype=at_least_float32(self.compute_dtype).name,

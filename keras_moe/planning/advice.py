@@ -93,8 +93,8 @@ def _memory(plan):
     if not plan.placement.vocabulary_sharded and words > 0.25 * plan.cluster.memory:
         yield (
             f"The vocabulary takes {words / 1e9:.1f} GB of every device, since each "
-            "holds all of it; sharded (`shard_vocabulary`) it would take "
-            f"{words / plan.num_devices / 1e9:.2f} GB. This package does not shard it."
+            "holds all of it; sharded (`distribution.shard_vocabulary`) it would take "
+            f"{words / plan.num_devices / 1e9:.2f} GB."
         )
     if plan.placement.idle_devices:
         yield (

@@ -159,8 +159,8 @@ def plan(
         expert_optimizer: Of a preset: `"adam"`, `"factored_adam"` or None: the
             preset's. Defaults to `None`.
         shard_vocabulary: Bool. Of a preset: whether embedding and softmax are shared
-            among the devices. The layers of this package put them on every device.
-            Defaults to `False`.
+            among the devices, as `distribution.shard_vocabulary` does it; the traffic
+            is that of rows from their owners alone. Defaults to `False`.
         imbalance: Float, 1 or more. Load of the busiest device over the mean.
             Defaults to `1.15`, the paper's measured max/mean (table 6).
         batch: Of a model: `(x, y)` or `x`, arrays or `tf.TensorSpec`, the batch of one

@@ -29,6 +29,8 @@ class Perplexity(keras.metrics.MeanMetricWrapper):
         function = losses.TokenCrossentropy(from_logits, reduction=None).call
         super().__init__(function, name=name, dtype=dtype)
         self.from_logits = from_logits
+        if from_logits:  # can be made of the losses of tokens, in place of logits
+            self.takes_losses = True
 
     def result(self):
         return tf.exp(super().result())

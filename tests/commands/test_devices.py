@@ -44,6 +44,34 @@ def test_the_strategy_gets_its_size(option, number, monkeypatch):
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "several devices .*Received: shard_vocabulary=True, devices=None"),
+        ({"devices": 1}, "devices=1, workers=None, dtensor=None. Set one"),
+        (
+            {"devices": 2, "num_sampled": 5, "untouched_rows": "keep"},
+            "`untouched_rows` must be 'decay' .*Received: 'keep'",
+        ),
+    ],
+)
+def test_words_need_devices_to_be_shared_out(options, message):
+    with pytest.raises(ValueError, match=message):
+        devices.launch_workers(TrainLMOptions(shard_vocabulary=True, **options))
+
+
+def test_the_strategy_is_told_to_share_words_out(monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "_strategy_of", lambda options: "strategy")
+    monkeypatch.setattr(distribution, "shard_vocabulary", asked.append)
+    options = TrainLMOptions(devices=2, shard_vocabulary=True, num_sampled=5)
+    assert not devices.launch_workers(options)
+    assert devices.make_strategy(options) == "strategy"
+    assert asked == ["strategy"]
+    devices.make_strategy(TrainLMOptions(devices=2))
+    assert len(asked) == 1
+
+
 def test_one_device_is_a_group():
     assert not devices.launch_workers(TrainLMOptions(expert_parallel_size=1))
     assert devices.make_strategy(TrainLMOptions(expert_parallel_size=1)) is None

@@ -19,10 +19,17 @@ from tests.distribution import child
 STEPS = 2
 
 
-def build(strategy):
+def build(strategy, words=False):
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     with child.scope_of(strategy):
+        if words:
+            model = keras_moe.models.MoELanguageModel(
+                child.VOCABULARY, child.WIDTH, dropout=0.0
+            )
+            model.build((None, child.TIME))
+            compile_model(model)
+            return model
         model = keras.Sequential(
             [
                 keras.Input((child.TIME,), dtype="int32"),
@@ -90,8 +97,11 @@ def main():
         strategy = distribution.DTensorStrategy(distribution.create_mesh(devices))
     elif settings["engine"] == "mirrored":
         strategy = child.strategy_of(devices, settings.get("group_size"))
+    words = settings.get("words", False)
+    if words and strategy is not None and words != "everywhere":
+        distribution.shard_vocabulary(strategy)
     folder = Path(settings["directory"])
-    model = build(strategy)
+    model = build(strategy, words)
     with child.scope_of(strategy):
         checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
     states = []
@@ -127,7 +137,7 @@ def main():
         ],
     }
     if strategy is None:
-        model = build(None)
+        model = build(None, words)
         results["unbroken"] = [train(model, i) for i in range(settings["stages"])]
     print("RESULT " + json.dumps(results), flush=True)
 

@@ -21,6 +21,7 @@ import tensorflow as tf
 from tensorflow.python.distribute import collective_all_reduce_strategy
 
 import keras_moe
+from keras_moe.data import pipelines
 from tests import own_layers
 
 OWN_GATES = {
@@ -322,7 +323,8 @@ def dataset(case: Case) -> tf.data.Dataset:
         before = np.pad(y[:, :-1], [[0, 0], [1, 0]], constant_values=2)
         x = x * real, np.where(real, before, 0).astype("int32")
         x = tuple(part.astype("int32") for part in x)
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    return pipelines.prefetched(data)  # or the end of `fit` may wait, a minute at most
 
 
 class Losses(keras.callbacks.Callback):

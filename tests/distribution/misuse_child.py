@@ -136,6 +136,32 @@ def size_of_kind(kind, value=1):
     return make
 
 
+def words(optimizer=None, build_first=False):
+    """Shares words out, before a model is built or after it."""
+
+    def make(strategy):
+        strategy = child.strategy_of(strategy.num_replicas_in_sync)
+        if not build_first:
+            keras_moe.distribution.shard_vocabulary(strategy)
+        with strategy.scope():
+            model = keras_moe.models.MoELanguageModel(5, 4)
+            model.build((None, 3))
+            if optimizer is not None:
+                optimizer.build(model.trainable_variables)
+        keras_moe.distribution.shard_vocabulary(strategy)
+
+    return make
+
+
+def words_of_kind(kind):
+    def make(_):
+        strategy = mock.Mock(spec=kind, num_replicas_in_sync=2)
+        strategy.__class__ = kind
+        keras_moe.distribution.shard_vocabulary(strategy)
+
+    return make
+
+
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
@@ -161,6 +187,16 @@ def main():
         "size_parameter_server": size_of_kind(tf.distribute.ParameterServerStrategy, 2),
         "size_one_device": size_of_kind(tf.distribute.OneDeviceStrategy),
         "size_dtensor": size_of_kind(keras_moe.distribution.DTensorStrategy, 2),
+    }
+    adam = keras_moe.optimizers.FactoredAdam
+    cases |= {
+        "words_later": words(build_first=True),
+        "words_untouched": words(adam(untouched_rows="keep")),
+        "words_factored": words(adam(factored=["embeddings"])),
+        "words_adafactor": words(keras.optimizers.Adafactor()),
+        "words_lamb": words(keras.optimizers.Lamb()),
+        "words_parameter_server": words_of_kind(tf.distribute.ParameterServerStrategy),
+        "words_again": words(),
     }
     found = {}
     for name, make in cases.items():

@@ -31,13 +31,21 @@ BOTH = [("dtensor", 4), (None, 1), ("dtensor", 2), ("mirrored", 3), ("dtensor", 
     ],
 )
 def test_training_goes_on_with_other_numbers_of_devices(stages, tmp_path):
+    settings = [
+        {"engine": engine, "devices": devices}
+        | dict(zip(["group_size"], size, strict=False))
+        for engine, devices, *size in stages
+    ]
+    assert_goes_on(settings, tmp_path)
+
+
+def assert_goes_on(stages, directory):
     found = []
-    for stage, (engine, devices, *size) in enumerate(stages):
-        settings = {"engine": engine, "devices": devices, "directory": str(tmp_path)}
-        settings |= dict(zip(["group_size"], size, strict=False))
+    for stage, settings in enumerate(stages):
+        settings = {**settings, "directory": str(directory)}
         settings |= {"stage": stage, "stages": len(stages)}
         found.append(children.run("checkpoint_child", settings))
-    unbroken = found[stages.index((None, 1))]["unbroken"]
+    (unbroken,) = (each["unbroken"] for each in found if "unbroken" in each)
     # Losses change from step to step, or equal ones would say nothing.
     assert np.min(np.abs(np.diff(np.ravel(unbroken)))) > 1e-3
     for stage, losses in enumerate(unbroken):
@@ -46,6 +54,34 @@ def test_training_goes_on_with_other_numbers_of_devices(stages, tmp_path):
         )
         # `.weights.h5`, `tf.train.Checkpoint`, `.keras`: as `BackupAndRestore`.
         assert found[stage]["apart"] == [0.0] * (3 if stage else 0)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param(
+            [("mirrored", 3, True), (None, 1, True), ("dtensor", 2, True)], id="few"
+        ),
+        pytest.param(
+            [
+                ("mirrored", 4, True),
+                (None, 1, True),
+                ("mirrored", 2, "everywhere"),
+                ("dtensor", 4, True),
+                ("mirrored", 3, True),
+                ("dtensor", 3, True),
+            ],
+            id="many",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
+def test_training_goes_on_wherever_words_are(stages, tmp_path):
+    settings = [
+        {"engine": engine, "devices": devices, "words": words}
+        for engine, devices, words in stages
+    ]
+    assert_goes_on(settings, tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["mirrored", "dtensor"])

@@ -31,6 +31,12 @@ def messages():
         ("size_float", ("`size` must be a whole number", "size=1.0")),
         ("size_later", ("size=1 after experts were built for 2", "right after")),
         ("size_parameter_server", ("must be a MirroredStrategy",)),
+        ("words_later", ("`shard_vocabulary` must be called before", "right after")),
+        ("words_untouched", ("'decay'", "untouched_rows='keep'", "embeddings")),
+        ("words_factored", ("FactoredAdam", "of shape (5, 4)", "Factor the kernels")),
+        ("words_adafactor", ("experts or words", "do not shard the vocabulary")),
+        ("words_lamb", ("Lamb", "Use Adam")),
+        ("words_parameter_server", ("must be a MirroredStrategy",)),
         ("size_dtensor", ("create_mesh(..., expert_parallel_size=2)",)),
     ],
 )
@@ -57,6 +63,7 @@ def test_models_without_experts_train_as_before(messages):
 def test_a_size_may_be_set_again_and_that_of_one_device_is_1(messages):
     assert messages["size_as_before"] == ["", ""]
     assert messages["size_one_device"] == ["", ""]
+    assert messages["words_again"] == ["", ""]
 
 
 @pytest.mark.slow

@@ -75,6 +75,8 @@ def test_bytes():
     shards = topology.make_shards(7, 2)
     # 4 and 3 experts of 5 * 6 float32.
     assert topology.shard_bytes(shards, (7, 5, 6), 4).tolist() == [480, 360]
+    # 4 and 3 columns of 5 float32.
+    assert topology.shard_bytes(shards, (5, 7), 4, axis=1).tolist() == [80, 60]
     # 100 tokens * 4 rows / 2 replicas, half of them away, 8 floats, 4 times.
     assert topology.exchange_bytes(100, 4, 8, 4, 2) == 4 * 100 * 8 * 4
     assert topology.exchange_bytes(100, 4, 8, 4, 1) == 0

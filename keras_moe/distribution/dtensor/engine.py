@@ -16,9 +16,11 @@ from keras_moe.distribution.dtensor.variables import (
     replicated,
     sharded_layout,
 )
+from keras_moe.distribution.dtensor.vocabulary import LaidOutTable, MeshVocabulary
+from keras_moe.distribution.vocabulary import SharesWords
 
 
-class MeshEngine(engine.Engine):
+class MeshEngine(SharesWords, engine.Engine):
     """Experts shared among the devices of a mesh; one logical replica.
 
     Args:
@@ -33,9 +35,14 @@ class MeshEngine(engine.Engine):
     def __init__(self, mesh: dtensor.Mesh):
         self.mesh = mesh
         self.devices = f"a mesh of {mesh.size} devices"
-        self.weights = _Weights(mesh)
+        self.weights = _Weights(self)
         self.operations = _Operations(mesh)
         self.dispatcher = self._dispatcher
+
+    def vocabulary_of(self, table):
+        if not getattr(table, "is_table", False):
+            return None
+        return MeshVocabulary(self.mesh, table.num_experts)
 
     def _dispatcher(self, k, capacity_factor=None, most_experts=None):
         # Gates say -1 for no expert here, in as many columns as they have at most.
@@ -43,21 +50,31 @@ class MeshEngine(engine.Engine):
 
 
 class _Weights(engine.Weights):
-    def __init__(self, mesh):
-        self._mesh = mesh
+    def __init__(self, owner):
+        self._engine, self._mesh = owner, owner.mesh
+
+    def add_table_weight(self, layer, shape, initializer, name, axis=0, **options):
+        self._engine.has_tables = True
+        if not self._engine.shards_vocabulary:
+            return super().add_table_weight(layer, shape, initializer, name, **options)
+        options = {"axis": axis, "name": name, **options}
+        return self._add(LaidOutTable, layer, initializer, shape, **options)
 
     def add_expert_weight(self, layer, shape, initializer, name, together=1, **options):
+        options = {"name": name, **options}
+        return self._add(LaidOutExperts, layer, initializer, shape, **options)
+
+    def _add(self, kind, layer, initializer, shape, **options):
         if in_step():
             raise ValueError(
-                "A layer with experts must be built before `strategy.run`, in the "
-                f"scope of the strategy. Received: {layer.name!r} built within a "
-                "step. Use `keras.Input`, or call `build` in `strategy.scope()`."
+                "A layer with experts or shared words must be built before "
+                "`strategy.run`, in the scope of the strategy. Received: "
+                f"{layer.name!r} built within a step. Use `keras.Input`, or call "
+                "`build` in `strategy.scope()`."
             )
+        options = {"dtype": layer.variable_dtype, **options}
         with compatibility.layer_name_scope(layer):
-            options = {"dtype": layer.variable_dtype, **options}
-            variable = LaidOutExperts(
-                initializer, shape, self._mesh, name=name, **options
-            )
+            variable = kind(initializer, shape, self._mesh, **options)
         variable.strategy = tf.distribute.get_strategy()
         return compatibility.track_weight(layer, variable)
 
@@ -66,6 +83,7 @@ class _Weights(engine.Weights):
         return layer.add_weight(name=name, shape=shape, initializer=initializer)
 
     def add_slot(self, optimizer, variable, shape, name):
+        slots.verify_factored(optimizer, variable, shape)
         return slots.make_slot(optimizer, variable, name, shape=shape)
 
     def entries_here(self, variable, values):

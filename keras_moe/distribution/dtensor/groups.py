@@ -23,7 +23,7 @@ from tensorflow.experimental import dtensor
 from keras_moe.distribution import compatibility
 
 # DTensor passes on operations that it does not know only if told so, one by one.
-_PASSED_ON = "DTENSOR_ENABLE_REPLICATED_SPMD_AS_DEFAULT_TF."
+PASSED_ON = "DTENSOR_ENABLE_REPLICATED_SPMD_AS_DEFAULT_TF."
 _COLLECTIVES = ("COLLECTIVEALLTOALLV2", "COLLECTIVEREDUCEV2")
 
 # No two collectives of a group may have the same one.
@@ -66,7 +66,7 @@ class Groups:
         if self.number == 1:
             return
         for name in _COLLECTIVES:
-            os.environ[_PASSED_ON + name] = "1"
+            os.environ[PASSED_ON + name] = "1"
         keys = compatibility.new_group_keys(self.number + size)
         # For each device the key of its group, and that of its place in any group.
         self._within = [keys[i // size] for i in range(mesh.size)]

@@ -22,6 +22,7 @@ from tensorflow.experimental import dtensor
 from keras_moe.distribution import compatibility, slots
 from keras_moe.distribution.dtensor import operations
 from keras_moe.distribution.dtensor.variables import (
+    DENSE_BY,
     LaidOutExperts,
     current_mesh,
     in_step,
@@ -43,6 +44,7 @@ def install() -> None:
         _install_silu()
         _install_slices()
         slots.install()
+        _install_build()
         _install_clipping()
         _install_adafactor()
     _installed = True
@@ -214,6 +216,8 @@ def _install_slices():
             return NotImplemented
         if dtype is not None and not dtype.is_compatible_with(value.dtype):
             return NotImplemented
+        if hasattr(value.dense_shape, DENSE_BY):
+            return getattr(value.dense_shape, DENSE_BY)(value)
         shape = tf.get_static_value(value.dense_shape)
         if shape is None:
             return NotImplemented
@@ -267,6 +271,16 @@ def _install_clipping():
 
 def _num_copies(variable):
     return variable.num_copies if isinstance(variable, LaidOutExperts) else 1
+
+
+def _install_build():
+    stock = compatibility.BaseOptimizer.build
+
+    def build(self, variables):
+        slots.verify_untouched_rows(self, variables)
+        stock(self, variables)
+
+    compatibility.BaseOptimizer.build = build
 
 
 def _install_adafactor():
@@ -327,6 +341,12 @@ def _verify_factors(variables):
     for variable in variables:
         if not isinstance(variable, LaidOutExperts) or len(variable.shape) >= 3:
             continue
+        if getattr(variable, "is_table", False):
+            raise ValueError(
+                "`optimizer` Adafactor takes means over all words, which the devices of "
+                f"a mesh share out here. Received: {variable.path!r}. Do not shard the "
+                "vocabulary, or use another optimizer."
+            )
         if variable.value.shape[0] != variable.num_experts:
             raise ValueError(
                 "`optimizer` Adafactor takes means over the last two axes, of which "

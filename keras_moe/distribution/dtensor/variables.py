@@ -19,6 +19,9 @@ from keras_moe.distribution.dtensor.groups import groups_of
 
 _thread = threading.local()
 
+# Set on the shape of slices of a gradient: what makes them dense, where that is known.
+DENSE_BY = "_keras_moe_dense_by"
+
 
 def current_mesh() -> dtensor.Mesh | None:
     """The mesh of the step whose code runs here, None outside of steps."""
@@ -156,8 +159,8 @@ class LaidOutVariable(dtensor.DVariable):
 
     Args:
         initial_value: A plain tensor.
-        layout: Its `dtensor.Layout`. If the first axis is sharded, it is padded with
-            zeros to a size that the mesh divides.
+        layout: Its `dtensor.Layout`. An axis that is sharded is padded with zeros to a
+            size that the mesh divides.
         of_experts: Bool. Whether every group of devices has a copy of it. Then it
             is stored as `(G * E, ...)`, see `groups`. Defaults to `False`.
         **kwargs: Those of `tf.Variable`.
@@ -186,20 +189,27 @@ class LaidOutVariable(dtensor.DVariable):
         return self._groups.number if self._groups else 1
 
     @property
+    def _axis(self):
+        """The one that is sharded, 0 if none is."""
+        specs = list(self._target.sharding_specs)
+        name = self._target.mesh.dim_names[0]
+        return specs.index(name) if name in specs else 0
+
+    @property
     def _missing_rows(self):
-        """Rows of padding that make the first axis of a copy one that its devices divide."""
+        """Padding that makes the axis of a copy one that its devices divide."""
         layout, shape = self._target, self.whole_shape
         if layout.is_fully_replicated() or not shape.rank:
             return 0
-        return -shape[0] % (layout.mesh.size // self.num_copies)
+        return -shape[self._axis] % (layout.mesh.size // self.num_copies)
 
     def _stored(self, value):
         missing = self._missing_rows
         with on_host():
             if missing:
-                value = tf.pad(
-                    value, [[0, missing]] + [[0, 0]] * (value.shape.rank - 1)
-                )
+                rest = [[0, 0] for _ in value.shape]
+                rest[self._axis][1] = missing
+                value = tf.pad(value, rest)
             if self.num_copies > 1:
                 value = tf.concat([value] * self.num_copies, axis=0)
         return value
@@ -214,8 +224,9 @@ class LaidOutVariable(dtensor.DVariable):
         if tf.executing_eagerly():
             value = whole(value)
         if self._missing_rows or self.num_copies > 1:
+            real = slice(self.whole_shape[self._axis])
             with on_host():
-                value = value[: self.whole_shape[0]]
+                value = value[(*[slice(None)] * self._axis, real)]
         return value
 
     def _laid_out(self, value):
@@ -245,6 +256,8 @@ class LaidOutVariable(dtensor.DVariable):
         return self.assign_sub(self._dense(sparse_delta), use_locking, name)
 
     def _dense(self, slices):
+        if hasattr(slices.dense_shape, DENSE_BY):
+            return tf.convert_to_tensor(slices)
         # With the shape as a constant: it is not always known from the slices.
         shape = tf.constant(self.shape.as_list(), tf.int64)
         return tf.convert_to_tensor(

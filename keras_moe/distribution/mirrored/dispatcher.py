@@ -7,7 +7,6 @@ from typing import Any
 import tensorflow as tf
 
 from keras_moe import functional
-from keras_moe.distribution import compatibility
 from keras_moe.distribution.messages import other_scope
 from keras_moe.distribution.mirrored import exchange, expert_layers
 from keras_moe.distribution.mirrored.capacity import Capacity, without_dropped
@@ -85,7 +84,7 @@ class MirroredDispatcher(functional.Dispatcher):
             return function(rows, counts, first_rows)
         position = shards.position_of(replicas.index)
         route = exchange.make_route(all_counts, shards, position)
-        move = partial(self._all_to_all, among)
+        move = partial(replicas.exchange, among=among)
         arrived = exchange.to_experts(rows, route, move)
         answers = function(arrived, route.counts, first_rows)
         return exchange.from_experts(answers, route, move)
@@ -150,17 +149,6 @@ class MirroredDispatcher(functional.Dispatcher):
         if getattr(experts, "experts_are_layers", False):
             return make_shards(experts.num_experts, number)
         return None
-
-    def _all_to_all(self, among, blocks):
-        strategy = self._engine.strategy
-
-        @tf.custom_gradient
-        def run(blocks):
-            received = compatibility.all_to_all(strategy, blocks, among)
-            received = tf.ensure_shape(received, blocks.shape)
-            return received, partial(self._all_to_all, among)
-
-        return run(blocks)
 
 
 def _first_rows(all_counts, shards, replica):

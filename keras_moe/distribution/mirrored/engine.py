@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_moe import engine, operations
 from keras_moe.distribution import compatibility, slots
+from keras_moe.distribution.messages import other_scope
 from keras_moe.distribution.mirrored import (
     exchange,
     expert_layers,
@@ -23,10 +24,12 @@ from keras_moe.distribution.mirrored.expert_variable import (
     HOLDERS,
     ExpertVariable,
 )
+from keras_moe.distribution.mirrored.vocabulary import ShardedVocabulary
 from keras_moe.distribution.topology import make_shards
+from keras_moe.distribution.vocabulary import SharesWords
 
 
-class MirroredEngine(engine.Engine):
+class MirroredEngine(SharesWords, engine.Engine):
     """One shard of every mixture's experts on each replica of a strategy.
 
     Args:
@@ -58,6 +61,16 @@ class MirroredEngine(engine.Engine):
     def strategy(self) -> Any:
         """The `tf.distribute.Strategy`."""
         return self._strategy()
+
+    def vocabulary_of(self, table):
+        if not getattr(table, "is_table", False):
+            return None
+        if table.strategy is not self.strategy:
+            raise other_scope(
+                f"{table.path!r} of a strategy with {table.shards.num_replicas} replicas "
+                f"in a step of another with {self.replicas.number}"
+            )
+        return ShardedVocabulary(self.replicas, table.shards)
 
     def set_group_size(self, size: int) -> None:
         """Sets how many replicas hold all experts together.
@@ -96,15 +109,23 @@ class _Weights(engine.Weights):
         if getattr(layer, "groups_are_shared_by_all", False):
             size = self._engine.replicas.number
         shards = make_shards(shape[0], self._engine.replicas.number, together, size)
+        return self._add(layer, initializer, shape, shards, name=name, **options)
+
+    def add_table_weight(self, layer, shape, initializer, name, axis=0, **options):
+        self._engine.has_tables = True
+        if not self._engine.shards_vocabulary:
+            return super().add_table_weight(layer, shape, initializer, name, **options)
+        # Words have no groups: all replicas share them out.
+        shards = make_shards(shape[axis], self._engine.replicas.number)
+        options = {"axis": axis, "is_table": True, "name": name, **options}
+        return self._add(layer, initializer, shape, shards, **options)
+
+    def _add(self, layer, initializer, shape, shards, **options):
         self._engine.has_experts = True
+        options = {"dtype": layer.variable_dtype, **options}
         with compatibility.layer_name_scope(layer):
             variable = ExpertVariable(
-                initializer,
-                shape,
-                self._engine.strategy,
-                shards,
-                name=name,
-                **{"dtype": layer.variable_dtype, **options},
+                initializer, shape, self._engine.strategy, shards, **options
             )
         return compatibility.track_weight(layer, variable)
 
@@ -120,6 +141,7 @@ class _Weights(engine.Weights):
             variable.of_experts = self._engine.replicas.number
 
     def add_slot(self, optimizer, variable, shape, name):
+        slots.verify_factored(optimizer, variable, shape)
         if len(variable.shape) < 3:
             raise ValueError(
                 "A sharded weight must have an axis besides that of the experts for "
@@ -170,6 +192,22 @@ class _Replicas(engine.Replicas):
         strategy = self._engine.strategy
         found = compatibility.all_gather(strategy, value[tf.newaxis], among)
         return tf.ensure_shape(found, (None, *value.shape))
+
+    def exchange(self, blocks, among=None):
+        """`(P, ...)`: block r goes to replica r, and its block comes back.
+
+        Its gradient is itself; `among` a part of the replicas, see `compatibility`.
+        """
+        _verify_graph()
+        strategy = self._engine.strategy
+
+        @tf.custom_gradient
+        def run(blocks):
+            received = compatibility.all_to_all(strategy, blocks, among)
+            received = tf.ensure_shape(received, blocks.shape)
+            return received, partial(self.exchange, among=among)
+
+        return run(blocks)
 
     def num_before(self, num_rows):
         rows = self.gather(tf.cast(num_rows, tf.int32))

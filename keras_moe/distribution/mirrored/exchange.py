@@ -105,8 +105,8 @@ def to_experts(
     Returns:
         `(M_in, D)`, the rows for the experts of this replica, sorted by expert.
     """
-    blocks = _moved(rows, route.slots, route.positions)
-    return _moved(all_to_all(blocks), route.incoming, route.incoming_slots)
+    blocks = moved(rows, route.slots, route.positions)
+    return moved(all_to_all(blocks), route.incoming, route.incoming_slots)
 
 
 def from_experts(
@@ -122,8 +122,8 @@ def from_experts(
     Returns:
         `(M, D)` in the order of what `to_experts` took.
     """
-    blocks = _moved(rows, route.incoming_slots, route.incoming)
-    return _moved(all_to_all(blocks), route.positions, route.slots)
+    blocks = moved(rows, route.incoming_slots, route.incoming)
+    return moved(all_to_all(blocks), route.positions, route.slots)
 
 
 def over_columns(
@@ -169,20 +169,29 @@ def over_columns(
     return answers[:num_own, :num_columns] > 0.5
 
 
-def _moved(x, index, inverse):
+def moved(x: tf.Tensor, index: tf.Tensor, inverse: tf.Tensor) -> tf.Tensor:
     """Rows of `x` at `index`; the gradient gathers too, at `inverse`.
 
     Of `index` and `inverse` the one of rank 2 may hold -1, which gives zeros.
+
+    Args:
+        x: `(..., D)`.
+        index: Ints of rank 1 or 2.
+        inverse: Ints of the other rank.
+
+    Returns:
+        `(*index.shape, D)`.
     """
 
     @tf.custom_gradient
     def move(x):
-        return _at(x, index), lambda dy: _at(dy, inverse)
+        return rows_at(x, index), lambda dy: rows_at(dy, inverse)
 
     return move(x)
 
 
-def _at(x, index):
+def rows_at(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Rows of `x`, in any number of leading axes, at `index`; see `moved`."""
     x = tf.reshape(x, [-1, x.shape[-1]])
     if index.shape.rank == 1:
         return tf.gather(x, index)

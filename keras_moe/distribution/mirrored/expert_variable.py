@@ -1,4 +1,4 @@
-"""Variables of which every replica holds only its own experts."""
+"""Variables of which every replica holds only its own experts, or words."""
 
 from typing import Any
 
@@ -37,11 +37,13 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
         strategy: The `tf.distribute.Strategy`.
         values: The components of this process, in the order of its replicas.
         shards: `Shards` of the experts.
+        axis: That of the experts. Defaults to 0.
     """
 
-    def __init__(self, strategy: Any, values: list, shards: Shards):
+    def __init__(self, strategy: Any, values: list, shards: Shards, axis: int = 0):
         super().__init__(strategy, values, tf.VariableAggregation.NONE)
         self.shards = shards
+        self.axis = axis
         self._gather: Any = None
         # Components here that hold all experts; None if one process has no such ones.
         # Processes have equal numbers of devices.
@@ -58,7 +60,9 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
         replica = compatibility.replica_or_none(self._distribute_strategy)
         if replica is not None:
             return self._values[replica].shape
-        return tf.TensorShape([self.shards.num_experts, *self._values[0].shape[1:]])
+        sizes = self._values[0].shape.as_list()
+        sizes[self.axis] = self.shards.num_experts
+        return tf.TensorShape(sizes)
 
     def assign(self, value, use_locking=False, name=None, read_value=True):
         strategy = self._distribute_strategy
@@ -69,19 +73,20 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
         ):
             own = self.shards.experts_of(replica)
             with tf.device(device):
-                part.assign(value[own.start : own.stop])
+                part.assign(_entries(value, own, self.axis))
         return self
 
     def _get_cross_replica(self):
         """All experts. With several processes every process has to ask."""
         if self._whole is not None:
             with tf.device("CPU:0"):
-                return tf.concat([part.read_value() for part in self._whole], axis=0)
+                parts = [part.read_value() for part in self._whole]
+                return tf.concat(parts, axis=self.axis)
         if not tf.executing_eagerly():
             if compatibility.in_stateless_scope():  # Keras infers shapes
                 return tf.zeros(self.shape, self.dtype)
             raise ValueError(
-                "Weights of experts that live in several processes can be read as "
+                "Weights that live in several processes in parts can be read as "
                 "a whole outside of a `tf.function` or within `strategy.run` only. "
                 f"Received: a read of {self.name!r} in a graph."
             )
@@ -97,27 +102,43 @@ class ShardedVariable(compatibility.SyncOnReadVariable):
 
         def gather():
             part = self._values[compatibility.local_replica(strategy)].read_value()
+            part = _swapped(part, self.axis)
             rest = [[0, longest - part.shape[0]], *[[0, 0]] * (part.shape.rank - 1)]
             blocks = compatibility.all_gather(
                 strategy, tf.pad(part, rest), among_group(shards)
             )
             blocks = tf.reshape(blocks, [shards.group_size, longest, *part.shape[1:]])
             filled = zip(tf.unstack(blocks), shards.sizes, strict=True)
-            return tf.concat([block[:size] for block, size in filled], axis=0)
+            whole = tf.concat([block[:size] for block, size in filled], axis=0)
+            return _swapped(whole, self.axis)
 
         return strategy.run(gather)
 
     def _export_to_saved_model_graph(self, *args, **kwargs):
         raise ValueError(
-            "A model whose experts are sharded cannot be written as a SavedModel "
+            "A model whose weights are sharded cannot be written as a SavedModel "
             f"as it is. Received: weight {self.name!r} on "
             f"{self.shards.num_replicas} replicas. Use "
             "keras_moe.serving.export, which writes the model of one device."
         )
 
 
+def _entries(value, own, axis):
+    """Of an array those of a run of entries of an axis."""
+    return value[(*[slice(None)] * axis, slice(own.start, own.stop))]
+
+
+def _swapped(value, axis):
+    """The array with its first axis and another one exchanged."""
+    order = list(range(value.shape.rank))
+    order[0], order[axis] = axis, 0
+    return value if axis == 0 else tf.transpose(value, order)
+
+
 class ExpertVariable(keras.Variable):
     """A Keras variable `(E, ...)` of which every replica holds its experts.
+
+    The words of a vocabulary are shared out likewise, and may be another axis.
 
     With several expert-parallel groups each of them holds all experts; what replicas
     write stays alike on those that hold the same.
@@ -130,6 +151,8 @@ class ExpertVariable(keras.Variable):
         shape: `(E, ...)`.
         strategy: A `tf.distribute.Strategy` with several replicas.
         shards: `Shards` of the E experts.
+        axis: That of the experts. Defaults to 0.
+        is_table: Whether its entries are words of a vocabulary. Defaults to `False`.
         **kwargs: Those of `keras.Variable`.
 
     Raises:
@@ -137,18 +160,28 @@ class ExpertVariable(keras.Variable):
     """
 
     def __init__(
-        self, initializer: Any, shape: tuple, strategy: Any, shards: Shards, **kwargs
+        self,
+        initializer: Any,
+        shape: tuple,
+        strategy: Any,
+        shards: Shards,
+        *,
+        axis: int = 0,
+        is_table: bool = False,
+        **kwargs: Any,
     ):
         self._strategy = strategy
         self.shards = shards
+        self.axis = axis
+        self.is_table = is_table
         super().__init__(keras.initializers.get(initializer), shape=shape, **kwargs)
 
     def sharded_alike(
         self, initializer: Any, shape: tuple, **kwargs: Any
     ) -> "ExpertVariable":
-        """Another variable whose first axis is sharded as this one's: its state."""
+        """Another variable that is sharded as this one: its state."""
         other = ExpertVariable(
-            initializer, shape, self._strategy, self.shards, **kwargs
+            initializer, shape, self._strategy, self.shards, axis=self.axis, **kwargs
         )
         other.slot_of = self
         return other
@@ -156,10 +189,10 @@ class ExpertVariable(keras.Variable):
     def _initialize_with_initializer(self, initializer):
         if not tf.distribute.in_cross_replica_context():
             raise ValueError(
-                "A layer with experts must be built before `strategy.run`, in the "
-                f"scope of the strategy. Received: {self.path!r} made within a "
-                "replica. Call the model on a batch in `strategy.scope()` first, or "
-                "use `keras.Input`."
+                "A layer with experts or shared words must be built before "
+                f"`strategy.run`, in the scope of the strategy. Received: {self.path!r} "
+                "made within a replica. Call the model on a batch in `strategy.scope()` "
+                "first, or use `keras.Input`."
             )
         shape, dtype, shards = tuple(self._shape), self._dtype, self.shards
         with tf.init_scope():
@@ -170,11 +203,12 @@ class ExpertVariable(keras.Variable):
             values = []
             for replica, device in compatibility.component_devices(self._strategy):
                 own = shards.experts_of(replica)
+                size = (*shape[: self.axis], len(own), *shape[self.axis + 1 :])
                 with tf.device(device):
                     part = (
-                        initializer((len(own), *shape[1:]), dtype=dtype)
+                        initializer(size, dtype=dtype)
                         if whole is None
-                        else whole[own.start : own.stop]
+                        else _entries(whole, own, self.axis)
                     )
                     values.append(
                         compatibility.ResourceVariable(
@@ -185,7 +219,7 @@ class ExpertVariable(keras.Variable):
                             distribute_strategy=self._strategy,
                         )
                     )
-            self._value = ShardedVariable(self._strategy, values, shards)
+            self._value = ShardedVariable(self._strategy, values, shards, self.axis)
 
     @property
     def shape(self) -> tf.TensorShape:

@@ -91,8 +91,12 @@ def sum_gradients(gradients: list, variables: list) -> list:
         variable that of its own part.
     """
     strategy = engine.current().strategy  # type: ignore[attr-defined]
+    # Of a table the rows that were read stay such: on one device norms and squares
+    # are of them one by one.
     sums = [
-        tf.convert_to_tensor(g) if isinstance(v, ExpertVariable) else g
+        tf.convert_to_tensor(g)
+        if isinstance(v, ExpertVariable) and not v.is_table
+        else g
         for g, v in zip(gradients, variables, strict=True)
     ]
     among = [_among(v) for v in variables]
@@ -254,10 +258,11 @@ def _install_build():
         if sharded and kind in _REFUSED:
             raise ValueError(
                 f"`optimizer` {kind} computes with a whole weight at once and does "
-                "not work with sharded experts. Received: "
+                "not work with sharded experts or words. Received: "
                 f"{len(sharded)} sharded weights, the first {sharded[0]!r}. Use "
                 "Adam, AdamW, SGD or another optimizer that works element by element."
             )
+        slots.verify_untouched_rows(self, variables)
         stock_build(self, variables)
 
     _BaseOptimizer.build = build
@@ -336,8 +341,9 @@ def _build_adafactor(optimizer, variables):
         if isinstance(variable, ExpertVariable) and len(variable.shape) < 3:
             raise ValueError(
                 "`optimizer` Adafactor takes means over the last two axes, of which "
-                "one is that of the sharded experts here. Received: "
+                "one is that of the sharded experts or words here. Received: "
                 f"{variable.path!r} of shape {tuple(variable.shape)}. Set `use_bias` "
-                "of the experts to False or use another optimizer."
+                "of the experts to False, do not shard the vocabulary, or use another "
+                "optimizer."
             )
     slots.build_adafactor(optimizer, variables)

@@ -1,7 +1,7 @@
 """Repairs that `fit` needs under the mirrored strategies.
 
-Of Keras 3.15.1. `tests/distribution/test_repairs.py` runs plain models without them
-and fails when one is no longer needed.
+Of Keras 3.15.1 and TensorFlow 2.20.0. `tests/distribution/test_repairs.py` does without
+them and fails when one is no longer needed.
 """
 
 import functools
@@ -23,6 +23,7 @@ def install() -> None:
     if not _installed:
         install_symbolic_build()
         install_reduction()
+        install_untuned_batches()
         install_lost_workers()
     _installed = True
 
@@ -75,6 +76,24 @@ def install_reduction() -> None:
         return stock(values, strategy, reduction)
 
     module.reduce_per_replica = reduce_per_replica
+
+
+def install_untuned_batches() -> None:
+    """Hands batches to devices by pipelines that nothing tunes.
+
+    They only make a batch ahead. A thread that tunes one may sleep on when `fit` has done
+    with it, and `fit` waits for that: as long again as it has run, a minute at most.
+    """
+    module = compatibility.device_iterators
+    stock = module._create_device_dataset
+    options = tf.data.Options()
+    options.autotune.enabled = False
+
+    @functools.wraps(stock)
+    def _create_device_dataset(*args, **kwargs):
+        return stock(*args, **kwargs).with_options(options)
+
+    module._create_device_dataset = _create_device_dataset
 
 
 def install_lost_workers() -> None:

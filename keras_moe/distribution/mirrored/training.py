@@ -148,7 +148,7 @@ def _install_refusals():
                         name,
                         getattr(self, name),
                         self.name,
-                        "with experts on several replicas",
+                        "with experts or words on several replicas",
                         remedy,
                     )
         return stock(self, step_function)
