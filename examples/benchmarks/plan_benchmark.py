@@ -12,6 +12,7 @@ it stands the peak by TensorFlow's own allocator, which lends out more than is a
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -137,11 +138,9 @@ def measure(name, a):
     if a.devices > 1:
         names = [f"CPU:{i}" for i in range(a.devices)]
         strategy = tf.distribute.MirroredStrategy(names)
-        with strategy.scope():
-            model, (x, y) = build(name, a.quick)
-    else:
+    with strategy.scope() if strategy else contextlib.nullcontext():
         model, (x, y) = build(name, a.quick)
-    model.optimizer.build(model.trainable_variables)
+        model.optimizer.build(model.trainable_variables)
     for layer in model._flatten_layers():
         if hasattr(layer, "gate_kernel"):  # routing that is about even
             kernel = np.random.default_rng(0).normal(size=layer.gate_kernel.shape)

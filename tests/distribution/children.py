@@ -24,6 +24,12 @@ SEVERAL_DEVICES = [
 ADAM = {"optimizer": "Adam", "options": {"learning_rate": 0.01, "epsilon": 1e-5}}
 
 
+def cases(usual: list[dict], others: list[dict]):
+    """Gives a test its `cases`: some in the usual run, the others in the exhaustive one."""
+    rest = pytest.param(others, marks=pytest.mark.exhaustive, id="others")
+    return pytest.mark.parametrize("cases", [pytest.param(usual, id="usual"), rest])
+
+
 def environment(**variables: str) -> dict[str, str]:
     """That of a child: this package first, no GPU, little to say."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]

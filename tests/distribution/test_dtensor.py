@@ -54,42 +54,46 @@ def test_mixtures_train_as_on_one_device(num_devices, cases):
     assert_equal_on_devices(num_devices, cases)
 
 
-def test_other_layers_train_as_on_one_device():
-    assert_equal_on_devices(
-        2,
-        [
-            {**SHORT, **SGD, "layer": "hierarchical", "later": True},
-            {**SHORT, **SGD, "layer": "balanced", "mask": True, "later": True},
-            {**SHORT, **SGD, "layer": "gated"},
-            {**SHORT, **SGD, **SEVEN, "model": "transformer", "mask": True},
-            # A last batch that the devices do not divide.
-            {**SHORT, **SGD, "normalized": True, "examples": 31},
-        ],
-    )
+@children.cases(
+    usual=[
+        {**SHORT, **SGD, "layer": "hierarchical", "later": True},
+        # A last batch that the devices do not divide.
+        {**SHORT, **SGD, "normalized": True, "examples": 31},
+    ],
+    others=[
+        {**SHORT, **SGD, "layer": "balanced", "mask": True, "later": True},
+        {**SHORT, **SGD, "layer": "gated"},
+        {**SHORT, **SGD, **SEVEN, "model": "transformer", "mask": True},
+    ],
+)
+def test_other_layers_train_as_on_one_device(cases):
+    assert_equal_on_devices(2, cases)
 
 
-def test_todays_experts_and_gate_inputs_train_as_on_one_device():
-    assert_equal_on_devices(
-        2,
-        [
-            {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True, "int8": True},
-            {**SHORT, **SGD, **SEVEN, "layer": "low rank"},  # with dropout
-            {**SHORT, **SGD, "layer": "hierarchical by half", "mask": True},
-            {**SHORT, **SGD, "layer": "several gates"},
-        ],
-    )
+@children.cases(
+    usual=[
+        {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True, "int8": True},
+        {**SHORT, **SGD, "layer": "hierarchical by half", "mask": True},
+    ],
+    others=[
+        {**SHORT, **SGD, **SEVEN, "layer": "low rank"},  # with dropout
+        {**SHORT, **SGD, "layer": "several gates"},
+    ],
+)
+def test_todays_experts_and_gate_inputs_train_as_on_one_device(cases):
+    assert_equal_on_devices(2, cases)
 
 
-def test_gates_of_a_user_work_as_on_one_device():
-    assert_equal_on_devices(
-        2,
-        [
-            {**SHORT, **SGD, **SEVEN, "layer": "hash", "mask": True},
-            # By operations that DTensor expands wrongly in their stock form.
-            {**SHORT, **SGD, "layer": "stock"},
-            {**SHORT, **SGD, "layer": "groups by hash"},
-        ],
-    )
+@children.cases(
+    # By operations that DTensor expands wrongly in their stock form.
+    usual=[{**SHORT, **SGD, "layer": "stock"}],
+    others=[
+        {**SHORT, **SGD, **SEVEN, "layer": "hash", "mask": True},
+        {**SHORT, **SGD, "layer": "groups by hash"},
+    ],
+)
+def test_gates_of_a_user_work_as_on_one_device(cases):
+    assert_equal_on_devices(2, cases)
 
 
 UNEVEN = {"examples": 31, "mask": True}
@@ -97,33 +101,39 @@ DEVICES = [pytest.param(1, marks=pytest.mark.exhaustive), *SEVERAL_DEVICES]
 
 
 @pytest.mark.parametrize("num_devices", DEVICES)
-def test_a_capacity_drops_what_one_device_drops(num_devices):
+@children.cases(
+    usual=[
+        {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
+        {**SGD, **SHORT, "layer": "hierarchical", "mask": True, "capacity": 0.8},
+    ],
+    others=[
+        {**SGD, **SHORT, "layer": "second by lot", "capacity": 1.0},
+        # Tokens have different numbers of experts.
+        {**SGD, **SHORT, **UNEVEN, "layer": "above", "capacity": 0.6},
+    ],
+)
+def test_a_capacity_drops_what_one_device_drops(num_devices, cases):
     # Of every second batch, of 7 examples, all devices hold the whole.
-    assert_equal_on_devices(
-        num_devices,
-        [
-            {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
-            {**SGD, **SHORT, "layer": "second by lot", "capacity": 1.0},
-            {**SGD, **SHORT, "layer": "hierarchical", "mask": True, "capacity": 0.8},
-            # Tokens have different numbers of experts.
-            {**SGD, **SHORT, **UNEVEN, "layer": "above", "capacity": 0.6},
-        ],
-    )
+    assert_equal_on_devices(num_devices, cases)
+
+
+THREE = {"num_experts": 3}
 
 
 @pytest.mark.parametrize("num_devices", DEVICES)
-def test_experts_of_any_kind_and_recurrences(num_devices):
-    three = {"num_experts": 3}
-    assert_equal_on_devices(
-        num_devices,
-        [
-            {**SGD, **UNEVEN, **three, "layer": "plain list", "capacity": 0.9},
-            {**ADAM, **SHORT, **three, "layer": "own experts"},
-            {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
-            {**ADAM, **SHORT, "layer": "recurrent", "backwards": True},
-            {**SGD, **SHORT, "layer": "expert choice", "examples": 31},
-        ],
-    )
+@children.cases(
+    usual=[
+        {**SGD, **UNEVEN, **THREE, "layer": "plain list", "capacity": 0.9},
+        {**ADAM, **SHORT, "layer": "recurrent", "backwards": True},
+    ],
+    others=[
+        {**ADAM, **SHORT, **THREE, "layer": "own experts"},
+        {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
+        {**SGD, **SHORT, "layer": "expert choice", "examples": 31},
+    ],
+)
+def test_experts_of_any_kind_and_recurrences(num_devices, cases):
+    assert_equal_on_devices(num_devices, cases)
 
 
 @pytest.mark.parametrize("rows", [8, 7])

@@ -49,9 +49,15 @@ def optimizer_case(optimizer, **options):
                 },
                 # Each copy of an expert counts once in losses and norms.
                 {**RULES, "num_experts": 5, "use_bias": True, "steps": 5},
+            ],
+        ),
+        pytest.param(
+            2,
+            [
                 {**CLIPPED, **SHORT, **SEVEN},
                 {**SGD, **SHORT, **SEVEN, "layer": "low rank"},
             ],
+            marks=exhaustive,
         ),
         pytest.param(
             2,

@@ -82,28 +82,27 @@ def test_experts_of_a_user_are_sharded_too():
     )
 
 
-def test_gated_experts_beside_shared_ones():
-    # In the last batch one device has no row.
-    short = {**ADAM, **SEVEN, "steps": 6, "mask": True, "examples": 25}
-    assert_equal_on_devices(
-        2,
-        [
-            {**short, "layer": "shared"},
-            {**short, "layer": "low rank"},  # with dropout
-            {**short, **HIERARCHICAL, "dropout": 0.3, "int8": True},
-        ],
-    )
+# In the last batch one device has no row.
+LAST = {**ADAM, "steps": 6, "mask": True, "examples": 25}
 
 
-def test_gates_with_inputs_of_their_own_and_several_gates():
-    short = {**ADAM, "steps": 6, "mask": True, "examples": 25}
-    assert_equal_on_devices(
-        2,
-        [
-            {**short, "layer": "hierarchical by half"},
-            {**short, **SEVEN, "layer": "several gates"},
-        ],
-    )
+@children.cases(
+    usual=[
+        {**LAST, **SEVEN, "layer": "shared"},
+        {**LAST, **SEVEN, **HIERARCHICAL, "dropout": 0.3, "int8": True},
+    ],
+    others=[{**LAST, **SEVEN, "layer": "low rank"}],  # with dropout
+)
+def test_gated_experts_beside_shared_ones(cases):
+    assert_equal_on_devices(2, cases)
+
+
+@children.cases(
+    usual=[{**LAST, "layer": "hierarchical by half"}],
+    others=[{**LAST, **SEVEN, "layer": "several gates"}],
+)
+def test_gates_with_inputs_of_their_own_and_several_gates(cases):
+    assert_equal_on_devices(2, cases)
 
 
 def test_gates_of_a_user_work_as_on_one_device():
@@ -123,18 +122,20 @@ UNEVEN = {"examples": 25, "mask": True}
 
 
 @pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
-def test_a_capacity_drops_what_one_device_drops(num_devices):
+@children.cases(
+    usual=[
+        {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
+        {**ADAM, **SEVEN, **UNEVEN, **HIERARCHICAL, "capacity": 0.8},
+    ],
+    others=[
+        {**SGD, **UNEVEN, "layer": "second by lot", "capacity": 1.0},
+        # Tokens have different numbers of experts.
+        {**SGD, **UNEVEN, "layer": "above", "capacity": 0.6},
+    ],
+)
+def test_a_capacity_drops_what_one_device_drops(num_devices, cases):
     # In every second batch, of one example, all devices but one have none.
-    assert_equal_on_devices(
-        num_devices,
-        [
-            {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
-            {**SGD, **UNEVEN, "layer": "second by lot", "capacity": 1.0},
-            {**ADAM, **SEVEN, **UNEVEN, **HIERARCHICAL, "capacity": 0.8},
-            # Tokens have different numbers of experts.
-            {**SGD, **UNEVEN, "layer": "above", "capacity": 0.6},
-        ],
-    )
+    assert_equal_on_devices(num_devices, cases)
 
 
 @pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
@@ -150,45 +151,50 @@ def test_experts_of_any_kind(num_devices):
 
 
 @pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
-def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices):
-    assert_equal_on_devices(
-        num_devices,
-        [
-            {**SGD, **SHORT, "layer": "plain list", "capacity": 0.8},
-            {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "groups of a list"},
-            {**CLIPPED_ADAM, **SEVEN, **UNEVEN, "layer": "own experts"},
-        ],
-    )
+@children.cases(
+    usual=[{**SGD, **SHORT, "layer": "plain list", "capacity": 0.8}],
+    others=[
+        {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "groups of a list"},
+        {**CLIPPED_ADAM, **SEVEN, **UNEVEN, "layer": "own experts"},
+    ],
+)
+def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices, cases):
+    assert_equal_on_devices(num_devices, cases)
 
 
 @pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
-def test_a_mixture_within_a_recurrence(num_devices):
-    backwards = {**SHORT, "backwards": True, "segments": 2}
-    assert_equal_on_devices(
-        num_devices,
-        [
-            {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
-            {**CLIPPED_ADAM, **UNEVEN, "layer": "recurrent", **backwards},
-            # Counts of all steps and devices move its bias.
-            {**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True},
-        ],
-    )
+@children.cases(
+    # Counts of all steps and devices move its bias.
+    usual=[{**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True}],
+    others=[
+        {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
+        {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "recurrent"}
+        | {"backwards": True, "segments": 2},
+    ],
+)
+def test_a_mixture_within_a_recurrence(num_devices, cases):
+    assert_equal_on_devices(num_devices, cases)
 
 
-def test_balanced_gates_see_the_global_batch():
-    accumulated = {**RATE, "gradient_accumulation_steps": 2}
-    assert_equal_on_devices(
-        3,
-        [
-            {**ADAM, **BALANCED},
-            {**ADAM, **BALANCED, **SEVEN, "mask": True, "later": True},
-            {**SGD, **SEVEN, "layer": "expert choice", "mask": True, "examples": 29},
-            {**SGD, "layer": "second by lot", "mask": True, "examples": 29},
-            # The last batch has 5 rows; steps of two batches.
-            {"layer": "loss-free", "optimizer": "Adam", "options": accumulated}
-            | {"examples": 29, "mask": True},
-        ],
-    )
+# The last batch has 5 rows.
+FIVE = {"examples": 29, "mask": True}
+
+
+@children.cases(
+    usual=[
+        {**ADAM, **BALANCED, **SEVEN, "mask": True, "later": True},
+        # Steps of two batches.
+        {**FIVE, "layer": "loss-free", "optimizer": "Adam"}
+        | {"options": {**RATE, "gradient_accumulation_steps": 2}},
+    ],
+    others=[
+        {**ADAM, **BALANCED},
+        {**SGD, **SEVEN, **FIVE, "layer": "expert choice"},
+        {**SGD, **FIVE, "layer": "second by lot"},
+    ],
+)
+def test_balanced_gates_see_the_global_batch(cases):
+    assert_equal_on_devices(3, cases)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +228,12 @@ def test_factored_state_is_sharded_as_the_experts_are():
     )
 
 
-def test_synchronized_normalization_before_and_after():
-    assert_equal_on_devices(
-        2, [{**ADAM, "normalized": True}, {**ADAM, **HIERARCHICAL, "normalized": True}]
-    )
+@children.cases(
+    usual=[{**ADAM, **HIERARCHICAL, "normalized": True}],
+    others=[{**ADAM, "normalized": True}],
+)
+def test_synchronized_normalization_before_and_after(cases):
+    assert_equal_on_devices(2, cases)
 
 
 @pytest.mark.parametrize(
