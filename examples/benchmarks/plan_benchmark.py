@@ -171,12 +171,11 @@ def measure(name, a):
     allocator = tf.config.experimental.get_memory_info("CPU:0")["peak"]
     asked = statistics.median(profiled(step, batch) for _ in range(3))
     held = [
-        sum(variable.numpy().nbytes for variable in variables)
+        local_bytes(variables, a.devices)
         for variables in (model.variables, model.optimizer.variables)
     ]
-    variables = local_bytes([*model.variables, *model.optimizer.variables], a.devices)
-    peak = asked + variables + sum(array.nbytes for array in data)
-    return held, peak / a.devices, allocator / a.devices
+    peak = asked + sum(held) + sum(array.nbytes for array in data)
+    return [n / a.devices for n in held], peak / a.devices, allocator / a.devices
 
 
 def profiled(step, batch):
