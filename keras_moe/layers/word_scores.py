@@ -8,7 +8,8 @@ import tensorflow as tf
 from keras_moe import engine, functional
 
 
-class WordScores(keras.layers.Dense):
+# Named as the layer that it was in earlier versions: files of weights go by the name.
+class Dense(keras.layers.Dense):
     """`keras.layers.Dense` whose units are words, which several devices may share out.
 
     Then a device has some columns of the kernel and of the bias, and scores of its own rows are

@@ -14,7 +14,7 @@ from keras_moe.layers.embedding import Embedding
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.sampled_softmax import SampledSoftmax
 from keras_moe.layers.tracking import track_entries
-from keras_moe.layers.word_scores import WordScores
+from keras_moe.layers.word_scores import Dense as WordScores
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import (
     as_middle,

@@ -16,7 +16,7 @@ from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.tracking import track_entries
 from keras_moe.layers.transformer import MoETransformerBlock
 from keras_moe.layers.transformer_checks import verify_normalization
-from keras_moe.layers.word_scores import WordScores
+from keras_moe.layers.word_scores import Dense as WordScores
 from keras_moe.models.generation import Generation
 from keras_moe.models.language_model_checks import verify_tokens
 from keras_moe.models.parts import SavedWhole, TracedFunctions

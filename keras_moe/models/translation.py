@@ -17,7 +17,7 @@ from keras_moe.layers.embedding import Embedding
 from keras_moe.layers.moe import MoE, mixtures_of
 from keras_moe.layers.routing_record import recorded_routing, routing_arrays
 from keras_moe.layers.tracking import track_entries
-from keras_moe.layers.word_scores import WordScores
+from keras_moe.layers.word_scores import Dense as WordScores
 from keras_moe.models.parts import (
     SavedWhole,
     TracedFunctions,

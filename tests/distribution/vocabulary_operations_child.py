@@ -16,7 +16,7 @@ import tensorflow as tf
 import keras_moe
 from keras_moe.distribution.dtensor.variables import whole
 from keras_moe.layers.embedding import Embedding
-from keras_moe.layers.word_scores import WordScores
+from keras_moe.layers.word_scores import Dense as WordScores
 from tests.distribution import child
 from tests.distribution.vocabulary_child import strategy_of
 
