@@ -268,15 +268,19 @@ def draw_curves(axes, rows, figure, label):
 
 def draw_by_experts(axes, rows):
     """Perplexity at the end: mixtures by their experts, dense models as lines."""
-    mixtures = {}
+    mixtures, sizes = {}, set()
     for i, row in enumerate(rows):
         final = row.mean("perplexity")
         if row.is_mixture:
-            points = mixtures.setdefault(row.name.rpartition("_")[0], [])
-            points.append((row.settings["num_experts"], final))
+            size = row.settings["num_experts"]
+            kind = row.name.rpartition("_")[0]
+            mixtures.setdefault(kind, (f"C{i}", []))[1].append((size, final))
+            sizes.add(size)
         else:
             axes.axhline(final, color=f"C{i}", linestyle="--", label=row.title)
-    for kind, points in mixtures.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=kind)
+    for kind, (color, points) in mixtures.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=kind)
     axes.set(xlabel="experts", ylabel="validation perplexity at the end")
     axes.set_xscale("log")
+    axes.set_xticks(sorted(sizes), map(str, sorted(sizes)))
+    axes.minorticks_off()
