@@ -5,7 +5,8 @@
     python examples/benchmarks/devices_benchmark.py --engine dtensor
 
 Parts of one CPU stand for devices: they share its cores, so the ratio is what the
-exchange costs, not what more devices gain. Both sides alternate in one run.
+exchange costs, and smaller products, not what more devices gain. `--layer dense` is the
+same without a mixture, so without an exchange. Both sides alternate in one run.
 """
 
 import argparse
@@ -25,7 +26,9 @@ def parse():
     )
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--engine", choices=("mirrored", "dtensor"), default="mirrored")
-    parser.add_argument("--layer", choices=("flat", "hierarchical"), default="flat")
+    parser.add_argument(
+        "--layer", choices=("flat", "hierarchical", "dense"), default="flat"
+    )
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--units", type=int, default=256)
     parser.add_argument("--hidden-units", type=int, default=512)
@@ -41,16 +44,23 @@ def parse():
     return options
 
 
+def make_middle(options):
+    hidden_units = options.hidden_units
+    if options.layer == "dense":  # as many products as with 4 experts of a token
+        return keras_moe.models.middle_layers(
+            "moe_1_wide", units=options.units, hidden_units=hidden_units, k=4
+        )
+    experts = keras_moe.layers.FeedForwardExperts(options.experts, hidden_units)
+    if options.layer == "flat":
+        return keras_moe.layers.MoE(experts, activation="sigmoid")
+    return keras_moe.layers.HierarchicalMoE(
+        experts, num_groups=options.experts // 8 or 1, activation="sigmoid"
+    )
+
+
 def build(options, strategy):
     keras.utils.set_random_seed(options.seed)
-    experts = keras_moe.layers.FeedForwardExperts(options.experts, options.hidden_units)
-    middle = (
-        keras_moe.layers.MoE(experts, activation="sigmoid")
-        if options.layer == "flat"
-        else keras_moe.layers.HierarchicalMoE(
-            experts, num_groups=options.experts // 8 or 1, activation="sigmoid"
-        )
-    )
+    middle = make_middle(options)
     scope = strategy.scope() if strategy else contextlib.nullcontext()
     with scope:
         model = keras_moe.models.MoELanguageModel(1000, options.units, middle=middle)
