@@ -21,6 +21,7 @@ import sys
 import time
 
 import numpy as np
+from step_arguments import add_sizes
 
 SETTINGS = {
     "as it is": {},
@@ -121,16 +122,7 @@ def main():
     parser.add_argument(
         "--model", choices=MODELS, default="language", help="what makes the step"
     )
-    parser.add_argument("--experts", type=int, default=64, help="number of experts")
-    parser.add_argument("--units", type=int, default=128, help="width of the model")
-    parser.add_argument(
-        "--hidden-units", type=int, default=256, help="hidden units of an expert"
-    )
-    parser.add_argument(
-        "--vocabulary", type=int, default=10_000, help="number of words"
-    )
-    parser.add_argument("--batch", type=int, default=64, help="rows of a batch")
-    parser.add_argument("--time", type=int, default=32, help="time steps of a batch")
+    add_sizes(parser)
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each setting")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

@@ -18,6 +18,7 @@ import bandwidth
 import keras
 import numpy as np
 from alternating import compare
+from step_arguments import add_sizes
 
 from keras_moe import models
 
@@ -36,16 +37,7 @@ def make_model(kind, a):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experts", type=int, default=64, help="number of experts")
-    parser.add_argument("--units", type=int, default=128, help="width of the model")
-    parser.add_argument(
-        "--hidden-units", type=int, default=256, help="hidden units of an expert"
-    )
-    parser.add_argument(
-        "--vocabulary", type=int, default=10_000, help="number of words"
-    )
-    parser.add_argument("--batch", type=int, default=64, help="rows of a batch")
-    parser.add_argument("--time", type=int, default=32, help="time steps of a batch")
+    add_sizes(parser)
     parser.add_argument(
         "--pairs", type=int, default=11, help="pairs of alternating measurements"
     )

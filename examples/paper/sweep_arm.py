@@ -42,11 +42,6 @@ class Arm:
     # Settings that change nothing of the training, and are not in the names of folders.
     TEST_ONLY: ClassVar = ()
 
-    @property
-    def noise_stddev(self):
-        """What a mixture takes."""
-        return self.noise if self.noise == "learned" else float(self.noise)
-
     def options_of(self, kind, **changes):
         """Options of a command, with the settings that it has, for one epoch."""
         names = {field.name for field in dataclasses.fields(kind)}

@@ -70,7 +70,7 @@ class LanguageModelArm(sweep_arm.Arm):
                 k=k,
                 num_experts=self.num_experts if self.middle == "moe" else 0,
                 gating=self.gating,
-                noise=self.noise_stddev,
+                noise=self.options_of(TrainLMOptions).noise_stddev,
                 **settings,
             )
         )

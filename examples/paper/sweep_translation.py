@@ -112,7 +112,7 @@ class TranslationArm(sweep_arm.Arm):
             hidden_units=self.dense_units if is_dense else hidden,
             shared_units=0 if is_dense else shared,
             gating=self.gating,
-            noise=self.noise_stddev,
+            noise=self.options_of(TrainMTOptions).noise_stddev,
             encoder_lstms=3,
             decoder_lstms=2,
             moe_after=(2, 1),

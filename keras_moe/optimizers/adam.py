@@ -10,6 +10,15 @@ from keras_moe import engine
 _DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
+def is_on_one_device() -> bool:
+    """Whether a step is TensorFlow's own here: not of several devices, nor under XLA."""
+    return (
+        engine.current() is engine.ONE_DEVICE
+        and not tf.distribute.has_strategy()
+        and not engine.is_compiled_by_xla()
+    )
+
+
 def can_be_applied(variable: Any, gradient: tf.Tensor) -> bool:
     """Whether TensorFlow's own kernel can update a variable where it lies.
 
@@ -21,10 +30,8 @@ def can_be_applied(variable: Any, gradient: tf.Tensor) -> bool:
         gradient: Dense.
     """
     return (
-        engine.current() is engine.ONE_DEVICE
-        and not tf.distribute.has_strategy()
-        and not engine.is_compiled_by_xla()
-        and hasattr(_resource(variable), "handle")
+        is_on_one_device()
+        and hasattr(resource_of(variable), "handle")
         and tf.as_dtype(variable.dtype) == gradient.dtype
         and gradient.dtype in _DTYPES
     )
@@ -68,9 +75,9 @@ def apply(
     # Powers as Keras takes them: in the type of the weight.
     step = tf.cast(step, dtype)
     tf.raw_ops.ResourceApplyAdam(
-        var=_resource(variable).handle,
-        m=_resource(momentum).handle,
-        v=_resource(velocity).handle,
+        var=resource_of(variable).handle,
+        m=resource_of(momentum).handle,
+        v=resource_of(velocity).handle,
         beta1_power=tf.pow(beta_1, step),
         beta2_power=tf.pow(beta_2, step),
         lr=tf.cast(learning_rate, dtype),
@@ -82,5 +89,6 @@ def apply(
     )
 
 
-def _resource(variable):
+def resource_of(variable: Any) -> Any:
+    """The TensorFlow variable of a Keras variable, or the one that is given."""
     return variable._value if isinstance(variable, keras.Variable) else variable

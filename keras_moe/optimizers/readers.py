@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import keras
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe.optimizers import adam
 
 # Their outputs are their first inputs, under another shape or name.
 _SAME_MEMORY = [
@@ -55,8 +54,7 @@ class Readers:
             Operations of this graph: none where a step does not wait, in eager mode, under
             XLA and on several devices.
         """
-        if isinstance(variable, keras.Variable):
-            variable = variable.value
+        variable = adam.resource_of(variable)
         if not self._needed or not hasattr(variable, "handle"):
             return []
         handle = tf.compat.v1.get_default_graph().capture(variable.handle)
@@ -80,9 +78,7 @@ class Readers:
 def _can_wait():
     return (
         not tf.executing_eagerly()
-        and engine.current() is engine.ONE_DEVICE
-        and not tf.distribute.has_strategy()
-        and not engine.is_compiled_by_xla()
+        and adam.is_on_one_device()
         and hasattr(tf.compat.v1.get_default_graph(), "capture")
     )
 
