@@ -9,6 +9,7 @@ little more than their rows. The graph does not grow with the number of experts.
 
 import tensorflow as tf
 
+from keras_moe.functional import ops
 from keras_moe.functional.dispatching import SortedPlan
 
 
@@ -167,7 +168,7 @@ def _copied(weight, owners):
             segment = tf.cumsum(tf.cast(first, tf.int32)) - 1
             summed = tf.math.segment_sum(d_copies, segment)
             unique = tf.boolean_mask(owners, first)
-            return tf.tensor_scatter_nd_add(d_base, unique[:, tf.newaxis], summed)
+            return ops.add_at(d_base, unique[:, tf.newaxis], summed)
 
         return (tf.identity(weight), tf.gather(weight, owners)), grad
 

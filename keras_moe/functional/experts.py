@@ -227,7 +227,9 @@ def _of_each(parts, weights):
     (64 rows) as long.
     """
     own = zip(*split_each(weights, len(parts)), strict=True)
-    return [[part[tf.newaxis], *mine] for part, mine in zip(parts, own, strict=True)]
+    return [
+        [tf.expand_dims(part, 0), *mine] for part, mine in zip(parts, own, strict=True)
+    ]
 
 
 def _run_each(network, parts, weights, recompute):
@@ -238,7 +240,7 @@ def _run_each(network, parts, weights, recompute):
         # Other runtimes take no batched products of any number of rows.
         each = zip(*map(tf.unstack, weights), strict=True)
         return [network(part, *own) for part, own in zip(parts, each, strict=True)]
-    return [network(*own)[0] for own in _of_each(parts, weights)]
+    return [tf.squeeze(network(*own), axis=0) for own in _of_each(parts, weights)]
 
 
 def _run_each_recomputed(network, parts, weights):

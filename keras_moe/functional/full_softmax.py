@@ -62,7 +62,7 @@ def cross_entropy(logits: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         def grad(dy):
             # Written down again, and run once: so it has derivatives of its own.
             softmax = tf.nn.softmax(logits)
-            return tf.tensor_scatter_nd_sub(softmax * dy[:, tf.newaxis], cells, dy)
+            return ops.add_at(softmax * dy[:, tf.newaxis], cells, -dy)
 
         return losses, grad
 

@@ -79,6 +79,16 @@ def is_compiled_by_xla() -> bool:
     return engine.is_compiled_by_xla()
 
 
+def add_at(total: tf.Tensor, indices: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """`total` with values added at indices, in its own memory where nobody else reads it.
+
+    Not for XLA. `tf.tensor_scatter_nd_add` and its kin copy `total` on CPUs, always.
+    """
+    return tf.raw_ops.ScatterNdNonAliasingAdd(
+        input=total, indices=indices, updates=values
+    )
+
+
 def cast_up(x: tf.Tensor) -> tf.Tensor:
     """`x` as a tensor of float32, or of float64 if it is that."""
     x = tf.convert_to_tensor(x)

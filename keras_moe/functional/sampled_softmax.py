@@ -202,7 +202,7 @@ def _normalized(inputs, kernel, bias, target_scores, hits):
         `(N,)`.
     """
     rows = tf.range(tf.shape(inputs)[0])
-    # Column 0 is that of the target, whose score is set.
+    # Column 0 is that of the target, whose score is added to 0.
     cells = tf.concat(
         [
             tf.stack([rows, tf.zeros_like(rows)], axis=1),
@@ -218,9 +218,7 @@ def _normalized(inputs, kernel, bias, target_scores, hits):
         weights = tf.concat([kernel, bias[:, tf.newaxis]], axis=1)
         weights = tf.pad(weights, [[1, 0], [0, 0]])
         scores = tf.matmul(rows_with_one, weights, transpose_b=True)
-        scores = tf.tensor_scatter_nd_update(
-            scores, cells, tf.concat([target_scores, lowest], axis=0)
-        )
+        scores = ops.add_at(scores, cells, tf.concat([target_scores, lowest], axis=0))
         # But for column 0 also the gradient of the scores: 0 for hits.
         softmax = tf.nn.softmax(scores)
         losses = normalizer(scores, softmax) - target_scores

@@ -215,9 +215,7 @@ class _Slots:
         if self._is_compiled:
             return tf.tensor_scatter_nd_add(total, indices, rows)
         # The same, with kernels of half precision for GPUs.
-        return tf.raw_ops.ScatterNdNonAliasingAdd(
-            input=total, indices=indices, updates=rows
-        )
+        return ops.add_at(total, indices, rows)
 
 
 class _Spill:

@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras_moe.distribution.mirrored import exchange
 from keras_moe.distribution.topology import Shards
 from keras_moe.distribution.vocabulary import Vocabulary
+from keras_moe.functional import ops
 
 
 class ShardedVocabulary(Vocabulary):
@@ -176,8 +177,8 @@ class ShardedVocabulary(Vocabulary):
                 # Each replica makes a loss of its own rows.
                 dy = self._replicas.sum(dy)
                 found = tf.exp(_scores(inputs, kernel, bias) - normalizer[:, None])
-                found = tf.tensor_scatter_nd_sub(
-                    found * dy[:, tf.newaxis], cells, tf.gather(dy, places)
+                found = ops.add_at(
+                    found * dy[:, tf.newaxis], cells, -tf.gather(dy, places)
                 )
                 return (
                     tf.matmul(found, kernel, transpose_b=True),
