@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -174,7 +175,7 @@ def measure(name, a):
     tf.config.experimental.reset_memory_stats("CPU:0")
     step(batch)
     allocator = tf.config.experimental.get_memory_info("CPU:0")["peak"]
-    asked = statistics.median(profiled(step, batch) for _ in range(3))
+    asked = statistics.median(profiled(step, batch, a, i) for i in range(3))
     held = [
         sum(map(bytes_here, variables))
         for variables in (model.variables, model.optimizer.variables)
@@ -193,15 +194,27 @@ def bytes_here(variable):
     return sum(part.numpy().nbytes for part in parts)
 
 
-def profiled(step, batch):
+def profiled(step, batch, a, number):
     """The most bytes out at once in a step."""
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as folder:
         tf.profiler.experimental.start(folder)
+        wait_for_all(a, f"started_{number}")
         step(batch)
+        wait_for_all(a, f"ran_{number}")
         tf.profiler.experimental.stop()
+        wait_for_all(a, f"stopped_{number}")
         return most_asked(folder)
+
+
+def wait_for_all(a, name):
+    """Until every process has come here: a profiler that starts or stops while another
+    process asks for something ends its own.
+    """
+    Path(a.results, f"{name}_{index_of()}").touch()
+    while len(glob.glob(f"{a.results}/{name}_*")) < a.devices:
+        time.sleep(0.05)
 
 
 def most_asked(folder):

@@ -117,6 +117,23 @@ def test_experts_are_shared_and_the_rest_is_not(mixed):
     assert found.groups[4].reduction_bytes == round(1.5 * copies)
 
 
+def test_factored_slots_of_experts_are_shared():
+    model = mixture()
+    one, four = (
+        plan(
+            model,
+            num_devices=n,
+            optimizer=optimizers.FactoredAdam(0.1),
+            expert_parallel_size=n,
+        ).memory.slots
+        for n in (1, 4)
+    )
+    # Rows and columns of 32 and 64 numbers for both kernels of eight experts, of which
+    # a device has two.
+    experts = 4 * 8 * 2 * (32 + 64)
+    assert one - four == experts * 3 // 4
+
+
 def test_products_of_experts_by_hand(mixed):
     # 512 rows: two products of 32 * 64 forward, two for the weights, and one for the
     # hidden units; the gradient of the inputs nobody wants.

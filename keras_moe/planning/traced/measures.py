@@ -152,10 +152,22 @@ def _stored_slots(traced, model, entries):
         owners = [p for p in prefixes if name.startswith(p)]
         owner = prefixes[max(owners, key=len)] if owners else None
         of = entries.get(id(owner)) if owner is not None else None
+        if owner is None:  # made by `add_slot` of an engine
+            of = _experts_of_slot(name, slot, model, entries)
         if of is not None and (not slot.shape or slot.shape[0] != of[0]):
             of = None
         found.append(Stored(slot.path, _value_of(slot, of).num_bytes, of, False))
     return found
+
+
+def _experts_of_slot(name, slot, model, entries):
+    """Those of the weight that a slot is named after, if it has a row for each."""
+    for variable in model.trainable_variables:
+        of = entries.get(id(variable))
+        named = name.startswith(f"{variable.name}_")
+        if of is not None and named and tuple(slot.shape[:1]) == of[:1]:
+            return of
+    return None
 
 
 def _mark_parts(nodes, stacked):

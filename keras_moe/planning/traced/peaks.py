@@ -25,7 +25,8 @@ class Peaks:
         backward: Function of nodes; returns the `id`s of those of the backward pass.
         mixtures: Those that devices share, each with the values of its experts'
             weights.
-        has_rows: Bool. Whether gradients are rows, which are gathered from all devices.
+        has_rows: Bool. Whether gradients are rows, which are gathered from all devices:
+            then some values are the larger the more devices there are.
     """
 
     def __init__(
@@ -52,29 +53,62 @@ class Peaks:
             Int.
         """
         holders = -(-devices // size)
-        reduction = Reduction(devices, holders)
-        if not self._has_rows:  # it matters who sums with whom, not how many they are
-            reduction = reduction.smallest
-        orders, spans = self._step(reduction)
-        share = share_of(size)
+        # Who sums with whom matters, and how many they are only to what grows with them.
+        reduction = Reduction(devices, holders).smallest
+        orders, spans, growth = self._step(reduction)
+        more_devices, share = devices - reduction.devices, share_of(size)
 
         def held(value):
+            allocated = value.allocated + more_devices * growth.get(id(value), 0)
             if value.entries is None:
-                return value.allocated
-            return round(value.allocated * share(*value.entries))
+                return round(allocated)
+            return round(allocated * share(*value.entries))
+
+        def besides(order):
+            more = _underway(order, spans, travel)
+            for node in order if growth and more_devices else ():
+                grown = more_devices * growth.get(id(node), 0)
+                more[id(node)] = more.get(id(node), 0) + round(grown)
+            return more
 
         travel = [over_mean * (size > 1) * _bytes_sent(m) for m, _ in self._mixtures]
         return max(
-            simulate(order, held, order, _underway(order, spans, travel)).peak
-            for order in orders
+            simulate(order, held, order, besides(order)).peak for order in orders
         )
 
     def _make_step(self, reduction):
-        """Orders of the nodes, and those of each pass of each mixture."""
+        """Orders of the nodes, those of each pass of each mixture, and what grows."""
         nodes = self._interpreted(reduction)
         # Which order TensorFlow takes varies from run to run.
         orders = [order_of(nodes, keep_first) for keep_first in (False, True)]
-        return orders, spans_of(nodes, [w for _, w in self._mixtures], self._backward)
+        spans = spans_of(nodes, [w for _, w in self._mixtures], self._backward)
+        growth: dict[int, float] = {}
+        if self._has_rows and reduction.devices > 1:
+            larger = reduction.larger
+            others = self._interpreted(larger)
+            growth = _growth(nodes, others, larger.devices - reduction.devices)
+        return orders, spans, growth
+
+
+def _growth(nodes, others, devices):
+    """Bytes that values, and what runs, take more for every device more.
+
+    Args:
+        nodes: Of some devices.
+        others: The same nodes of more devices.
+        devices: How many more.
+
+    Returns:
+        Dict of the `id`s of those of `nodes` that grow.
+    """
+    found: dict[int, float] = {}
+    for node, other in zip(nodes, others, strict=True):
+        more = other.temporary - node.temporary
+        found |= {id(node): more / devices} if more else {}
+        for value, grown in zip(node.outputs, other.outputs, strict=True):
+            if grown.allocated != value.allocated:
+                found[id(value)] = (grown.allocated - value.allocated) / devices
+    return found
 
 
 def _bytes_sent(mixture):
