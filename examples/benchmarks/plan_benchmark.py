@@ -1,14 +1,17 @@
 """What a plan of a model says, and what training it takes.
 
     python examples/benchmarks/plan_benchmark.py
+    python examples/benchmarks/plan_benchmark.py --devices 2
 
-Each model is planned in a process of its own, and trained for five steps in another, on
-logical devices of the CPU. Measured are the bytes that operations ask for and give back in
-the last three steps (TensorFlow's profiler notes every one): the most that is out at once,
-of three steps the median, with the variables, the optimizer's state and the batch. Beside
-it stands the peak by TensorFlow's own allocator, which lends out more than is asked for.
-`--devices 2` has every device train a batch of its own and hold half of the experts;
-`--quick` is a tiny run that only shows that everything works.
+Each model is planned in a process of its own, and trained for five steps in others, one
+for each device, so that each has a peak of its own. Measured are the bytes that
+operations ask for and give back in the last three steps (TensorFlow's profiler notes
+every one): the most that is out at once, with the variables, the optimizer's state and
+the batch, of three steps the median and of the devices that which has most. Beside it
+stands the peak by TensorFlow's own allocator, which lends out more than is asked for.
+`--devices 2` has every device train a batch of its own and hold half of the experts, in
+the processes of a `MultiWorkerMirroredStrategy`; `--quick` is a tiny run that only shows
+that everything works.
 """
 
 import argparse
@@ -20,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # An allocator that counts; the plain one does not.
@@ -34,6 +39,7 @@ def parse():
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--plan", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=MODELS, help=argparse.SUPPRESS)
+    parser.add_argument("--results", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     return parser.parse_args()
 
@@ -128,16 +134,15 @@ def plan(name, a):
 
 
 def measure(name, a):
-    """The same, measured; peaks are the mean of the devices."""
+    """The same of the device of this process, measured, and the allocator's peak."""
     import keras
     import numpy as np
     import tensorflow as tf
 
-    keras.utils.set_random_seed(0)
     strategy = None
     if a.devices > 1:
-        names = [f"CPU:{i}" for i in range(a.devices)]
-        strategy = tf.distribute.MirroredStrategy(names)
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    keras.utils.set_random_seed(0)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model, (x, y) = build(name, a.quick)
         model.optimizer.build(model.trainable_variables)
@@ -146,22 +151,23 @@ def measure(name, a):
             kernel = np.random.default_rng(0).normal(size=layer.gate_kernel.shape)
             kernel /= np.linalg.norm(kernel, axis=-2, keepdims=True)
             layer.gate_kernel.assign(0.1 * kernel)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(index_of())
 
-    def numbers(shape):
-        shape = (a.devices * shape[0], *shape[1:])
-        if len(shape) == 2 or shape == y:
-            return rng.integers(0, 10, shape).astype("int32")
-        return rng.normal(size=shape).astype("float32")
-
-    data = numbers(x), rng.integers(0, 10, (a.devices * y[0], *y[1:])).astype("int32")
+    if len(x) == 2:  # words; 0 would be padding, which has no expert
+        inputs = rng.integers(1, 1000, x).astype("int32")
+    else:
+        inputs = rng.normal(size=x).astype("float32")
+    data = inputs, rng.integers(0, 10, y).astype("int32")
     if strategy is None:
         step = tf.function(model.train_step, autograph=False)
         batch = tuple(map(tf.constant, data))
     else:
-        dataset = tf.data.Dataset.from_tensor_slices(data).batch(len(data[0]))
-        dataset = strategy.experimental_distribute_dataset(dataset)
-        batch = next(iter(dataset))
+        batch = tuple(
+            strategy.experimental_distribute_values_from_function(
+                lambda _, array=array: tf.constant(array)
+            )
+            for array in data
+        )
         step = tf.function(
             lambda batch: strategy.run(model.train_step, args=(batch,)), autograph=False
         )
@@ -169,31 +175,46 @@ def measure(name, a):
     tf.config.experimental.reset_memory_stats("CPU:0")
     step(batch)
     allocator = tf.config.experimental.get_memory_info("CPU:0")["peak"]
-    asked = statistics.median(profiled(step, batch) for _ in range(3))
+    asked = statistics.median(profiled(step, batch, a, i) for i in range(3))
     held = [
-        local_bytes(variables, a.devices)
+        sum(map(bytes_here, variables))
         for variables in (model.variables, model.optimizer.variables)
     ]
-    peak = asked + sum(held) + sum(array.nbytes for array in data)
-    return [n / a.devices for n in held], peak / a.devices, allocator / a.devices
+    return held, asked + sum(held) + sum(array.nbytes for array in data), allocator
 
 
-def profiled(step, batch):
+def index_of():
+    """Which of the processes this is."""
+    return json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+
+def bytes_here(variable):
+    """Bytes of a variable on the device of this process."""
+    parts = getattr(variable, "parts", [variable])
+    return sum(part.numpy().nbytes for part in parts)
+
+
+def profiled(step, batch, a, number):
     """The most bytes out at once in a step."""
     import tensorflow as tf
 
     with tempfile.TemporaryDirectory() as folder:
         tf.profiler.experimental.start(folder)
+        wait_for_all(a, f"started_{number}")
         step(batch)
+        wait_for_all(a, f"ran_{number}")
         tf.profiler.experimental.stop()
+        wait_for_all(a, f"stopped_{number}")
         return most_asked(folder)
 
 
-def local_bytes(variables, devices):
-    """Bytes of variables on all devices."""
-    return sum(
-        v.numpy().nbytes * (1 if hasattr(v, "shards") else devices) for v in variables
-    )
+def wait_for_all(a, name):
+    """Until every process has come here: a profiler that starts or stops while another
+    process asks for something ends its own.
+    """
+    Path(a.results, f"{name}_{index_of()}").touch()
+    while len(glob.glob(f"{a.results}/{name}_*")) < a.devices:
+        time.sleep(0.05)
 
 
 def most_asked(folder):
@@ -218,22 +239,52 @@ def most_asked(folder):
                         for s in event.stats
                     }
                     events.append((time, kind, stats))
+    return most_out(
+        (kind == "MemoryAllocation", stats["addr"], stats["requested_bytes"])
+        for _, kind, stats in sorted(events, key=lambda event: event[0])
+    )
+
+
+def most_out(events):
+    """The most bytes out at once beyond those that are at the start.
+
+    Args:
+        events: `(is_taken, address, bytes)` in their order. What is given back without
+            having been taken was there at the start: the old buffer of a variable, say,
+            which has become another one.
+    """
     held, out, most = {}, 0, 0
-    for _, kind, stats in sorted(events, key=lambda event: event[0]):
-        if kind == "MemoryAllocation":
-            held[stats["addr"]] = stats["requested_bytes"]
-            out += stats["requested_bytes"]
+    for is_taken, address, size in events:
+        if is_taken:
+            held[address] = size
+            out += size
         else:
-            out -= held.pop(stats["addr"], 0)
+            out -= held.pop(address, size)
         most = max(most, out)
     return most
 
 
-def child(option, name):
-    """What a process of its own prints last."""
-    command = [sys.executable, __file__, *sys.argv[1:], option, name]
+def planned(name):
+    """What `plan` returns in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--plan", name]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
+
+
+def measured(name, a):
+    """What `measure` returns on the device with the highest peak."""
+    from keras_moe import distribution
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = "--measure", name, "--results", folder
+        command = [__file__, *sys.argv[1:], *options]
+        if distribution.launch(command, a.devices, folder):
+            logs = [Path(path).read_text() for path in glob.glob(f"{folder}/*.log")]
+            raise RuntimeError("\n".join([f"Measuring {name} failed.", *logs]))
+        results = [
+            json.loads(Path(path).read_text()) for path in glob.glob(f"{folder}/*.json")
+        ]
+    return max(results, key=lambda result: result[1])
 
 
 def main():
@@ -242,34 +293,20 @@ def main():
         print(json.dumps(plan(a.plan, a)))
         return
     if a.measure:
-        import tensorflow as tf
-
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0],
-            [tf.config.LogicalDeviceConfiguration()] * a.devices,
-        )
-        print(json.dumps(measure(a.measure, a)))
+        result = json.dumps(measure(a.measure, a))
+        Path(a.results, f"{index_of()}.json").write_text(result)
         return
     print(
-        f"{a.devices} device(s), MiB of each\n\n| model | weights | plan | optimizer | plan "
-        "| peak | plan | allocator's peak |\n|---|---|---|---|---|---|---|---|"
+        f"{a.devices} device(s), MiB of the fullest\n\n| model | weights | plan "
+        "| optimizer | plan | peak | plan | allocator's peak |\n|---|---|---|---|---|---|"
+        "---|---|"
     )
     for name in a.models:
-        planned, measured = (child(f"--{part}", name) for part in ("plan", "measure"))
-        (weights, slots), peak, allocator = measured
-        mebibytes = [
-            f"{n / 2**20:,.1f}"
-            for n in (
-                weights,
-                planned[0],
-                slots,
-                planned[1],
-                peak,
-                planned[2],
-                allocator,
-            )
-        ]
-        mebibytes[5] += f" ({planned[2] / peak - 1:+.1%})"
+        weights, slots, peak = planned(name)
+        (real_weights, real_slots), real_peak, allocator = measured(name, a)
+        numbers = real_weights, weights, real_slots, slots, real_peak, peak, allocator
+        mebibytes = [f"{n / 2**20:,.1f}" for n in numbers]
+        mebibytes[5] += f" ({peak / real_peak - 1:+.1%})"
         print(f"| {name} | " + " | ".join(mebibytes) + " |", flush=True)
 
 

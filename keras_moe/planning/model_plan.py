@@ -13,9 +13,6 @@ from keras_moe.planning.step_measures import StepMeasures, held
 
 # Times that a step reads or writes an expert's weight and its gradient.
 _WEIGHT_PASSES = 6
-# Arrays of rows that are there besides while they travel: the blocks that leave and
-# those that arrive.
-_TRAVELING = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +26,9 @@ class ModelMemory:
         gradients: Int. Of the trained variables, all at once.
         activations: Int. What the forward pass makes and the backward pass reads.
         step: Int. The most that a step holds at once beside variables and batch:
-            activations, those gradients that are there with them, and what operations
-            and updates take.
-        routing: Int. What uneven routing and rows on their way add.
+            activations, those gradients that are there with them, rows on their way, and
+            what operations, sums over devices and updates take.
+        routing: Int. What uneven routing adds.
     """
 
     weights: int
@@ -140,7 +137,7 @@ class ModelPlan(Figures):
         """The least devices on which weights, slots and gradients fit, or 0."""
         devices = 1
         while devices <= 2 * max(1, self.measures.num_experts):
-            found = memory_of_group(self.measures, devices, self.imbalance)
+            found = memory_of_group(self.measures, devices, devices, self.imbalance)
             if found.parameters <= self.usable_memory:
                 return devices
             devices *= 2
@@ -155,9 +152,7 @@ class ModelPlan(Figures):
         if self.batch_size == 1:
             return int(self.fits)
         half = self.batch_size // 2
-        less = memory_of_group(
-            self.remeasure(half, None), self.expert_parallel_size, self.imbalance
-        ).peak
+        less = self._memory_of(self.remeasure(half, None)).peak
         each = max(1.0, (self.memory.peak - less) / (self.batch_size - half))
         room = self.usable_memory - self.memory.peak
         return max(0, int(self.batch_size + room / each))
@@ -166,11 +161,12 @@ class ModelPlan(Figures):
     def other_memory(self) -> ModelMemory:
         """Memory with `recompute` of all experts the other way."""
         now = any(m.recompute for m in self.measures.mixtures)
-        return memory_of_group(
-            self.remeasure(self.batch_size, not now),
-            self.expert_parallel_size,
-            self.imbalance,
-        )
+        return self._memory_of(self.remeasure(self.batch_size, not now))
+
+    def _memory_of(self, measures):
+        """Memory of a step that was measured again."""
+        size, devices = self.expert_parallel_size, self.num_devices
+        return memory_of_group(measures, size, devices, self.imbalance)
 
     @property
     def advice(self) -> list[str]:
@@ -246,24 +242,21 @@ def make_plan(
     )
 
 
-def memory_of_group(measures: StepMeasures, size: int, imbalance: float) -> ModelMemory:
+def memory_of_group(
+    measures: StepMeasures, size: int, devices: int, imbalance: float
+) -> ModelMemory:
     """Memory of the busiest device.
 
     Args:
         measures: `StepMeasures`.
         size: Int. Devices that together have all experts.
+        devices: Int. All of them.
         imbalance: Float. Rows of the busiest device over the mean.
 
     Returns:
         The `ModelMemory`.
     """
     over_mean = _rows_over_mean(measures, size, imbalance)
-    travel = 0.0
-    if size > 1:
-        rows = [
-            m.rows * m.features * m.itemsize for m in measures.mixtures if m.is_sharded
-        ]
-        travel = _TRAVELING * over_mean * max(rows, default=0.0)
     more = (over_mean - 1) * measures.expert_activations
     trained = [stored for stored in measures.weights if stored.trained]
     return ModelMemory(
@@ -272,8 +265,8 @@ def memory_of_group(measures: StepMeasures, size: int, imbalance: float) -> Mode
         inputs=measures.input_bytes,
         gradients=held(trained, size),
         activations=measures.activations,
-        step=measures.peak(size),
-        routing=round(max(0.0, more) + travel),
+        step=measures.peak(size, devices, over_mean),
+        routing=round(max(0.0, more)),
     )
 
 
@@ -290,7 +283,7 @@ def _rows_over_mean(measures, size, imbalance):
 
 
 def _group(measures, size, devices, cluster, imbalance):
-    memory = memory_of_group(measures, size, imbalance)
+    memory = memory_of_group(measures, size, devices, imbalance)
     over_mean = _rows_over_mean(measures, size, imbalance)
     work = measures.work
     away = (size - 1) / size

@@ -21,7 +21,7 @@ def memory_table(plan: ModelPlan) -> Table:
         (f"optimizer ({plan.optimizer})", memory.slots),
         ("batch", memory.inputs),
         ("step, beside these, at most", memory.step),
-        ("uneven routing, rows on their way", memory.routing),
+        ("uneven routing", memory.routing),
     ]
     for name, size in rows:
         table.add_row(name, gigabytes(size))

@@ -60,8 +60,10 @@ class StepMeasures:
         activations: Int. Bytes that the forward pass makes and the backward pass
             reads.
         expert_activations: Int. Those of them that are rows of experts.
-        peak: Function of the devices that together have all experts; returns the most
-            bytes that a step takes at once beside variables and batch, where most are.
+        peak: Function of the devices that together have all experts, of the number of
+            devices, and of the rows of experts on the busiest of them over the mean;
+            returns the most bytes that a step takes at once beside variables and batch,
+            where most are.
         work: Dict of `expert_multiply_adds`, `dense_multiply_adds`, `moved_bytes` (what
             operations other than products read and write) and `operations`, of a whole
             step.
@@ -74,7 +76,7 @@ class StepMeasures:
     mixtures: list[Mixture]
     activations: int
     expert_activations: int
-    peak: Callable[[int], int]
+    peak: Callable[[int, int, float], int]
     work: dict[str, int]
     assumed: list[str]
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_moe import layers, models, optimizers, planning
 from keras_moe.planning.model_plan import memory_of_group
+from keras_moe.planning.traced import operations
 from keras_moe.planning.traced.interpreter import Node
 from keras_moe.planning.traced.liveness import simulate
 from keras_moe.planning.traced.values import Value
@@ -105,7 +106,7 @@ def test_experts_are_shared_and_the_rest_is_not(mixed):
         assert group.memory.gradients == trained
         assert 0 < group.memory.slots - 2 * trained <= 16  # counters besides
     # Eight experts on three devices: three on the busiest.
-    three = memory_of_group(found.measures, 3, 1.0)
+    three = memory_of_group(found.measures, 3, 3, 1.0)
     assert three.weights == rest + experts * 3 // 8
     # Twelve tokens of 256 * 2 rows go away four times: three quarters of four devices.
     assert found.groups[4].exchange_bytes == 4 * 512 * 32 * 4 * 3 // 4
@@ -116,6 +117,23 @@ def test_experts_are_shared_and_the_rest_is_not(mixed):
     assert found.groups[4].reduction_bytes == round(1.5 * copies)
 
 
+def test_factored_slots_of_experts_are_shared():
+    model = mixture()
+    one, four = (
+        plan(
+            model,
+            num_devices=n,
+            optimizer=optimizers.FactoredAdam(0.1),
+            expert_parallel_size=n,
+        ).memory.slots
+        for n in (1, 4)
+    )
+    # Rows and columns of 32 and 64 numbers for both kernels of eight experts, of which
+    # a device has two.
+    experts = 4 * 8 * 2 * (32 + 64)
+    assert one - four == experts * 3 // 4
+
+
 def test_products_of_experts_by_hand(mixed):
     # 512 rows: two products of 32 * 64 forward, two for the weights, and one for the
     # hidden units; the gradient of the inputs nobody wants.
@@ -124,6 +142,69 @@ def test_products_of_experts_by_hand(mixed):
     # Rows of the inputs and of hidden units; an expert's take whole units of 256 bytes.
     rows = mixed[1].measures.expert_activations
     assert 4 * 512 * (32 + 64) <= rows <= 4 * 512 * (32 + 64) + 8 * 2 * 256
+
+
+def test_rows_travel_while_experts_begin(mixed):
+    """Two arrays of rows are there besides, and only then."""
+    model, found = mixed
+    sent = 4 * 512 * 32  # 512 rows of 32 numbers
+    peak = found.measures.peak
+    # So many that nothing else matters; then twice as many.
+    assert peak(4, 4, 2000.0) - peak(4, 4, 1000.0) == 2 * 1000 * sent
+    assert peak(1, 4, 2000.0) == peak(1, 4, 1000.0)  # they stay where they are
+    # After the mixture comes more than is on the way within it.
+    wide = keras.Sequential([model.layers[0], keras.layers.Dense(2000)])
+    wide.build((None, 32))
+    wide.compile("sgd", "mse")
+    peak = plan(wide, num_devices=4).measures.peak
+    assert peak(4, 4, 1.5) == peak(4, 4, 1.0)
+
+
+def test_gradients_wait_for_those_of_all_devices():
+    width = 256
+    layer = keras.layers.Dense(width, use_bias=False)
+    model = keras.Sequential([keras.Input((width,)), layer])
+    for _ in range(3):
+        model.add(keras.layers.Dense(width, use_bias=False))
+    model.compile("sgd", "mse")
+    kernel = 4 * width * width
+    one, two, four = (
+        plan(model, num_devices=n, batch_size=2, expert_parallel_size=1).memory.step
+        for n in (1, 2, 4)
+    )
+    # The gradients of four kernels, and all of them once more in a row. What else
+    # there is are rows of 2 * 256 numbers and scalars.
+    assert 8 * kernel <= two <= 8.2 * kernel
+    assert four == two  # however many devices sum them
+    # On one device a kernel is updated before the next gradient is there, and the step
+    # of SGD takes the buffer of the gradient.
+    assert one <= 4.2 * kernel
+
+
+def test_experts_of_a_group_are_summed_with_their_like(mixed):
+    model, found = mixed
+    experts = bytes_of(model.layers[0].experts.weights)
+    big = experts // 4  # of two of eight experts
+    # Four devices with all experts each: all gradients, twice. In two groups of two each
+    # has half of the experts, and sums their gradients with one other.
+    tiny = plan(model, num_devices=4, batch_size=2, expert_parallel_size=1).measures
+    alone, pairs, together = (tiny.peak(n, 4, 1.0) for n in (1, 2, 4))
+    assert 2 * experts <= alone <= 2.5 * experts
+    assert experts <= pairs <= 1.3 * experts
+    assert together < 2 * big  # nobody else has these: they are not summed
+
+
+def test_rows_of_tables_are_gathered_from_all_devices():
+    table = keras.layers.Embedding(10, 64)
+    model = keras.Sequential([keras.Input((8,), dtype="int32"), table])
+    model.compile("sgd", "mse")
+    peaks = [
+        plan(model, num_devices=n, expert_parallel_size=1).memory.step for n in (32, 64)
+    ]
+    # 256 * 8 rows of 64 numbers and their index (int32) of each of 32 more devices;
+    # the step of SGD may be in their buffer or in one of its own.
+    rows = 32 * 256 * 8
+    assert rows * 4 * 65 <= peaks[1] - peaks[0] <= 2 * rows * 4 * 65
 
 
 @pytest.mark.slow
@@ -174,6 +255,20 @@ def test_a_buffer_that_nobody_needs_is_taken_over():
     third.temporary = 512
     found = simulate([first, second, third, last, later], lambda v: v.allocated)
     assert found.peak == 3 * size + 512
+    found = simulate(
+        [first, second, third, last, later], lambda v: v.allocated, more={id(third): 64}
+    )
+    assert found.peak == 3 * size + 512 + 64
+
+
+def test_a_scatter_copies_what_it_adds_to():
+    with tf.Graph().as_default() as graph:
+        x = tf.linalg.matmul(tf.zeros([64, 64]), tf.zeros([64, 64]))
+        y = tf.tensor_scatter_nd_add(x, [[1], [5]], tf.ones([2, 64]))
+        tf.identity(tf.tanh(y), name="last")
+    kinds = {op.type: operations.may_take_over(op) for op in graph.get_operations()}
+    assert list(kinds["TensorScatterAdd"]) == []
+    assert list(kinds["Tanh"]) == [0]
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
 """A graph as a list of steps with the sizes of what they take and give."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_moe.planning.traced import operations
+from keras_moe.planning.traced import operations, reduction
 from keras_moe.planning.traced.inference import OF_SHAPES, Inference
 from keras_moe.planning.traced.liveness import simulate
 from keras_moe.planning.traced.values import Value
@@ -52,12 +52,24 @@ class Interpreter:
         nodes: All operations that run, each after those that it needs.
         tensors: The values of the outermost graph by the name of their tensor.
         assumed: Types of operations with results of a size that was assumed.
+
+    Args:
+        inference: Which remembers results. Defaults to one of its own.
+        summing: Devices that sum gradients. Defaults to a single one, which does not.
+        of_experts: As `reduction.Marks` has it.
     """
 
-    def __init__(self, inference: Inference | None = None):
+    def __init__(
+        self,
+        inference: Inference | None = None,
+        summing: reduction.Reduction | None = None,
+        of_experts: Mapping[str, list[bool]] | None = None,
+    ):
         self.nodes: list[Node] = []
         self.tensors: dict[str, Value] = {}
         self._inference = inference or Inference()
+        self._summing = summing or reduction.Reduction()
+        self._of_experts = of_experts or {}
 
     @property
     def assumed(self) -> set[str]:
@@ -95,8 +107,12 @@ class Interpreter:
         return [values[t.name] for t in graph.outputs]
 
     def _results(self, graph, op, inputs, after):
+        if reduction.is_of_gradients(op):
+            return self._summed(op, inputs, after)
         if op.type == "IdentityN":  # TensorFlow passes each of them on by itself
             return inputs
+        if reduction.is_of_rows(op):
+            return self._gathered(op, inputs[0], after)
         if op.type in _CALLS:
             return self.run(_function(graph, op, "f"), inputs, after)
         if op.type in _LOOPS:
@@ -127,6 +143,29 @@ class Interpreter:
             takes_over=operations.may_take_over(op),
             multiply_adds=operations.multiply_adds(op, inputs, outputs),
         )
+        return outputs
+
+    def _summed(self, op, gradients, after):
+        """Gradients of all devices, where there are several."""
+        results = list(gradients)
+        of_experts = self._of_experts[op.name]
+        for places in reduction.packs(self._summing, of_experts, gradients):
+            of_type = [gradients[i] for i in places]
+            for kind, inputs, outputs, taken in reduction.nodes_of_sum(of_type):
+                self.nodes.append(
+                    Node(op.name, kind, inputs, outputs, after, takes_over=taken)
+                )
+            for i, value in zip(places, outputs, strict=True):
+                results[i] = value
+        return results
+
+    def _gathered(self, op, rows, after):
+        """Rows of all devices, where there are several."""
+        if self._summing.devices == 1:
+            return [rows]
+        shape = self._summing.devices * rows.shape[0], *rows.shape[1:]
+        outputs = [Value(shape, rows.dtype)]
+        self._add(op, [rows], outputs, after)
         return outputs
 
     def _list(self, op, inputs):
@@ -191,7 +230,7 @@ class Interpreter:
             (out.op.type == "Identity" and out.op.inputs[0] is own) or out is own
             for own, out in zip(body.inputs, body.outputs, strict=True)
         ]
-        inner = Interpreter(self._inference)
+        inner = self._inner()
         start = [
             value if same else dataclasses.replace(value, array=None, root=None)
             for value, same in zip(inputs, invariant, strict=True)
@@ -242,7 +281,7 @@ class Interpreter:
             names = [op.get_attr(n).name for n in ("then_branch", "else_branch")]
         taken = []
         for name in names:
-            inner = Interpreter(self._inference)
+            inner = self._inner()
             ends = inner.run(_graph_of(graph, name), inputs[1:])
             peak = peak_of(inner.nodes)
             taken.append((peak + sum(v.num_bytes for v in ends), peak, inner, ends))
@@ -251,6 +290,9 @@ class Interpreter:
         work = sum(node.multiply_adds for node in inner.nodes)
         self._add(op, inputs, outputs, after, temporary=peak, multiply_adds=work)
         return outputs
+
+    def _inner(self):
+        return Interpreter(self._inference, self._summing, self._of_experts)
 
     def _add(self, op, inputs, outputs, after, **more):
         self.nodes.append(Node(op.name, op.type, inputs, outputs, after, **more))

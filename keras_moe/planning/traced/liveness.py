@@ -1,7 +1,7 @@
 """Which buffers are there at the same time when a graph runs."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # Operations that touch less are run at once where they become ready; TensorFlow's
@@ -36,6 +36,7 @@ def simulate(
     nodes: Sequence[Any],
     size: Callable[[Any], int],
     order: Sequence[Any] | None = None,
+    more: Mapping[int, int] | None = None,
 ) -> Peak:
     """Runs a list of nodes as TensorFlow's executor does with one thread.
 
@@ -43,10 +44,13 @@ def simulate(
         nodes: `Node`s of an `Interpreter`.
         size: Bytes of a value's buffer on the device at hand.
         order: From `order_of`; None makes it. Defaults to `None`.
+        more: Bytes that are there besides while a node runs, by its `id`. Defaults to
+            none.
 
     Returns:
         The `Peak`, in which what stays from step to step does not count.
     """
+    more = more or {}
     uses: collections.Counter = collections.Counter()
     for node in nodes:
         uses.update({id(value.buffer) for value in node.inputs})
@@ -73,9 +77,10 @@ def simulate(
 
     def note(node):
         nonlocal best
-        if total + node.temporary > best.peak:
+        found = total + node.temporary + more.get(id(node), 0)
+        if found > best.peak:
             held = [(s.owner, s.size) for s in live.values()]
-            best = Peak(total + node.temporary, node, held)
+            best = Peak(found, node, held)
 
     for node in order or order_of(nodes):
         fresh = [v for v in node.outputs if v.root is None and not v.is_kept]

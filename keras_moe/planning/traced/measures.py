@@ -1,6 +1,5 @@
 """What a training step of a model holds, computes and moves, from its graph."""
 
-import functools
 import math
 from typing import Any
 
@@ -11,10 +10,11 @@ from keras_moe.planning.step_measures import (
     Mixture,
     StepMeasures,
     Stored,
-    share_of,
 )
+from keras_moe.planning.traced.inference import Inference
 from keras_moe.planning.traced.interpreter import Interpreter
-from keras_moe.planning.traced.liveness import order_of, simulate
+from keras_moe.planning.traced.peaks import Peaks
+from keras_moe.planning.traced.reduction import PACK, SUM, Reduction
 from keras_moe.planning.traced.step import trace_step
 from keras_moe.planning.traced.values import Value
 
@@ -34,20 +34,26 @@ def measures_of(model: Any, batch: tuple, optimizer: Any) -> StepMeasures:
         ValueError: The step cannot be traced for such a batch.
     """
     mixtures = _mixtures(model)
-    with recorded_routing(mixtures, [str(i) for i in range(len(mixtures))]) as records:
-        traced = trace_step(model, batch, optimizer)
     entries = _entries(model)
+    with recorded_routing(mixtures, [str(i) for i in range(len(mixtures))]) as records:
+        traced = trace_step(model, batch, optimizer, entries)
     values = {
         id(v.value.handle): _value_of(v, entries.get(id(v)))
         for v in (*traced.variables, *traced.slots, *traced.others)
     }
-    interpreter = Interpreter()
-    interpreter.run(traced.graph, _inputs(traced.graph, values))
+    stacked = {
+        v.shape: v.entries for v in values.values() if v.entries and len(v.shape) > 2
+    }
+    inference = Inference()
+
+    def interpreted(summing):
+        found = Interpreter(inference, summing, traced.marks.of_experts)
+        found.run(traced.graph, _inputs(traced.graph, values))
+        _mark_parts(found.nodes, stacked)
+        return found
+
+    interpreter = interpreted(Reduction())
     nodes = interpreter.nodes
-    _mark_parts(
-        nodes,
-        {v.shape: v.entries for v in values.values() if v.entries and len(v.shape) > 2},
-    )
     trained = {id(v) for v in model.trainable_variables}
     stored = [_stored(v, entries, id(v) in trained) for v in traced.variables]
     stored_slots = _stored_slots(traced, model, entries)
@@ -55,9 +61,17 @@ def measures_of(model: Any, batch: tuple, optimizer: Any) -> StepMeasures:
         _mixture(layer, records[str(i)], interpreter.tensors)
         for i, layer in enumerate(mixtures)
     ]
-    # Which order TensorFlow takes varies from run to run.
-    orders = [order_of(nodes, keep_first) for keep_first in (False, True)]
     backward = _backward(nodes)
+    peaks = Peaks(
+        lambda summing: interpreted(summing).nodes,
+        _backward,
+        [
+            (mixture, _weights_of(layer, values))
+            for layer, mixture in zip(mixtures, measured, strict=True)
+            if mixture is not None and mixture.is_sharded
+        ],
+        traced.marks.has_rows,
+    )
     return StepMeasures(
         weights=stored,
         slots=stored_slots,
@@ -65,23 +79,16 @@ def measures_of(model: Any, batch: tuple, optimizer: Any) -> StepMeasures:
         mixtures=[each for each in measured if each is not None],
         activations=_activations(nodes, backward),
         expert_activations=_expert_activations(nodes, backward),
-        peak=functools.cache(lambda devices: _peak(nodes, orders, share_of(devices))),
+        peak=peaks.peak,
         work=_work(nodes),
         assumed=sorted(interpreter.assumed),
     )
 
 
-def _peak(nodes, orders, share):
-    def size(value):
-        return _held(value, share)
-
-    return max(simulate(nodes, size, order).peak for order in orders)
-
-
-def _held(value, share):
-    if value.entries is None:
-        return value.allocated
-    return round(value.allocated * share(*value.entries))
+def _weights_of(layer, values):
+    """What is known of the stacked weights of a mixture's experts."""
+    weights = getattr(layer.experts, "stacked_weights", ())
+    return [values[id(v.value.handle)] for v in weights]
 
 
 def _value(spec):
@@ -145,10 +152,22 @@ def _stored_slots(traced, model, entries):
         owners = [p for p in prefixes if name.startswith(p)]
         owner = prefixes[max(owners, key=len)] if owners else None
         of = entries.get(id(owner)) if owner is not None else None
+        if owner is None:  # made by `add_slot` of an engine
+            of = _experts_of_slot(name, slot, model, entries)
         if of is not None and (not slot.shape or slot.shape[0] != of[0]):
             of = None
         found.append(Stored(slot.path, _value_of(slot, of).num_bytes, of, False))
     return found
+
+
+def _experts_of_slot(name, slot, model, entries):
+    """Those of the weight that a slot is named after, if it has a row for each."""
+    for variable in model.trainable_variables:
+        of = entries.get(id(variable))
+        named = name.startswith(f"{variable.name}_")
+        if of is not None and named and tuple(slot.shape[:1]) == of[:1]:
+            return of
+    return None
 
 
 def _mark_parts(nodes, stacked):
@@ -161,7 +180,8 @@ def _mark_parts(nodes, stacked):
         for value in node.outputs:
             if value.entries is None and value.shape in stacked:
                 value.entries = stacked[value.shape]
-        first = node.inputs[0] if node.inputs else None
+        if node.kind in (PACK, SUM):
+            node.outputs[0].entries = node.inputs[0].entries
         cut = node.kind in ("Split", "SplitV", "Unpack", "Cast", "Transpose")
         if cut and (first := node.inputs[node.kind == "Split"]).entries is not None:
             for value in node.outputs:

@@ -21,7 +21,8 @@ SAME_BUFFER = {
 }
 # Parts of the first axis lie in the buffer of the whole.
 _PARTS = {"Slice", "Split", "SplitV", "StridedSlice", "Unpack"}
-# The result may take the buffer of an input that nobody needs any more.
+# The result may take the buffer of an input that nobody needs any more. Not that of
+# TensorScatterAdd and its like, which copy their first input whoever needs it.
 _ANY_INPUT = {
     "Add",
     "AddV2",
@@ -91,9 +92,6 @@ _FIRST_INPUT = {
     "Tanh",
     "TensorListSetItem",
     "TensorListPushBack",
-    "TensorScatterAdd",
-    "TensorScatterSub",
-    "TensorScatterUpdate",
     "ZerosLike",
 }
 PRODUCTS = {"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatMul"}

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_moe import runtime
+from keras_moe.planning.traced.reduction import Marks, marked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,15 +21,19 @@ class TracedStep:
         variables: All variables of the model, those of its seeds included.
         slots: Variables of the optimizer.
         others: Variables of metrics.
+        marks: Which gradients devices sum.
     """
 
     graph: Any
     variables: list[Any]
     slots: list[Any]
     others: list[Any]
+    marks: Marks
 
 
-def trace_step(model: keras.Model, batch: tuple, optimizer: Any) -> TracedStep:
+def trace_step(
+    model: keras.Model, batch: tuple, optimizer: Any, shared: Collection[int] = ()
+) -> TracedStep:
     """Traces a training step.
 
     Args:
@@ -38,6 +43,7 @@ def trace_step(model: keras.Model, batch: tuple, optimizer: Any) -> TracedStep:
             the model takes them, of known shapes.
         optimizer: A `keras.optimizers.Optimizer` of its own, not built. Its state is
             in memory for as long as the result is.
+        shared: `id`s of variables that devices share. Defaults to `()`.
 
     Returns:
         The `TracedStep`.
@@ -47,11 +53,16 @@ def trace_step(model: keras.Model, batch: tuple, optimizer: Any) -> TracedStep:
     """
     optimizer.build(model.trainable_variables)
     step = model.train_step if model.compiled else _step_without_loss(model, optimizer)
-    with _optimizer_of(model, optimizer), said_of_batch(model, batch):
+    with (
+        _optimizer_of(model, optimizer),
+        said_of_batch(model, batch),
+        marked(optimizer, shared) as marks,
+    ):
         traced = tf.function(step, autograph=False, jit_compile=False)
         graph = traced.get_concrete_function(batch).graph
     metrics = [v for metric in getattr(model, "metrics", ()) for v in metric.variables]
-    return TracedStep(graph, list(model.variables), list(optimizer.variables), metrics)
+    slots = list(optimizer.variables)
+    return TracedStep(graph, list(model.variables), slots, metrics, marks)
 
 
 def _step_without_loss(model, optimizer):
