@@ -154,8 +154,8 @@ def _block_sizes(counts, num_experts):
 def _copied(weight, owners):
     """The weight, and a copy of its part for every spill block.
 
-    The gradient of the copies is added to that of the weight where an expert has spill
-    blocks. TensorFlow copies the latter for it: for that moment it is there twice.
+    The gradient of the copies is added to that of the weight in place: a kernel's
+    gradient is written once, and again only where its expert has spill blocks.
     """
 
     @tf.custom_gradient

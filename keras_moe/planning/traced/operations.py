@@ -22,7 +22,8 @@ SAME_BUFFER = {
 # Parts of the first axis lie in the buffer of the whole.
 _PARTS = {"Slice", "Split", "SplitV", "StridedSlice", "Unpack"}
 # The result may take the buffer of an input that nobody needs any more. Not that of
-# TensorScatterAdd and its like, which copy their first input whoever needs it.
+# TensorScatterAdd and its like, which copy their first input whoever needs it;
+# ScatterNdNonAliasingAdd does what its name says.
 _ANY_INPUT = {
     "Add",
     "AddV2",
@@ -80,6 +81,7 @@ _FIRST_INPUT = {
     "Relu6",
     "Round",
     "Rsqrt",
+    "ScatterNdNonAliasingAdd",
     "Selu",
     "Sigmoid",
     "Sign",
