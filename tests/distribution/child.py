@@ -224,8 +224,8 @@ def mix(case: Case, x):
             losses_in_evaluation=True,
             name="moe",
         )(x)
-    if case.layer in ("cell", "stacked cells"):
-        return recurrence_of_cells(case)(x)
+    if case.layer in ("cell", "stacked cells", "attending cell"):
+        return recurrence_of_cells(case, x)
     if case.layer == "several gates":
         experts = keras_moe.layers.FeedForwardExperts(case.num_experts, 24)
         first, second = keras_moe.layers.MultiGateMoE(experts, gatings=2)(x)
@@ -237,19 +237,21 @@ def mix(case: Case, x):
     return mixture(case)(x, gate_inputs=x[..., ::2])
 
 
-def recurrence_of_cells(case: Case):
-    """A recurrence of Keras over a cell with a mixture, alone or both ways over two."""
+def recurrence_of_cells(case: Case, x):
+    """A recurrence over a cell with a mixture: alone, both ways over two, attending."""
     cell = keras_moe.layers.MoELSTMCell(
         WIDTH,
         case.num_experts,
         keras_moe.layers.LossFreeGating(k=2) if case.later else noisy_gate(),
     )
+    if case.layer == "attending cell":
+        return keras_moe.layers.AttentionLSTM(cell, name="moe")(x, x)[0]
     options = {"return_sequences": True, "unroll": case.unroll, "name": "moe"}
     if case.layer == "cell":
-        return keras.layers.RNN(cell, go_backwards=case.backwards, **options)
+        return keras.layers.RNN(cell, go_backwards=case.backwards, **options)(x)
     cells = keras.layers.StackedRNNCells([keras.layers.LSTMCell(WIDTH), cell])
     both_ways = keras.layers.RNN(cells, **options)
-    return keras.layers.Bidirectional(both_ways, merge_mode="sum")
+    return keras.layers.Bidirectional(both_ways, merge_mode="sum")(x)
 
 
 def optimizer_of(case: Case):

@@ -173,6 +173,7 @@ def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices, cases):
         {**ADAM, **SEVEN, **UNEVEN, "layer": "cell", "backwards": True},
         {**SGD, **SHORT, **UNEVEN, "layer": "cell", "later": True, "unroll": True},
         {**SGD, **SHORT, **UNEVEN, "layer": "stacked cells"},
+        {**SGD, **SHORT, **UNEVEN, "layer": "attending cell"},
         {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
         {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "recurrent"}
         | {"backwards": True, "segments": 2},
