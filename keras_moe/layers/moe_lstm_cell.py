@@ -190,10 +190,8 @@ class MoELSTMCell(keras.layers.Layer):
         return bias + tf.cast(is_forget & self.unit_forget_bias, bias.dtype)
 
     def call(self, inputs, states, training=None):
-        h, c = states
-        u = tf.concat([inputs, tf.cast(h, inputs.dtype)], axis=-1)
-        chosen = self.gating(u, training=training)
-        functional.verify_recurrent_gating(chosen)
+        _, c = states
+        u, chosen = self.choose(inputs, states, training)
         here = engine.current()
         if here.unrolls_loops:
             dispatcher = here.dispatcher(k_of(self.gating))  # type: ignore[misc]
@@ -206,6 +204,13 @@ class MoELSTMCell(keras.layers.Layer):
             z + self.bias, c, self.activation, self.recurrent_activation
         )
         return h, [h, c]
+
+    def choose(self, inputs, states, training=None) -> tuple:
+        """What the gate sees, `(batch, features + units)`, and its `GatingResult`."""
+        u = tf.concat([inputs, tf.cast(states[0], inputs.dtype)], axis=-1)
+        chosen = self.gating(u, training=training)
+        functional.verify_recurrent_gating(chosen)
+        return u, chosen
 
     @property
     def moves_in_steps(self) -> bool:

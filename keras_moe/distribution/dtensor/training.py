@@ -143,10 +143,8 @@ def _install_recurrence():
             if training and not self.unroll and _moves_in_steps(self):
                 # As Keras before a loop, for the shape of the answer: what the gate
                 # draws and counts is then that of one device.
-                options = (
-                    {"training": training} if self.cell._call_has_training_arg else {}
-                )
-                self.cell(sequences[:, 0], initial_state, **options)
+                step = getattr(self.cell, "choose", self.cell)
+                step(sequences[:, 0], initial_state, training=training)
             before, self.unroll = self.unroll, True
             try:
                 return stock(self, sequences, initial_state, mask, training)
