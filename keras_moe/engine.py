@@ -14,6 +14,7 @@ the device is a GPU. Under a `tf.distribute.Strategy` they give the
 engine that `keras_moe.distribution` makes for it.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -184,6 +185,16 @@ class Replicas:
             num_rows: Rows on this replica.
         """
         return tf.constant(0)
+
+    def before_loop(self, num_rows: tf.Tensor | int) -> Any:
+        """A context for a loop whose steps are of these rows: what a gate may ask there.
+
+        Replicas cannot talk within a loop, so what `num_before` says is asked before.
+
+        Args:
+            num_rows: Rows on this replica, in every step.
+        """
+        return contextlib.nullcontext()
 
 
 class Engine:
@@ -370,18 +381,3 @@ def current_replica() -> int | None:
     if context is None:
         return None
     return int(tf.get_static_value(context.replica_id_in_sync_group))
-
-
-def verify_one_device(layer: Any) -> None:
-    """For a layer that does not yet know how to run on several devices.
-
-    Raises:
-        ValueError: The scope is that of a strategy of several replicas.
-    """
-    here = for_weights()
-    if here.several_devices:
-        kind = type(layer).__name__
-        raise ValueError(
-            f"`{kind}` runs on one device only. Received: {layer.name!r} built for "
-            f"{here.devices}. Use `MoELSTM` there, or build {kind} outside of the scope."
-        )

@@ -150,3 +150,23 @@ class AboveGating(_OneKernel):
             most_experts=self.most_experts,
             mask=mask,
         )
+
+
+@register
+class AssignmentsGating(_OneKernel):
+    """As `AboveGating` without a limit, as a list of assignments of open length."""
+
+    supports_masking = True
+
+    def call(self, inputs, mask=None, training=None):
+        gates = tf.nn.softmax(4.0 * tf.matmul(inputs, self.kernel))
+        selected = gates > 1.0 / self.num_experts
+        if mask is not None:
+            selected &= mask[:, tf.newaxis]
+        assignments = tf.where(selected)
+        return functional.make_gating_result(
+            tf.gather_nd(gates, assignments),
+            tf.cast(assignments[:, 1], tf.int32),
+            self.num_experts,
+            token_indices=tf.cast(assignments[:, 0], tf.int32),
+        )

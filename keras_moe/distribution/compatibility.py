@@ -7,6 +7,7 @@ version come here. `tests/distribution` fails where one of these no longer works
 import contextlib
 import copy
 import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,10 @@ from tensorflow.python.eager import record
 from tensorflow.python.ops import array_ops, collective_ops
 from tensorflow.python.ops import gen_array_ops as raw_array
 from tensorflow.python.ops import gen_nn_ops as raw_nn
+from tensorflow.python.ops.control_flow_v2_func_graphs import (
+    WhileBodyFuncGraph,
+    WhileCondFuncGraph,
+)
 from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 __all__ = [
@@ -53,6 +58,7 @@ __all__ = [
     "device_iterators",
     "dtensor_is_initialized",
     "in_stateless_scope",
+    "is_in_loop",
     "is_recording",
     "keras_numpy",
     "keras_random",
@@ -288,6 +294,18 @@ def start_dtensor_device() -> None:
     """
     if dtensor_api._dtensor_singleton is None:
         dtensor_api.reset_dtensor_device(is_async=False)
+
+
+def is_in_loop() -> bool:
+    """Whether a loop is traced here that the code of a single replica runs."""
+    # Not one around all replicas, of a training loop.
+    outermost = getattr(threading.current_thread(), "graph", None)
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and graph is not outermost:
+        if isinstance(graph, (WhileBodyFuncGraph, WhileCondFuncGraph)):
+            return outermost is not None
+        graph = getattr(graph, "outer_graph", None)
+    return False
 
 
 def is_recording() -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks
+from keras_moe import checks, engine
 from keras_moe.layers import configs
 from keras_moe.layers.attention import MultiplicativeAttention
 
@@ -46,7 +46,8 @@ class AttentionLSTM(keras.layers.Layer):
         changes no earlier output.
 
     Raises:
-        ValueError: `cell` does not have two states; a last dimension is unknown.
+        ValueError: `cell` does not have two states; a last dimension is unknown; on a
+            mesh, where the loop is written out step by step, the number of steps is.
 
     Example:
 
@@ -94,8 +95,6 @@ class AttentionLSTM(keras.layers.Layer):
             self.cell.build((None, features + memory_features))
 
     def call(self, inputs, memory, memory_mask=None, initial_state=None, training=None):
-        inputs_by_time = tf.transpose(inputs, [1, 0, 2])
-        steps = tf.shape(inputs_by_time)[0]
         keys = self.attention.keys_of(memory)
         h, c = (
             self.initial_state(tf.shape(inputs)[0])
@@ -113,10 +112,25 @@ class AttentionLSTM(keras.layers.Layer):
                 "memory as many rows."
             )
 
-        def step(time, h, c, outputs):
+        def step(x, h, c):
             context = self._context(h, keys, memory, memory_mask)
-            x = tf.concat([inputs_by_time[time], context], axis=-1)
-            output, (h, c) = self.cell(x, [h, c], training=training)
+            x = tf.concat([x, context], axis=-1)
+            return self.cell(x, [h, c], training=training)
+
+        here = engine.current()
+        if here.unrolls_loops:
+            return _unrolled(inputs, h, c, step)
+        if not (training and getattr(self.cell, "moves_in_steps", False)):
+            return self._in_a_loop(inputs, h, c, step)
+        with here.replicas.before_loop(tf.shape(inputs)[0]):
+            return self._in_a_loop(inputs, h, c, step)
+
+    def _in_a_loop(self, inputs, h, c, step):
+        inputs_by_time = tf.transpose(inputs, [1, 0, 2])
+        steps = tf.shape(inputs_by_time)[0]
+
+        def body(time, h, c, outputs):
+            output, (h, c) = step(inputs_by_time[time], h, c)
             return time + 1, h, c, outputs.write(time, output)
 
         outputs = tf.TensorArray(
@@ -124,7 +138,7 @@ class AttentionLSTM(keras.layers.Layer):
         )
         _, h, c, outputs = tf.while_loop(
             lambda time, *_: time < steps,
-            step,
+            body,
             (tf.constant(0), h, c, outputs),
             maximum_iterations=steps,
         )
@@ -135,7 +149,8 @@ class AttentionLSTM(keras.layers.Layer):
     def _context(self, h, keys, memory, memory_mask):
         """`(batch, units)` -> `(batch, memory features)`."""
         # Rows that share a memory are so many queries to it.
-        queries = tf.reshape(h, [tf.shape(memory)[0], -1, h.shape[-1]])
+        memories = memory.shape[0] or tf.shape(memory)[0]
+        queries = tf.reshape(h, [memories, -1, h.shape[-1]])
         weights = self.attention.weights_of(queries, keys, memory_mask)
         return tf.reshape(tf.matmul(weights, memory), [-1, memory.shape[-1]])
 
@@ -188,6 +203,21 @@ class AttentionLSTM(keras.layers.Layer):
         checks.verify_config(cls, config)
         parts = {key: configs.deserialize(config.get(key)) for key in _PARTS}
         return cls(**{**config, **parts})
+
+
+def _unrolled(inputs, h, c, step):
+    """Step by step, where a loop has no gradient."""
+    if not inputs.shape[1]:
+        raise ValueError(
+            "`inputs` of an unrolled recurrence must have a known number of time steps, "
+            f"at least 1. Received: inputs.shape={inputs.shape}. Pad sequences to one "
+            "length."
+        )
+    outputs = []
+    for x in tf.unstack(inputs, axis=1):
+        output, (h, c) = step(x, h, c)
+        outputs.append(output)
+    return tf.stack(outputs, axis=1), [h, c]
 
 
 _PARTS = ("cell", "attention")

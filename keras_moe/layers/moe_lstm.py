@@ -186,7 +186,6 @@ class MoELSTM(keras.layers.RNN):
         return self.cell.gating
 
     def build(self, sequences_shape, initial_state_shape=None):
-        self.cell.is_of_moe_lstm = True
         checks.verify_input_shape(sequences_shape, type(self).__name__)
         super().build(sequences_shape, initial_state_shape)
         if self.num_experts > 1 and not hasattr(self, "balance"):

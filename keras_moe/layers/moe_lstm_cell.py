@@ -14,6 +14,7 @@ from keras_moe.layers.gate_contract import (
     verify_recurrent_gate,
     warn_of_constant_gates,
 )
+from keras_moe.layers.gating import k_of
 from keras_moe.layers.initializers import PerExpertInitializer
 
 
@@ -95,7 +96,13 @@ class MoELSTMCell(keras.layers.Layer):
 
     Raises:
         ValueError: A size is not positive; the gate is of another number of
-            experts or of another kind.
+            experts or of another kind; the gate sums over replicas in a loop.
+
+    Several devices: under a strategy of replicas every device has all matrices and
+    runs its own sequences, in `keras.layers.RNN`, also within `Bidirectional` and
+    `StackedRNNCells`. A gate that counts tokens over all replicas (`LossFreeGating`)
+    needs `unroll=True` there, since replicas cannot talk within a loop. On a mesh the
+    matrices are sharded and `keras.layers.RNN` is unrolled, for a known number of steps.
 
     Example:
 
@@ -140,15 +147,11 @@ class MoELSTMCell(keras.layers.Layer):
         self.gating = gating
         warn_of_constant_gates(self)
         configs.hold(self, gating)
-        # Set by `MoELSTM`, which knows how to run it on several devices.
-        self.is_of_moe_lstm = False
         self.state_size = [units, units]
         self.output_size = units
 
     def build(self, input_shape):
         here = engine.for_weights()
-        if not self.is_of_moe_lstm:
-            engine.verify_one_device(self)
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         shape = self.num_experts, features + self.units, 4 * self.units
         if here.unrolls_loops:
@@ -187,17 +190,35 @@ class MoELSTMCell(keras.layers.Layer):
         return bias + tf.cast(is_forget & self.unit_forget_bias, bias.dtype)
 
     def call(self, inputs, states, training=None):
-        h, c = states
-        u = tf.concat([inputs, tf.cast(h, inputs.dtype)], axis=-1)
-        chosen = self.gating(u, training=training)
-        functional.verify_recurrent_gating(chosen)
-        kernel = tf.convert_to_tensor(self.kernel)
-        plan = functional.make_plan_here(chosen.expert_indices, self.num_experts)
-        z = functional.mixed_product(u, kernel, chosen.gates, plan)
+        _, c = states
+        u, chosen = self.choose(inputs, states, training)
+        here = engine.current()
+        if here.unrolls_loops:
+            dispatcher = here.dispatcher(k_of(self.gating))  # type: ignore[misc]
+            z = dispatcher.mix(self.matrices(), u, chosen).outputs
+        else:
+            # Of the sequences of this device, whose matrices are all here.
+            plan = functional.make_plan_here(chosen.expert_indices, self.num_experts)
+            z = functional.mixed_product(u, self.real_kernel(), chosen.gates, plan)
         h, c = functional.lstm_step(
             z + self.bias, c, self.activation, self.recurrent_activation
         )
         return h, [h, c]
+
+    def choose(self, inputs, states, training=None) -> tuple:
+        """What the gate sees, `(batch, features + units)`, and its `GatingResult`."""
+        u = tf.concat([inputs, tf.cast(states[0], inputs.dtype)], axis=-1)
+        chosen = self.gating(u, training=training)
+        functional.verify_recurrent_gating(chosen)
+        return u, chosen
+
+    @property
+    def moves_in_steps(self) -> bool:
+        """Whether the gate draws or counts in every training step of a recurrence."""
+        gating = self.gating
+        return bool(getattr(gating, "has_noise", False)) or hasattr(
+            gating, "note_counts"
+        )
 
     def get_config(self):
         serialize = keras.initializers.serialize

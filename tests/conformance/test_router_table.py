@@ -26,7 +26,7 @@ def documented():
 
 def test_every_gate_has_a_row():
     assert [row["gate"] for row in documented()] == [
-        f"`{code}`" for code in router_table.ROUTERS
+        router_table.name_of(code) for code in router_table.ROUTERS
     ]
     named = set(re.findall(r"\w+Gating", " ".join(router_table.ROUTERS)))
     public = {name for name in layers.__all__ if name.endswith("Gating")}

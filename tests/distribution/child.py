@@ -55,6 +55,7 @@ class Case:
     capacity: float | None = None
     backwards: bool = False
     segments: int | None = None
+    unroll: bool = False
     nested: bool = False  # mixtures among the experts of a list
 
 
@@ -223,6 +224,8 @@ def mix(case: Case, x):
             losses_in_evaluation=True,
             name="moe",
         )(x)
+    if case.layer in ("cell", "stacked cells", "attending cell"):
+        return recurrence_of_cells(case, x)
     if case.layer == "several gates":
         experts = keras_moe.layers.FeedForwardExperts(case.num_experts, 24)
         first, second = keras_moe.layers.MultiGateMoE(experts, gatings=2)(x)
@@ -232,6 +235,23 @@ def mix(case: Case, x):
     case = dataclasses.replace(case, layer=case.layer.removesuffix(" by half"))
     # Gates see half of the features.
     return mixture(case)(x, gate_inputs=x[..., ::2])
+
+
+def recurrence_of_cells(case: Case, x):
+    """A recurrence over a cell with a mixture: alone, both ways over two, attending."""
+    cell = keras_moe.layers.MoELSTMCell(
+        WIDTH,
+        case.num_experts,
+        keras_moe.layers.LossFreeGating(k=2) if case.later else noisy_gate(),
+    )
+    if case.layer == "attending cell":
+        return keras_moe.layers.AttentionLSTM(cell, name="moe")(x, x)[0]
+    options = {"return_sequences": True, "unroll": case.unroll, "name": "moe"}
+    if case.layer == "cell":
+        return keras.layers.RNN(cell, go_backwards=case.backwards, **options)(x)
+    cells = keras.layers.StackedRNNCells([keras.layers.LSTMCell(WIDTH), cell])
+    both_ways = keras.layers.RNN(cells, **options)
+    return keras.layers.Bidirectional(both_ways, merge_mode="sum")(x)
 
 
 def optimizer_of(case: Case):

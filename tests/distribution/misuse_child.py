@@ -76,6 +76,43 @@ def built_in_replica(strategy):
     tf.function(lambda x: strategy.run(layer, args=(x,)))(tf.constant(INPUTS))
 
 
+def in_a_loop(make_cell):
+    """A recurrence of Keras whose cell asks the other replicas in every step."""
+
+    def train(strategy):
+        with strategy.scope():
+            model = keras.Sequential(
+                [keras.Input((3, 4)), keras.layers.RNN(make_cell())]
+            )
+            model.compile("sgd", "mse")
+        model.fit(np.ones((8, 3, 4), "float32"), INPUTS, verbose=0)
+
+    return train
+
+
+def counting_cell():
+    return keras_moe.layers.MoELSTMCell(4, 3, keras_moe.layers.LossFreeGating(k=2))
+
+
+class CellWithMixture(keras.layers.Layer):
+    """The state is what a mixture makes of input and state."""
+
+    state_size = output_size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.moe = keras_moe.layers.MoE(
+            keras_moe.layers.FeedForwardExperts(3, 8), keras_moe.layers.TopKGating(k=2)
+        )
+
+    def build(self, input_shape):
+        self.moe.build(input_shape)
+
+    def call(self, inputs, states):
+        state = self.moe(inputs + states[0])
+        return state, [state]
+
+
 def in_scope_of(kind):
     """A strategy that cannot be made on this machine: only its class counts."""
 
@@ -190,6 +227,8 @@ def main():
     }
     adam = keras_moe.optimizers.FactoredAdam
     cases |= {
+        "counts_in_a_loop": in_a_loop(counting_cell),
+        "mixture_in_a_loop": in_a_loop(CellWithMixture),
         "words_later": words(build_first=True),
         "words_untouched": words(adam(untouched_rows="keep")),
         "words_factored": words(adam(factored=["embeddings"])),

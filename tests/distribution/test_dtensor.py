@@ -129,6 +129,8 @@ THREE = {"num_experts": 3}
     others=[
         {**ADAM, **SHORT, **THREE, "layer": "own experts"},
         {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
+        {**SGD, **SHORT, **SEVEN, **UNEVEN, "layer": "cell"},
+        {**SGD, **SHORT, "layer": "cell", "later": True},
         {**SGD, **SHORT, "layer": "expert choice", "examples": 31},
     ],
 )

@@ -165,8 +165,15 @@ def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices, cases):
 @pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
 @children.cases(
     # Counts of all steps and devices move its bias.
-    usual=[{**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True}],
+    usual=[
+        {**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True},
+        {**SGD, **SEVEN, **SHORT, **UNEVEN, "layer": "cell"},
+    ],
     others=[
+        {**ADAM, **SEVEN, **UNEVEN, "layer": "cell", "backwards": True},
+        {**SGD, **SHORT, **UNEVEN, "layer": "cell", "later": True, "unroll": True},
+        {**SGD, **SHORT, **UNEVEN, "layer": "stacked cells"},
+        {**SGD, **SHORT, **UNEVEN, "layer": "attending cell"},
         {**SGD, **SEVEN, **UNEVEN, "layer": "recurrent"},
         {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "recurrent"}
         | {"backwards": True, "segments": 2},
@@ -289,6 +296,7 @@ def test_in_float64_nothing_on_the_way_has_fewer_digits():
                 {**SGD, **SEVEN, "capacity": 0.8, "examples": 25},
                 {**SGD, "layer": "list", "num_experts": 3, "steps": 6},
                 {**SGD, **SEVEN, "layer": "recurrent", "steps": 6},
+                {**SGD, **SEVEN, "layer": "cell", "steps": 6},
             ],
             marks=pytest.mark.exhaustive,
         ),

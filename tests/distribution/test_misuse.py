@@ -37,6 +37,8 @@ def messages():
         ("words_adafactor", ("experts or words", "do not shard the vocabulary")),
         ("words_lamb", ("Lamb", "Use Adam")),
         ("words_parameter_server", ("must be a MirroredStrategy",)),
+        ("counts_in_a_loop", ("within a loop", "unroll=True", "`MoELSTM`")),
+        ("mixture_in_a_loop", ("within a loop", "a `MoE`", "unroll=True")),
         ("size_dtensor", ("create_mesh(..., expert_parallel_size=2)",)),
     ],
 )

@@ -5,25 +5,36 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe import engine, layers, optimizers
+from keras_moe import engine, functional, layers, optimizers
+from keras_moe.distribution.dtensor import training
+from keras_moe.distribution.dtensor.dispatcher import MeshDispatcher
 from keras_moe.distribution.mirrored.engine import MirroredEngine
 
 
-class TwoReplicas(engine.Replicas):
-    number = 2
-
-
-class Two(engine.Engine):
-    replicas = TwoReplicas()
-
-
-def test_a_cell_in_another_recurrence_refuses_several(monkeypatch):
-    monkeypatch.setattr(engine, "for_weights", Two)
+def test_a_recurrence_of_unknown_length_is_refused_on_a_mesh(monkeypatch):
+    for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
+        monkeypatch.setattr(kind, "inner_loop", kind.inner_loop)  # put back afterwards
+    training._install_recurrence()
     layer = keras.layers.RNN(layers.MoELSTMCell(3, 4))
+    layer.build((None, None, 3))
+    monkeypatch.setattr(training, "in_step", lambda: True)
     with pytest.raises(
-        ValueError, match=r"`MoELSTMCell` runs on one device only.*2 replicas"
+        ValueError,
+        match=r"known number of time steps.*unrolled. Received: shape=\(2, None, 3\)",
     ):
-        layer.build((None, 5, 3))
+        tf.function(layer).get_concrete_function(tf.TensorSpec((2, None, 3)))
+
+
+def test_assignments_of_open_length_are_refused_on_a_mesh():
+    result = functional.make_gating_result(
+        np.ones(3, "float32"), [0, 1, 1], 2, token_indices=np.array([0, 0, 1])
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"depend on the data. Received: gates of shape \(3,\).*"
+        "`functional.make_selection_result`",
+    ):
+        MeshDispatcher(mesh=None).mix(None, tf.zeros((2, 4)), result)
 
 
 class Mesh(engine.Engine):

@@ -37,8 +37,8 @@ class MeshDispatcher(functional.Dispatcher):
         if result.is_ragged:
             raise ValueError(
                 "A gate on a mesh must give gates (tokens, k), where -1 stands for no "
-                f"expert. Received: gates of shape {result.gates.shape} with "
-                "`token_indices`. Make the result by "
+                "expert: DTensor has no shapes that depend on the data. Received: gates "
+                f"of shape {result.gates.shape} with `token_indices`. Make the result by "
                 "`functional.make_selection_result`, which gives what a mesh takes."
             )
         gates, chosen = result.gates, result.expert_indices

@@ -130,18 +130,24 @@ def _install_recurrence():
     def unrolled(kind):
         own = kind.inner_loop
 
-        def inner_loop(self, sequences, *args, **kwargs):
+        def inner_loop(self, sequences, initial_state, mask, training=False):
             if not in_step():
-                return own(self, sequences, *args, **kwargs)
+                return own(self, sequences, initial_state, mask, training)
             if sequences.shape[1] is None:
                 raise ValueError(
                     f"`sequences` of {self.name!r} must have a known number of time "
                     "steps on a mesh, where loops are unrolled. Received: shape="
-                    f"{sequences.shape}."
+                    f"{sequences.shape}. Pad all to one length, and say it in "
+                    "`keras.Input`."
                 )
+            if training and not self.unroll and _moves_in_steps(self):
+                # As Keras before a loop, for the shape of the answer: what the gate
+                # draws and counts is then that of one device.
+                step = getattr(self.cell, "choose", self.cell)
+                step(sequences[:, 0], initial_state, training=training)
             before, self.unroll = self.unroll, True
             try:
-                return stock(self, sequences, *args, **kwargs)
+                return stock(self, sequences, initial_state, mask, training)
             finally:
                 self.unroll = before
 
@@ -149,6 +155,12 @@ def _install_recurrence():
 
     for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
         unrolled(kind)
+
+
+def _moves_in_steps(layer):
+    return any(
+        getattr(each, "moves_in_steps", False) for each in layer._flatten_layers()
+    )
 
 
 def _install_silu():

@@ -14,6 +14,7 @@ from keras_moe.distribution.mirrored import (
     expert_layers,
     hierarchical,
     optimization,
+    recurrence,
     repairs,
     training,
 )
@@ -210,8 +211,14 @@ class _Replicas(engine.Replicas):
         return run(blocks)
 
     def num_before(self, num_rows):
+        noted = recurrence.rows_before()
+        if noted is not None and compatibility.is_in_loop():
+            return noted
         rows = self.gather(tf.cast(num_rows, tf.int32))
         return tf.reduce_sum(rows[: self.index])
+
+    def before_loop(self, num_rows):
+        return recurrence.noted(self.num_before(num_rows))
 
 
 class _Operations(operations.Operations):
@@ -236,6 +243,13 @@ def _verify_graph():
             "Sharded experts exchange their rows within a `tf.function` only. "
             "Received: an eager step. Leave `run_eagerly` False, or put "
             "`strategy.run` into a `tf.function`."
+        )
+    if compatibility.is_in_loop():
+        raise ValueError(
+            "Replicas cannot exchange values within a loop, whose name differs between "
+            "them: all would wait. Received: a layer that sums or exchanges over the "
+            "replicas (a `MoE`, or a gate such as `LossFreeGating`) in a loop of a step. "
+            "Pass `unroll=True` to the recurrent layer around it, or use `MoELSTM`."
         )
 
 
@@ -274,6 +288,7 @@ def engine_of(strategy: Any) -> MirroredEngine:
     optimization.install()
     training.install()
     repairs.install()
+    recurrence.install()
     compatibility.separate_collectives(strategy)
     _engines[strategy] = MirroredEngine(strategy)
     return _engines[strategy]
