@@ -62,6 +62,7 @@ __all__ = [
     "is_recording",
     "keras_numpy",
     "keras_random",
+    "moves_in_steps",
     "layer_name_scope",
     "local_replica",
     "loss_module",
@@ -306,6 +307,13 @@ def is_in_loop() -> bool:
             return outermost is not None
         graph = getattr(graph, "outer_graph", None)
     return False
+
+
+def moves_in_steps(layer: Any) -> bool:
+    """Whether a gate within a recurrent layer draws or counts in every step."""
+    return any(
+        getattr(each, "moves_in_steps", False) for each in layer._flatten_layers()
+    )
 
 
 def is_recording() -> bool:

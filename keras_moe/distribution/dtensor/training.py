@@ -140,7 +140,7 @@ def _install_recurrence():
                     f"{sequences.shape}. Pad all to one length, and say it in "
                     "`keras.Input`."
                 )
-            if training and not self.unroll and _moves_in_steps(self):
+            if training and not self.unroll and compatibility.moves_in_steps(self):
                 # As Keras before a loop, for the shape of the answer: what the gate
                 # draws and counts is then that of one device.
                 step = getattr(self.cell, "choose", self.cell)
@@ -155,12 +155,6 @@ def _install_recurrence():
 
     for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
         unrolled(kind)
-
-
-def _moves_in_steps(layer):
-    return any(
-        getattr(each, "moves_in_steps", False) for each in layer._flatten_layers()
-    )
 
 
 def _install_silu():

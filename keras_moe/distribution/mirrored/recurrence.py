@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from keras_moe import engine
+from keras_moe.distribution import compatibility
 
 _here = threading.local()
 _installed = False
@@ -44,15 +45,9 @@ def install() -> None:
 
     @functools.wraps(stock)
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        if not (training and _moves_in_steps(self)):
+        if not (training and compatibility.moves_in_steps(self)):
             return stock(self, sequences, initial_state, mask, training)
         with engine.current().replicas.before_loop(tf.shape(sequences)[0]):
             return stock(self, sequences, initial_state, mask, training)
 
     keras.layers.RNN.inner_loop = inner_loop
-
-
-def _moves_in_steps(layer):
-    return any(
-        getattr(each, "moves_in_steps", False) for each in layer._flatten_layers()
-    )
