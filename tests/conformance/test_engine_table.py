@@ -1,28 +1,17 @@
 """The table of layers in the guide is what running every cell of it gives."""
 
-from pathlib import Path
-
 import keras
 import pytest
 
 from keras_moe import layers, models
-from tests.conformance import engine_table
+from tests.conformance import engine_table, guide_tables
 from tests.conformance.descriptors import DESCRIPTORS
-
-GUIDE = Path(__file__).parent.parent.parent / "docs" / "guides" / "distribution.md"
 
 
 def documented():
-    """Rows of the table in the guide, as dicts by column."""
-    lines = GUIDE.read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| layer | `"))
-    rows = []
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    head, _, *body = rows
-    return {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    """Rows of the table in the guide by layer, as dicts by column."""
+    rows = guide_tables.documented("distribution.md", "| layer | `")
+    return {row["layer"]: row for row in rows}
 
 
 def test_every_row_and_column_is_run():

@@ -1,27 +1,15 @@
 """The table of gates in the guide is what running every cell of it gives."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from keras_moe import layers
-from tests.conformance import router_table
-
-GUIDE = Path(__file__).parent.parent.parent / "docs" / "guides" / "gating.md"
+from tests.conformance import guide_tables, router_table
 
 
 def documented():
-    """Rows of the table in the guide, as dicts by column."""
-    lines = GUIDE.read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| gate | one"))
-    rows = []
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    head, _, *body = rows
-    return [dict(zip(head, row, strict=True)) for row in body]
+    return guide_tables.documented("gating.md", "| gate | one")
 
 
 def test_every_gate_has_a_row():
