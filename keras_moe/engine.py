@@ -239,6 +239,9 @@ class Engine:
         """
         return None
 
+    def note_layer(self) -> None:
+        """Takes down that a layer of this package is built here."""
+
     def run_each(
         self,
         owner: Any,
@@ -301,6 +304,15 @@ def for_weights() -> Engine:
     if _engine_of is None or not tf.distribute.has_strategy():
         return ONE_DEVICE
     return _engine_of(tf.distribute.get_strategy())
+
+
+def note_layer() -> None:
+    """Takes down that a layer without experts is built here.
+
+    Where strategies are refused to experts, this does nothing.
+    """
+    with contextlib.suppress(ValueError):
+        for_weights().note_layer()
 
 
 def strategy_of(variable: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, engine, functional
 from keras_moe.types import at_least_float32
 
 
@@ -74,6 +74,7 @@ class MultiplicativeAttention(checks.FromConfig, keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, query_shape, memory_shape):
+        engine.note_layer()
         name = type(self).__name__
         query_features = checks.verify_input_shape(query_shape, name)
         features = checks.verify_input_shape(memory_shape, name)

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, engine, functional
 from keras_moe.layers import masks
 
 
@@ -114,6 +114,7 @@ class CachedAttention(checks.FromConfig, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
     def build(self, query_shape, value_shape=None):
+        engine.note_layer()
         name = type(self).__name__
         features = checks.verify_input_shape(query_shape, name)
         value_shape = query_shape if value_shape is None else value_shape

@@ -12,6 +12,10 @@ class Dropout(keras.layers.Dropout):
     On several devices that of Keras drops the same elements of the rows of each.
     """
 
+    def build(self, input_shape):
+        engine.note_layer()
+        super().build(input_shape)
+
     def call(self, inputs, training=False):
         replicas = engine.current().replicas
         if replicas.number == 1 or not training or self.rate == 0:

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import checks, functional
+from keras_moe import checks, engine, functional
 from keras_moe.layers.initializers import in_single_precision
 
 
@@ -79,6 +79,7 @@ class ProjectedLSTMCell(checks.FromConfig, keras.layers.Layer):
         self.output_size = self.projection_units
 
     def build(self, input_shape):
+        engine.note_layer()
         features = checks.verify_input_shape(input_shape, type(self).__name__)
         self.kernel = self.add_weight(
             name="kernel",

@@ -15,9 +15,7 @@ from tests.distribution import children
 # of which is one process.
 MIXTURES = {
     "`MoE`": "MoE",
-    "`MoE` of `GatedExperts`, with shared experts": (
-        "MoE of GatedExperts with shared experts"
-    ),
+    "`MoE` of `GatedExperts`, with shared experts": ("MoE with shared experts"),
     "`MoE` of your `Experts`": "MoE of a user's gated experts",
     "`MoE` of an `ExpertList`": "MoE of an ExpertList",
     "`HierarchicalMoE`": "HierarchicalMoE",

@@ -7,6 +7,7 @@
 
 import json
 import sys
+from functools import partial
 
 import keras
 import numpy as np
@@ -25,10 +26,21 @@ def _mixture_of_layers(**kwargs):
     return layers.MoE(layers.ExpertList(experts), layers.TopKGating(k=2), **kwargs)
 
 
+def _mixture_beside_shared_experts(**kwargs):
+    # Without dropout, which of Keras' is another on replicas.
+    shared = keras.Sequential([keras.layers.Dense(5, "silu"), keras.layers.Dense(4)])
+    gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
+    experts = layers.GatedExperts(6, hidden_units=8)
+    return layers.MoE(experts, gating, shared_experts=shared, **kwargs)
+
+
 OF_LAYERS = Descriptor(
     "MoE of an ExpertList", _mixture_of_layers, (3, 5, 4), layers.ExpertList
 )
-ROWS = {row.name: row for row in (*DESCRIPTORS, OF_LAYERS)}
+SHARED = Descriptor(
+    "MoE with shared experts", _mixture_beside_shared_experts, (3, 5, 4), layers.MoE
+)
+ROWS = {row.name: row for row in (*DESCRIPTORS, OF_LAYERS, SHARED)}
 
 # 1e-7 on the first weights of this model grows to 0.02 in 20 steps of 0.1, on one device:
 # its first embeddings are small, and a normalization magnifies them.
@@ -78,12 +90,13 @@ def compare(row, strategy):
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
+    make = partial(child.strategy_of, settings["devices"], settings.get("group_size"))
     if settings["engine"] == "mesh":
-        strategy = dtensor_child.strategy_of(settings)
-    else:
-        strategy = child.strategy_of(settings["devices"])
-    found = {}
+        make = partial(dtensor_child.strategy_of, settings)
+    strategy, found = make(), {}
     for name in settings["rows"]:
+        if settings["engine"] == "mirrored":
+            strategy = make()  # a layer must not depend on those before it
         found[name] = compare(ROWS[name], strategy)
         print(name, found[name], file=sys.stderr, flush=True)
     print("RESULT " + json.dumps(found), flush=True)

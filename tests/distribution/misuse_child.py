@@ -136,6 +136,17 @@ def plain(strategy):
     fit(model)
 
 
+def dense_eager(strategy):
+    """A layer of this package without experts."""
+    strategy = child.strategy_of(strategy.num_replicas_in_sync)
+    with strategy.scope():
+        layer = keras_moe.layers.CachedAttention(2, 2)
+        model = keras.Sequential([keras.Input((3, 4)), layer])
+        model.compile(keras.optimizers.Adam(clipnorm=1.0), "mse", run_eagerly=True)
+    x = np.ones((10, 3, 4), "float32")
+    model.fit(x, x, batch_size=4, verbose=0)
+
+
 def second_strategy(strategy):
     """Another model, of other shapes, under another strategy of the process."""
     other = child.strategy_of(strategy.num_replicas_in_sync)
@@ -214,6 +225,7 @@ def main():
         "lamb": lamb,
         "built_in_replica": built_in_replica,
         "plain": plain,
+        "dense_eager": dense_eager,
         "second_strategy": second_strategy,
         "device_order": devices_in_other_order,
         "size_3": size_of(3),

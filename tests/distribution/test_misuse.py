@@ -59,6 +59,7 @@ def test_xla_is_not_used_and_keras_says_so(messages):
 @pytest.mark.slow
 def test_models_without_experts_train_as_before(messages):
     assert messages["plain"] == ["", ""]
+    assert messages["dense_eager"] == ["", ""]
 
 
 @pytest.mark.slow

@@ -39,8 +39,10 @@ class MirroredEngine(SharesWords, engine.Engine):
 
     def __init__(self, strategy: Any):
         self._strategy = weakref.ref(strategy)
-        # Set when the first experts are sharded: losses are then those of the
-        # global batch.
+        # Set when the first layer of this package is built: losses are then those of
+        # the global batch.
+        self.has_layers = False
+        # Set when the first experts are sharded.
         self.has_experts = False
         # Replicas that hold all experts together.
         self.group_size = strategy.num_replicas_in_sync
@@ -49,6 +51,9 @@ class MirroredEngine(SharesWords, engine.Engine):
         self.operations = _Operations(self)
         self.dispatcher = self._dispatcher
         self.hierarchical_mixture = partial(hierarchical.mix_at_groups, self)
+
+    def note_layer(self):
+        self.has_layers = True
 
     def _dispatcher(self, k, capacity_factor=None, most_experts=None):
         if capacity_factor is None:
@@ -113,6 +118,7 @@ class _Weights(engine.Weights):
         return self._add(layer, initializer, shape, shards, name=name, **options)
 
     def add_table_weight(self, layer, shape, initializer, name, axis=0, **options):
+        self._engine.note_layer()
         self._engine.has_tables = True
         if not self._engine.shards_vocabulary:
             return super().add_table_weight(layer, shape, initializer, name, **options)
@@ -122,6 +128,7 @@ class _Weights(engine.Weights):
         return self._add(layer, initializer, shape, shards, **options)
 
     def _add(self, layer, initializer, shape, shards, **options):
+        self._engine.note_layer()
         self._engine.has_experts = True
         options = {"dtype": layer.variable_dtype, **options}
         with compatibility.layer_name_scope(layer):
@@ -137,6 +144,7 @@ class _Weights(engine.Weights):
         return self._engine.replicas.sum(value) / shards.num_groups
 
     def note_experts(self, variables):
+        self._engine.note_layer()
         for variable in variables:
             self._engine.has_experts = True
             variable.of_experts = self._engine.replicas.number

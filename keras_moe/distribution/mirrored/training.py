@@ -90,8 +90,9 @@ def _install_means():
         here = engine.current()
         reduction = module.standardize_reduction(reduction)
         if (
-            not getattr(here, "has_experts", False)
+            not getattr(here, "has_layers", False)
             or tf.executing_eagerly()
+            or (not here.has_experts and compatibility.is_in_loop())
             or reduction in (None, "none")
             or values.shape.rank == 0
         ):
