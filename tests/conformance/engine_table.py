@@ -51,6 +51,7 @@ PARTS = {
 ROWS = {name: row for part in PARTS.values() for name, row in part.items()}
 COLUMNS = {
     "`MirroredStrategy`": {"engine": "mirrored", "devices": 2},
+    "`MirroredStrategy`, 2 x 2": {"engine": "mirrored", "devices": 4, "group_size": 2},
     "`MultiWorkerMirroredStrategy`": {"engine": "processes", "devices": 1},
     "mesh": {"engine": "mesh", "devices": 2},
     "mesh, 2 x 2": {"engine": "mesh", "devices": 4, "expert_parallel_size": 2},

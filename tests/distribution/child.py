@@ -7,6 +7,7 @@ line of JSON: for each case how far losses and weights are apart.
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -224,7 +225,7 @@ def mix(case: Case, x):
             losses_in_evaluation=True,
             name="moe",
         )(x)
-    if case.layer in ("cell", "stacked cells", "attending cell"):
+    if case.layer in ("cell", "stacked cells", "attending cell", "cell both ways"):
         return recurrence_of_cells(case, x)
     if case.layer == "several gates":
         experts = keras_moe.layers.FeedForwardExperts(case.num_experts, 24)
@@ -249,18 +250,25 @@ def recurrence_of_cells(case: Case, x):
     options = {"return_sequences": True, "unroll": case.unroll, "name": "moe"}
     if case.layer == "cell":
         return keras.layers.RNN(cell, go_backwards=case.backwards, **options)(x)
-    cells = keras.layers.StackedRNNCells([keras.layers.LSTMCell(WIDTH), cell])
-    both_ways = keras.layers.RNN(cells, **options)
+    cells = [keras.layers.LSTMCell(WIDTH), cell]
+    both_ways = keras.layers.RNN(cell if "both" in case.layer else cells, **options)
     return keras.layers.Bidirectional(both_ways, merge_mode="sum")(x)
 
 
 def optimizer_of(case: Case):
-    if case.optimizer == "FactoredAdam":
-        return keras_moe.optimizers.FactoredAdam(**case.options)
-    if case.optimizer == "LossScaleOptimizer":
-        inner = keras.optimizers.Adam(**case.options)
-        return keras.optimizers.LossScaleOptimizer(inner, initial_scale=2.0**30)
-    return getattr(keras.optimizers, case.optimizer)(**case.options)
+    scaled = case.optimizer == "LossScaleOptimizer"
+    of = keras_moe if case.optimizer == "FactoredAdam" else keras
+    kind = getattr(of.optimizers, "Adam" if scaled else case.optimizer)
+    options = dict(case.options)
+    if "epsilon" in inspect.signature(kind).parameters:
+        # Far above what sums in another order leave of a gradient that is zero. The
+        # usual one is not: the step is then rounding divided by rounding, and large.
+        options.setdefault("epsilon", 1e-3)
+    if scaled:
+        return keras.optimizers.LossScaleOptimizer(
+            kind(**options), initial_scale=2.0**30
+        )
+    return kind(**options)
 
 
 def build(case: Case, strategy=None) -> keras.Model:

@@ -23,7 +23,7 @@ BOTH = [("dtensor", 4), (None, 1), ("dtensor", 2), ("mirrored", 3), ("dtensor", 
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param(FEW, id="few"),
+        pytest.param(FEW, id="few", marks=pytest.mark.exhaustive),
         pytest.param(MIRRORED, id="mirrored", marks=pytest.mark.exhaustive),
         pytest.param(GROUPS, id="groups"),
         pytest.param(ALL_GROUPS, id="all groups", marks=pytest.mark.exhaustive),

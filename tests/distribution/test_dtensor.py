@@ -71,11 +71,9 @@ def test_other_layers_train_as_on_one_device(cases):
 
 
 @children.cases(
-    usual=[
-        {**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True, "int8": True},
-        {**SHORT, **SGD, "layer": "hierarchical by half", "mask": True},
-    ],
+    usual=[{**SHORT, **SGD, **SEVEN, "layer": "shared", "mask": True, "int8": True}],
     others=[
+        {**SHORT, **SGD, "layer": "hierarchical by half", "mask": True},
         {**SHORT, **SGD, **SEVEN, "layer": "low rank"},  # with dropout
         {**SHORT, **SGD, "layer": "several gates"},
     ],
@@ -102,11 +100,9 @@ DEVICES = [pytest.param(1, marks=pytest.mark.exhaustive), *SEVERAL_DEVICES]
 
 @pytest.mark.parametrize("num_devices", DEVICES)
 @children.cases(
-    usual=[
-        {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
-        {**SGD, **SHORT, "layer": "hierarchical", "mask": True, "capacity": 0.8},
-    ],
+    usual=[{**SGD, **SEVEN, **UNEVEN, "capacity": 0.8}],
     others=[
+        {**SGD, **SHORT, "layer": "hierarchical", "mask": True, "capacity": 0.8},
         {**SGD, **SHORT, "layer": "second by lot", "capacity": 1.0},
         # Tokens have different numbers of experts.
         {**SGD, **SHORT, **UNEVEN, "layer": "above", "capacity": 0.6},
@@ -138,6 +134,14 @@ def test_experts_of_any_kind_and_recurrences(num_devices, cases):
     assert_equal_on_devices(num_devices, cases)
 
 
+@pytest.mark.exhaustive
+def test_a_cell_both_ways_but_not_stacked():
+    case = {**SGD, **SHORT, **UNEVEN, "unroll": True}
+    assert_equal_on_devices(2, [{**case, "layer": "cell both ways"}])
+    with pytest.raises(AssertionError, match=r"must be one cell.*RNN` of each cell"):
+        run(2, cases=[{**case, "layer": "stacked cells"}])
+
+
 @pytest.mark.parametrize("rows", [8, 7])
 def test_operations_of_gates_are_those_of_one_device(rows):
     found = audit("operations_of_gates", rows=rows)
@@ -156,7 +160,7 @@ def optimizer_case(optimizer, options, exhaustive=True, **settings):
 @pytest.mark.parametrize(
     "case",
     [
-        optimizer_case("AdamW", {**RATE, "use_ema": True}, False, **SEVEN),
+        optimizer_case("AdamW", {**RATE, "use_ema": True}, **SEVEN),
         optimizer_case("LossScaleOptimizer", RATE),
         optimizer_case("Adam", {**RATE, "global_clipnorm": 0.05}),
         optimizer_case("Nadam", RATE),

@@ -35,8 +35,7 @@ def optimizer_case(optimizer, **options):
     ("size", "cases"),
     [
         # Of every second batch, of 7 examples, all devices hold the whole.
-        (2, [{**SGD, **SEVEN, **UNEVEN, "capacity": 0.8}, {**ADAM, "dropout": 0.3}]),
-        (1, [{**SGD, **SEVEN, "later": True}]),
+        (2, [{**SGD, **SEVEN, **UNEVEN, "capacity": 0.8}]),
         (
             2,
             [
@@ -46,10 +45,22 @@ def optimizer_case(optimizer, **options):
                     "layer": "hierarchical",
                     "mask": True,
                     "capacity": 0.8,
-                },
+                }
+            ],
+        ),
+        pytest.param(
+            1,
+            [{**SGD, **SEVEN, "later": True}],
+            marks=exhaustive,
+        ),
+        pytest.param(
+            2,
+            [
+                {**ADAM, "dropout": 0.3},
                 # Each copy of an expert counts once in losses and norms.
                 {**RULES, "num_experts": 5, "use_bias": True, "steps": 5},
             ],
+            marks=exhaustive,
         ),
         pytest.param(
             2,

@@ -27,6 +27,9 @@ FACTORED = {"optimizer": "FactoredAdam", "options": {**RATE, "global_clipnorm": 
 ADAFACTOR = {"optimizer": "Adafactor", "options": RATE}
 
 
+exhaustive = pytest.mark.exhaustive
+
+
 def assert_equal_in_groups(num_devices, group_size, cases):
     settings = {"devices": num_devices, "group_size": group_size, "cases": cases}
     assert_equal(cases, children.run("child", settings, timeout=900))
@@ -34,59 +37,46 @@ def assert_equal_in_groups(num_devices, group_size, cases):
 
 # 4 devices in groups of 2, or each with all experts. In every second batch, of one
 # example, all devices but one have no row, and a group has none.
-@pytest.mark.parametrize(
-    "group_size", [2, pytest.param(1, marks=pytest.mark.exhaustive)]
+@pytest.mark.parametrize("group_size", [2, pytest.param(1, marks=exhaustive)])
+@children.cases(
+    usual=[
+        {**ACCUMULATED, **UNEVEN, **HIERARCHICAL, **DROPOUT, "later": True}
+        | {"steps": 20}
+    ],
+    others=[{**CLIPPED_ADAM, **SEVEN, **UNEVEN, **DROPOUT, "steps": 20}],
 )
-def test_groups_train_as_one_device(group_size):
-    assert_equal_in_groups(
-        4,
-        group_size,
-        [
-            {**CLIPPED_ADAM, **SEVEN, **UNEVEN, **DROPOUT, "steps": 20},
-            {**ACCUMULATED, **UNEVEN, **HIERARCHICAL, **DROPOUT, "later": True}
-            | {"steps": 20},
-        ],
-    )
+def test_groups_train_as_one_device(group_size, cases):
+    assert_equal_in_groups(4, group_size, cases)
 
 
-def test_every_device_may_hold_all_experts():
-    assert_equal_in_groups(
-        2,
-        1,
-        [
-            {**CLIPPED_ADAM, **SEVEN, **UNEVEN},
-            {**CLIPPED_SGD, **UNEVEN, **HIERARCHICAL, "capacity": 0.8},
-        ],
-    )
-
-
-@pytest.mark.parametrize(
-    "group_size", [2, pytest.param(1, marks=pytest.mark.exhaustive)]
+@children.cases(
+    usual=[{**CLIPPED_ADAM, **SEVEN, **UNEVEN}],
+    others=[{**CLIPPED_SGD, **UNEVEN, **HIERARCHICAL, "capacity": 0.8}],
 )
-def test_a_capacity_drops_what_one_device_drops(group_size):
-    assert_equal_in_groups(
-        4,
-        group_size,
-        [
-            {**SGD, **SEVEN, **UNEVEN, **SHORT, "capacity": 0.8},
-            {**CLIPPED_SGD, **SEVEN, **UNEVEN, **SHORT, **HIERARCHICAL}
-            | {"capacity": 0.8},
-        ],
-    )
+def test_every_device_may_hold_all_experts(cases):
+    assert_equal_in_groups(2, 1, cases)
 
 
-def test_experts_that_are_layers_are_shared_out_among_all():
-    assert_equal_in_groups(
-        4,
-        2,
-        [
-            {**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "groups of a list"},
-            {**SGD, **UNEVEN, **SHORT, "layer": "list", "num_experts": 5},
-        ],
-    )
+@pytest.mark.parametrize("group_size", [2, pytest.param(1, marks=exhaustive)])
+@children.cases(
+    usual=[
+        {**CLIPPED_SGD, **SEVEN, **UNEVEN, **SHORT, **HIERARCHICAL} | {"capacity": 0.8},
+    ],
+    others=[{**SGD, **SEVEN, **UNEVEN, **SHORT, "capacity": 0.8}],
+)
+def test_a_capacity_drops_what_one_device_drops(group_size, cases):
+    assert_equal_in_groups(4, group_size, cases)
 
 
-@pytest.mark.exhaustive
+@children.cases(
+    usual=[{**SGD, **UNEVEN, **SHORT, "layer": "list", "num_experts": 5}],
+    others=[{**CLIPPED_ADAM, **SHORT, **UNEVEN, "layer": "groups of a list"}],
+)
+def test_experts_that_are_layers_are_shared_out_among_all(cases):
+    assert_equal_in_groups(4, 2, cases)
+
+
+@exhaustive
 @pytest.mark.parametrize("group_size", [1, 2])
 def test_other_mixtures(group_size):
     short = {**SGD, **UNEVEN, **SHORT}
@@ -108,19 +98,17 @@ def test_other_mixtures(group_size):
     )
 
 
-def test_rules_of_experts_count_once():
-    assert_equal_in_groups(
-        4,
-        2,
-        [
-            {**AVERAGED, "num_experts": 5, "use_bias": True, "rules": True}
-            | {"steps": 5},
-            {**FACTORED, **SEVEN, "use_bias": True, "steps": 5},
-        ],
-    )
+@children.cases(
+    usual=[
+        {**AVERAGED, "num_experts": 5, "use_bias": True, "rules": True} | {"steps": 5}
+    ],
+    others=[{**FACTORED, **SEVEN, "use_bias": True, "steps": 5}],
+)
+def test_rules_of_experts_count_once(cases):
+    assert_equal_in_groups(4, 2, cases)
 
 
-@pytest.mark.exhaustive
+@exhaustive
 @pytest.mark.parametrize("group_size", [1, 2])
 def test_other_optimizers(group_size):
     cases = [{**ADAFACTOR, **SEVEN}, LOSS_SCALED, {**FACTORED, "use_bias": True}]
@@ -128,7 +116,7 @@ def test_other_optimizers(group_size):
     assert_equal_in_groups(4, group_size, [{**case, "steps": 6} for case in cases])
 
 
-@pytest.mark.exhaustive
+@exhaustive
 def test_more_devices_in_a_group_than_experts():
     case = {**ADAM, **UNEVEN, "num_experts": 1}
     assert_equal_in_groups(4, 2, [{**case, "layer": "hash"}, {**case, **HIERARCHICAL}])
@@ -142,15 +130,13 @@ def assert_equal_in_processes(num_workers, devices, group_size, cases):
 
 # Groups within a process, or all experts on each device. `tf.data` does not say which
 # device of a process gets which part of a batch: no noise, which goes by that.
-@pytest.mark.parametrize(
-    "group_size", [2, pytest.param(1, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("group_size", [2, pytest.param(1, marks=exhaustive)])
 def test_two_processes_of_two_devices(group_size):
     case = {**CLIPPED_ADAM, **SHORT, "layer": "loss-free", "num_experts": 6}
     assert_equal_in_processes(2, 2, group_size, [case])
 
 
-@pytest.mark.exhaustive
+@exhaustive
 def test_groups_that_lie_in_two_processes():
     # These read a whole variable together.
     cases = [{**CLIPPED_ADAM, **SEVEN, **SHORT}, {**SGD, **HIERARCHICAL, **SHORT}]

@@ -25,6 +25,19 @@ def test_a_recurrence_of_unknown_length_is_refused_on_a_mesh(monkeypatch):
         tf.function(layer).get_concrete_function(tf.TensorSpec((2, None, 3)))
 
 
+def test_stacked_cells_with_a_mixture_are_refused_on_a_mesh(monkeypatch):
+    for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
+        monkeypatch.setattr(kind, "inner_loop", kind.inner_loop)  # put back afterwards
+    training._install_recurrence()
+    layer = keras.layers.RNN([keras.layers.LSTMCell(3), layers.MoELSTMCell(3, 4)])
+    layer.build((None, 2, 3))
+    monkeypatch.setattr(training, "in_step", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"must be one cell.*\['LSTMCell', 'MoELSTMCell'\].*one after"
+    ):
+        layer(np.ones((2, 2, 3), "float32"))
+
+
 def test_assignments_of_open_length_are_refused_on_a_mesh():
     result = functional.make_gating_result(
         np.ones(3, "float32"), [0, 1, 1], 2, token_indices=np.array([0, 0, 1])

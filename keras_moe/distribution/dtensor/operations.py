@@ -6,9 +6,11 @@ leads to it: a gate or a layer is written as for one device.
 * `top_k`, and sorting, which is made of it: wrong, or the process ends, if operand and
   result have different layouts;
 * the scatters: into too few rows, which raises on a CPU and loses values on a GPU;
-* `x[:, tf.newaxis]` with axes left out behind a new one: the process ends.
+* `x[:, tf.newaxis]` with axes left out behind a new one: the process ends;
+* `reverse`, of which `Bidirectional` is made: refused.
 """
 
+import numpy as np
 import tensorflow as tf
 
 from keras_moe import operations
@@ -29,6 +31,7 @@ def install() -> None:
         (array.tensor_scatter_update, _tensor_scatter),
         (array.tensor_scatter_add, _tensor_scatter),
         (array.strided_slice, _slice),
+        (tf.reverse, _reverse),
     ):
         _replace(stock, function)
 
@@ -76,6 +79,19 @@ def _tensor_scatter(mesh, stock, tensor, indices, updates, **options):
         replicated(tf.convert_to_tensor(x), mesh) for x in (tensor, indices, updates)
     ]
     return replicated(stock(*values, **options), mesh)
+
+
+def _reverse(mesh, stock, tensor, axis, **options):
+    @tf.custom_gradient
+    def run(values):
+        for each in np.ravel(axis):
+            size = values.shape[each]
+            if size is None:
+                size = tf.shape(values)[each]
+            values = tf.gather(values, size - 1 - tf.range(size), axis=int(each))
+        return values, lambda gradient: _reverse(mesh, stock, gradient, axis)
+
+    return run(tf.convert_to_tensor(tensor))
 
 
 _MASKS = tuple(

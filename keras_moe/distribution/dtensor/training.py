@@ -140,6 +140,15 @@ def _install_recurrence():
                     f"{sequences.shape}. Pad all to one length, and say it in "
                     "`keras.Input`."
                 )
+            cells = getattr(self.cell, "cells", ())
+            if any(hasattr(cell, "choose") for cell in cells):
+                names = [type(cell).__name__ for cell in cells]
+                raise ValueError(
+                    f"`cell` of {self.name!r} must be one cell where it has a mixture on "
+                    "a mesh: DTensor cannot expand the gradient of several in a step. "
+                    f"Received: {names}. Make a `keras.layers.RNN` of each cell, one "
+                    "after the other: that computes the same."
+                )
             if training and not self.unroll and compatibility.moves_in_steps(self):
                 # As Keras before a loop, for the shape of the answer: what the gate
                 # draws and counts is then that of one device.
