@@ -20,12 +20,9 @@ WITH_QUICK = [
 OFTEN = [
     "balance_losses",
     "classic_mixtures",
-    "devices_benchmark",
     "e1_capacity",
-    "inference_benchmark",
     "layer_benchmark",
     "many_experts",
-    "step_benchmark",
     "sweep",
     "transformers",
     "upcycling",
@@ -60,6 +57,7 @@ def test_experiments_run(script, shared_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # one that is cut and goes on is in the usual run
 def test_the_sweep_trains_translation_models(tmp_path):
     script = EXAMPLES / "paper" / "sweep.py"
     printed = run_quickly(script, tmp_path, "--task", "translation")
