@@ -85,7 +85,7 @@ class Readers:
 def _can_wait():
     return (
         not tf.executing_eagerly()
-        and (adam.is_on_one_device() or engine.current().steps_apart)
+        and (adam.is_on_one_device() or engine.current().has_experts)
         and hasattr(tf.compat.v1.get_default_graph(), "capture")
     )
 

@@ -64,10 +64,6 @@ class MirroredEngine(SharesWords, engine.Engine):
         return expert_layers.run_each(self.replicas, owner, experts, calls)
 
     @property
-    def steps_apart(self):
-        return self.has_experts
-
-    @property
     def strategy(self) -> Any:
         """The `tf.distribute.Strategy`."""
         return self._strategy()
