@@ -208,6 +208,8 @@ class Engine:
             stays among the tokens, and an assignment may be -1.
         unrolls_loops: Whether a loop has no gradient here. Recurrences are then
             written out step by step, for a known number of them.
+        has_experts: Whether replicas share experts. Each then updates its own part of a
+            weight, a variable of its own.
         values_are_here: Whether a value can be looked at: on a mesh it lies on many
             devices.
         dispatcher: None, or `dispatcher(k, capacity_factor, most_experts)`, which
@@ -224,6 +226,7 @@ class Engine:
     operations = operations.Operations()
     static_shapes = False
     unrolls_loops = False
+    has_experts = False
     values_are_here = True
     dispatcher: Callable[..., Any] | None = None
     hierarchical_mixture: Callable[..., Any] | None = None

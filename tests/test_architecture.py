@@ -40,7 +40,7 @@ ALLOWED = {
     "models": CORE | {"functional", "layers", "data"},
     "distribution": CORE | {"functional"},
     # Of `distribution` only the arithmetic, see the test below.
-    "planning": CORE | {"models", "distribution", "layers"},
+    "planning": CORE | {"functional", "models", "distribution", "layers"},
     "serving": CORE | {"functional", "layers", "models", "data"},
     "commands": CORE
     | {"data", "distribution", "functional", "layers", "losses", "models"}

@@ -276,7 +276,9 @@ class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
 
     def update_step(self, gradient, variable, learning_rate):
         """Updates one variable and its slots."""
-        with tf.control_dependencies(self._readers.of(variable)):
+        found = self._readers.of(variable)
+        # In a group: each of hundreds of experts has some, each operation would wait.
+        with tf.control_dependencies([tf.group(*found)] if found else []):
             self._update(gradient, variable, learning_rate)
 
     def _update(self, gradient, variable, learning_rate):

@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_moe import engine
 from keras_moe.optimizers import adam
 
 # Their outputs are their first inputs, under another shape or name.
@@ -17,6 +18,8 @@ _SAME_MEMORY = [
     "Squeeze",
     "StopGradient",
 ]
+# Their outputs may lie in the memory of what they take apart.
+_PARTS = ["Slice", "Split", "SplitV", "StridedSlice", "Unpack"]
 
 
 class Readers:
@@ -52,10 +55,12 @@ class Readers:
 
         Returns:
             Operations of this graph: none where a step does not wait, in eager mode, under
-            XLA and on several devices.
+            XLA, on a mesh, and between replicas. Within a condition (of accumulated
+            gradients, say) none of those outside of it.
         """
         variable = adam.resource_of(variable)
-        if not self._needed or not hasattr(variable, "handle"):
+        # Between replicas a step is not of the one whose gradients these are.
+        if not self._needed or not _can_wait() or not hasattr(variable, "handle"):
             return []
         handle = tf.compat.v1.get_default_graph().capture(variable.handle)
         values = [
@@ -72,13 +77,15 @@ class Readers:
                 if operation.type in _SAME_MEMORY:
                     pairs = zip(operation.inputs, operation.outputs, strict=False)
                     values += [output for input, output in pairs if input is value]
+                elif operation.type in _PARTS:
+                    values += operation.outputs
         return list(found.values())
 
 
 def _can_wait():
     return (
         not tf.executing_eagerly()
-        and adam.is_on_one_device()
+        and (adam.is_on_one_device() or engine.current().has_experts)
         and hasattr(tf.compat.v1.get_default_graph(), "capture")
     )
 

@@ -91,12 +91,13 @@ class ModelPlan(Figures):
         batch_size: Int. Examples of one device.
         optimizer: Str. Name of the optimizer's class.
         imbalance: Float. Rows of the busiest device over the mean.
-        measures: `StepMeasures` of a device's batch.
+        measures: `StepMeasures` of a device's batch, as a device of the size of groups
+            that is planned computes it.
         groups: The possible sizes of groups that share the experts.
         expert_parallel_size: Int. The size planned: as was said, or the fastest that
             fits.
-        remeasure: Function of `batch_size` and `recompute` (Bool or None: as it is),
-            which measures the step again.
+        remeasure: Function of a batch size, a size of groups, and `recompute` (Bool or
+            None: as planned); returns the `StepMeasures` of such a step.
     """
 
     name: str
@@ -108,7 +109,7 @@ class ModelPlan(Figures):
     measures: StepMeasures
     groups: dict[int, Group]
     expert_parallel_size: int
-    remeasure: Callable[[int, bool | None], StepMeasures]
+    remeasure: Callable[[int, int, bool | None], StepMeasures]
 
     @property
     def group(self) -> Group:
@@ -152,7 +153,7 @@ class ModelPlan(Figures):
         if self.batch_size == 1:
             return int(self.fits)
         half = self.batch_size // 2
-        less = self._memory_of(self.remeasure(half, None)).peak
+        less = self._memory_of(half, None).peak
         each = max(1.0, (self.memory.peak - less) / (self.batch_size - half))
         room = self.usable_memory - self.memory.peak
         return max(0, int(self.batch_size + room / each))
@@ -161,11 +162,12 @@ class ModelPlan(Figures):
     def other_memory(self) -> ModelMemory:
         """Memory with `recompute` of all experts the other way."""
         now = any(m.recompute for m in self.measures.mixtures)
-        return self._memory_of(self.remeasure(self.batch_size, not now))
+        return self._memory_of(self.batch_size, not now)
 
-    def _memory_of(self, measures):
-        """Memory of a step that was measured again."""
+    def _memory_of(self, batch_size, recompute):
+        """Memory of another step."""
         size, devices = self.expert_parallel_size, self.num_devices
+        measures = self.remeasure(batch_size, size, recompute)
         return memory_of_group(measures, size, devices, self.imbalance)
 
     @property
@@ -189,21 +191,23 @@ class ModelPlan(Figures):
             batch_size=self.batch_size,
             optimizer=self.optimizer,
             imbalance=self.imbalance,
-            measures=self.measures,
             expert_parallel_size=None,
             remeasure=self.remeasure,
         )
 
 
 def make_plan(
-    *, expert_parallel_size: int | None, measures: StepMeasures, **known: Any
+    *,
+    expert_parallel_size: int | None,
+    remeasure: Callable[[int, int, bool | None], StepMeasures],
+    **known: Any,
 ) -> ModelPlan:
     """Plans every size of groups and picks one.
 
     Args:
         expert_parallel_size: Int or None. None picks the fastest that fits, or the one
             of least memory if none does.
-        measures: Of a device's batch.
+        remeasure: As `ModelPlan` has it.
         **known: The other attributes of `ModelPlan`.
 
     Returns:
@@ -221,10 +225,12 @@ def make_plan(
             f"Take one of {sizes[:12]}, or None for the best."
         )
     # Beyond one expert a device a larger group holds nothing less.
-    most = max(1, measures.num_experts)
+    batch_size = known["batch_size"]
+    most = max(1, remeasure(batch_size, 1, None).num_experts)
     tried = [n for n in sizes if n < 2 * most or n == expert_parallel_size]
+    measures = {size: remeasure(batch_size, size, None) for size in tried}
     groups = {
-        size: _group(measures, size, devices, cluster, known["imbalance"])
+        size: _group(measures[size], size, devices, cluster, known["imbalance"])
         for size in tried
     }
     if expert_parallel_size is None:
@@ -235,7 +241,8 @@ def make_plan(
             else min(tried, key=lambda n: groups[n].memory.peak)
         )
     return ModelPlan(
-        measures=measures,
+        measures=measures[expert_parallel_size],
+        remeasure=remeasure,
         groups=groups,
         expert_parallel_size=expert_parallel_size,
         **known,

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_moe import optimizers
 from keras_moe.optimizers.readers import Readers
+from tests.distribution import children
 
 
 def late(x):
@@ -30,19 +31,26 @@ def product(x, w):
     return tf.matmul(x, w), gradient
 
 
+def product_of_parts(x, w):
+    """The same, expert by expert."""
+    parts = zip(*(tf.split(each, x.shape[0]) for each in (x, w)), strict=True)
+    return tf.concat([product(*own) for own in parts], axis=0)
+
+
 def address(variable):
     return variable.value.read_value()._numpy().ctypes.data
 
 
 @pytest.mark.parametrize(
-    ("shape", "factored"),
+    ("shape", "factored", "product"),
     [
-        pytest.param((8, 512, 256), ["w"], id="blocks"),
-        pytest.param((64, 256), ["w"], id="matrix"),
-        pytest.param((64, 256), [], id="adam"),
+        pytest.param((8, 512, 256), ["w"], product, id="blocks"),
+        pytest.param((2, 1024, 512), ["w"], product_of_parts, id="parts"),
+        pytest.param((64, 256), ["w"], product, id="matrix"),
+        pytest.param((64, 256), [], product, id="adam"),
     ],
 )
-def test_weights_stay_where_they_are_and_end_as_in_eager_mode(shape, factored):
+def test_weights_stay_where_they_are_and_end_as_in_eager_mode(shape, factored, product):
     rng = np.random.default_rng(0)
     start = [rng.normal(size=s).astype("float32") for s in (shape[-2:-1], shape)]
     x = tf.constant(rng.normal(size=(*shape[:-2], 4, shape[-2])), "float32")
@@ -79,6 +87,7 @@ def test_weights_stay_where_they_are_and_end_as_in_eager_mode(shape, factored):
 
 def test_only_operations_that_gradients_need_are_waited_for():
     first, second, aside = (tf.Variable(tf.ones((3, 3))) for _ in range(3))
+    parted = tf.Variable(tf.ones((2, 3, 3)))
     found = {}
 
     @tf.function
@@ -86,10 +95,17 @@ def test_only_operations_that_gradients_need_are_waited_for():
         with tf.GradientTape() as tape:
             hidden = tf.matmul(x, tf.identity(first), name="first")
             tf.matmul(hidden, second, name="nobody_needs_it")
+            for index, part in enumerate(tf.split(parted, 2)):
+                hidden = tf.matmul(hidden, part[0], name=f"part_{index}")
             loss = tf.reduce_sum(tf.square(tf.matmul(hidden, second, name="second")))
         tf.matmul(x, aside, name="aside")
-        readers = Readers([*tape.gradient(loss, [first, second]), None])
-        for name, variable in (("first", first), ("second", second), ("aside", aside)):
+        readers = Readers([*tape.gradient(loss, [first, second, parted]), None])
+        for name, variable in (
+            ("first", first),
+            ("second", second),
+            ("aside", aside),
+            ("parted", parted),
+        ):
             found[name] = {operation.name for operation in readers.of(variable)}
         return loss
 
@@ -99,6 +115,7 @@ def test_only_operations_that_gradients_need_are_waited_for():
     (other,) = found["second"] - {"second"}
     assert "MatMul" in other  # of the gradient in `hidden`
     assert found["aside"] == set()
+    assert {"part_0", "part_1"} <= found["parted"]  # which lie in its memory
 
 
 def test_nothing_is_waited_for_in_eager_mode():
@@ -106,3 +123,12 @@ def test_nothing_is_waited_for_in_eager_mode():
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(tf.matmul(variable, variable))
     assert Readers([tape.gradient(loss, variable)]).of(variable) == []
+
+
+@pytest.mark.slow
+def test_on_replicas_each_part_waits_for_its_own_readers():
+    for found in children.run("readers_child", {}).values():
+        assert found["waits"] == [True, True]
+        assert len(found["places"]) == 2
+        assert all(len(set(places)) == 1 for places in found["places"])
+        assert found["apart"] < 1e-3  # after four steps of about 0.1

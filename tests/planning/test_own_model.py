@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_moe import layers, models, optimizers, planning
+from keras_moe import layers, models, optimizers, planning, runtime
+from keras_moe.functional import experts as computing
 from keras_moe.functional import ops
 from keras_moe.planning.model_plan import memory_of_group
-from keras_moe.planning.traced import operations
+from keras_moe.planning.traced import operations, own_model
 from keras_moe.planning.traced.interpreter import Node
 from keras_moe.planning.traced.liveness import simulate
 from keras_moe.planning.traced.values import Value
@@ -143,6 +144,31 @@ def test_products_of_experts_by_hand(mixed):
     # Rows of the inputs and of hidden units; an expert's take whole units of 256 bytes.
     rows = mixed[1].measures.expert_activations
     assert 4 * 512 * (32 + 64) <= rows <= 4 * 512 * (32 + 64) + 8 * 2 * 256
+
+
+@pytest.mark.slow
+def test_experts_are_computed_as_a_device_with_so_many_computes_them(monkeypatch):
+    # One device computes eight experts in blocks; four or fewer one by one.
+    monkeypatch.setitem(computing._MOST_UNROLLED, runtime.device_type(), 4)
+    model = mixture()
+    own = model.layers[0].experts
+    found = plan(model, num_devices=4, expert_parallel_size=4)
+    assert own.computation is None  # as it was
+    said = {}
+    for computation in ("blocks", "unrolled"):
+        own.computation = computation
+        said[computation] = plan(model, num_devices=4, expert_parallel_size=4)
+    own.computation = None
+    blocks, unrolled = said["blocks"], said["unrolled"]
+    assert found.groups[1] == blocks.groups[1] != unrolled.groups[1]
+    assert found.groups[2] == unrolled.groups[2] != blocks.groups[2]
+    assert found.groups[4] == unrolled.groups[4] != blocks.groups[4]
+    assert found.measures.work == unrolled.measures.work
+    assert found.most_batch_size == unrolled.most_batch_size
+    # More than can be traced one by one in reasonable time are planned as on one device.
+    assert own_model._one_by_one(model, 4) == (own,)
+    monkeypatch.setattr(own_model, "_MOST_ONE_BY_ONE", 7)
+    assert own_model._one_by_one(model, 4) == ()
 
 
 def test_rows_travel_while_experts_begin(mixed):

@@ -1,16 +1,22 @@
 """Batches and optimizers of a user's own model, and its plan."""
 
+import functools
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import checks, engine, runtime
+from keras_moe import checks, engine, functional, runtime
 from keras_moe.planning.cluster import Cluster
 from keras_moe.planning.model_plan import ModelPlan, make_plan
+from keras_moe.planning.step_measures import share_of
 from keras_moe.planning.traced.measures import measures_of
 from keras_moe.planning.traced.step import said_of_batch
+
+# So many experts at most are traced one by one, which takes half a minute. A device with
+# a part of more of them is planned as one that has all.
+_MOST_ONE_BY_ONE = 512
 
 
 def plan_model(
@@ -42,9 +48,22 @@ def plan_model(
         checks.verify_positive_int(expert_parallel_size, "expert_parallel_size")
     size = int(tf.nest.flatten(batch)[0].shape[0])
 
-    def remeasure(batch_size, recompute):
-        with _recomputing(model, recompute):
+    def measured(batch_size, recompute, one_by_one):
+        with (
+            _recomputing(model, recompute),
+            runtime.attribute(one_by_one, "computation", "unrolled"),
+        ):
             return _measure(model, _resized(batch, batch_size), make)
+
+    @functools.cache
+    def planned(one_by_one):
+        return measured(size, recompute, one_by_one)
+
+    def remeasure(batch_size, group_size, again):
+        one_by_one = _one_by_one(model, group_size)
+        if again is None and batch_size == size:
+            return planned(one_by_one)
+        return measured(batch_size, recompute if again is None else again, one_by_one)
 
     return make_plan(
         name=model.name,
@@ -53,7 +72,6 @@ def plan_model(
         batch_size=size,
         optimizer=optimizer,
         imbalance=imbalance,
-        measures=remeasure(size, recompute),
         expert_parallel_size=expert_parallel_size,
         remeasure=remeasure,
     )
@@ -224,3 +242,21 @@ def _recomputing(model, recompute):
         if recompute is not None and hasattr(layer, "stacked_weights")
     ]
     return runtime.attribute(experts, "recompute", recompute)
+
+
+def _one_by_one(model, group_size):
+    """Experts that a device of a group computes one by one, and one device all at once.
+
+    How experts are computed goes by how many of them a device has, if nobody says.
+    """
+    share = share_of(group_size)
+
+    def is_one(layer):
+        if getattr(layer, "computation", "") is not None:
+            return False
+        number, together = layer.num_experts, getattr(layer, "group_size", 1)
+        here = round(number * share(number, together))
+        ways = [functional.default_computation(n) for n in (number, here)]
+        return ways == ["blocks", "unrolled"] and number <= _MOST_ONE_BY_ONE
+
+    return tuple(filter(is_one, model._flatten_layers()))
