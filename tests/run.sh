@@ -23,5 +23,5 @@ if [ -n "${COVERAGE:-}" ]; then
   first=(--cov --cov-report=)
   second=(--cov --cov-append --cov-report=term --cov-fail-under=90)
 fi
-"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "not slow" "${first[@]}"
-"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "$slow" --timeout 900 "${second[@]}"
+"$venv/bin/python" -m pytest -q -n 2 --dist loadscope -m "not slow" "${first[@]}"
+"$venv/bin/python" -m pytest -q -n 2 --dist loadscope -m "$slow" --timeout 900 "${second[@]}"

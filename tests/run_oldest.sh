@@ -48,4 +48,4 @@ if [ -n "${ALL:-}" ]; then
     --ignore tests/serving/test_translate.py
   )
 fi
-"$venv/bin/python" -m pytest -q -n 2 --dist loadgroup -m "not slow" "${tests[@]}"
+"$venv/bin/python" -m pytest -q -n 2 --dist loadscope -m "not slow" "${tests[@]}"

@@ -31,7 +31,6 @@ MARKS = {
     "`capacity_factor`": pytest.mark.slow,
     "`MoELSTM`": pytest.mark.slow,
     "`MirroredStrategy`": pytest.mark.slow,
-    "mesh": pytest.mark.slow,
 }
 REST = (pytest.mark.slow, pytest.mark.exhaustive)
 

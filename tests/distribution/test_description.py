@@ -6,10 +6,6 @@ import pytest
 import keras_moe
 from tests.distribution import children
 
-# One child answers all tests of this file.
-pytestmark = pytest.mark.xdist_group("description")
-
-
 NUM_SUMS = {"flat": 4, "hierarchical": 6}
 NUM_GATHERS = {"flat": 7, "hierarchical": 8}
 

@@ -36,7 +36,7 @@ def assert_equal(cases, results):
     for case, result in zip(cases, results, strict=True):
         assert result["start"] == 0.0, case
         # The run must have learned something, or its end says nothing.
-        assert result["moved"] > 0.01, case
+        assert result["moved"] > 1e-3, case
         assert result["losses"] <= 1e-5, (case, result)
         assert result["weights"] <= 1e-5, (case, result)
         kept = result["choices_kept"]
@@ -113,11 +113,9 @@ UNEVEN = {"examples": 25, "mask": True}
 
 @pytest.mark.parametrize("num_devices", SEVERAL_DEVICES)
 @children.cases(
-    usual=[
-        {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
-        {**ADAM, **SEVEN, **UNEVEN, **HIERARCHICAL, "capacity": 0.8},
-    ],
+    usual=[{**ADAM, **SEVEN, **UNEVEN, **HIERARCHICAL, "capacity": 0.8}],
     others=[
+        {**SGD, **SEVEN, **UNEVEN, "capacity": 0.8},
         {**SGD, **UNEVEN, "layer": "second by lot", "capacity": 1.0},
         # Tokens have different numbers of experts.
         {**SGD, **UNEVEN, "layer": "above", "capacity": 0.6},
@@ -155,11 +153,9 @@ def test_experts_of_any_kind_in_groups_and_with_a_capacity(num_devices, cases):
 )
 @children.cases(
     # Counts of all steps and devices move its bias.
-    usual=[
-        {**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True},
-        {**SGD, **SEVEN, **SHORT, **UNEVEN, "layer": "cell"},
-    ],
+    usual=[{**SGD, **SHORT, **UNEVEN, "layer": "recurrent", "later": True}],
     others=[
+        {**SGD, **SEVEN, **SHORT, **UNEVEN, "layer": "cell"},
         {**ADAM, **SEVEN, **UNEVEN, "layer": "cell", "backwards": True},
         {**SGD, **SHORT, **UNEVEN, "layer": "cell", "later": True, "unroll": True},
         {**SGD, **SHORT, **UNEVEN, "layer": "stacked cells"},
@@ -178,13 +174,11 @@ FIVE = {"examples": 29, "mask": True}
 
 
 @children.cases(
-    usual=[
-        {**ADAM, **BALANCED, **SEVEN, "mask": True, "later": True},
+    usual=[{**ADAM, **BALANCED, **SEVEN, "mask": True, "later": True}],
+    others=[
         # Steps of two batches.
         {**FIVE, "layer": "loss-free", "optimizer": "Adam"}
         | {"options": {**RATE, "gradient_accumulation_steps": 2}},
-    ],
-    others=[
         {**ADAM, **BALANCED},
         {**SGD, **SEVEN, **FIVE, "layer": "expert choice"},
         {**SGD, **FIVE, "layer": "second by lot"},
@@ -220,12 +214,10 @@ def test_factored_state_is_sharded_as_the_experts_are(cases):
     assert_equal_on_devices(2, cases)
 
 
-@children.cases(
-    usual=[{**ADAM, **HIERARCHICAL, "normalized": True}],
-    others=[{**ADAM, "normalized": True}],
-)
-def test_synchronized_normalization_before_and_after(cases):
-    assert_equal_on_devices(2, cases)
+@pytest.mark.exhaustive  # on a mesh it is in the usual run
+def test_synchronized_normalization_before_and_after():
+    normalized = {**ADAM, "normalized": True}
+    assert_equal_on_devices(2, [{**normalized, **HIERARCHICAL}, normalized])
 
 
 @pytest.mark.parametrize(

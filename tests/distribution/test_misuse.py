@@ -4,9 +4,6 @@ import pytest
 
 from tests.distribution import children
 
-# One child answers all tests of this file.
-pytestmark = pytest.mark.xdist_group("misuse")
-
 
 @pytest.fixture(scope="module")
 def messages():

@@ -18,13 +18,10 @@ WITH_QUICK = [
 ]
 # The others, most of them benchmarks, are left to the exhaustive run.
 OFTEN = [
-    "balance_losses",
     "classic_mixtures",
     "e1_capacity",
     "layer_benchmark",
-    "many_experts",
     "sweep",
-    "transformers",
     "upcycling",
 ]
 
