@@ -56,6 +56,8 @@ def _run(processes: list[dict[str, str]], module: str, settings: dict, timeout: 
     """Results of children, each with environment variables of its own."""
     with tempfile.TemporaryDirectory() as name:
         outputs = [Path(name, f"{index}.txt") for index in range(len(processes))]
+        for output in outputs:
+            output.touch()  # a child may fail before it writes
         children = [
             _FORKS.Process(
                 target=_child, args=(module, settings, variables, output), daemon=True
