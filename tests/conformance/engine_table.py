@@ -15,7 +15,7 @@ from tests.distribution import children
 # of which is one process.
 MIXTURES = {
     "`MoE`": "MoE",
-    "`MoE` of `GatedExperts`, with shared experts": ("MoE with shared experts"),
+    "`MoE` of `GatedExperts`, with shared experts": "MoE with shared experts",
     "`MoE` of your `Experts`": "MoE of a user's gated experts",
     "`MoE` of an `ExpertList`": "MoE of an ExpertList",
     "`HierarchicalMoE`": "HierarchicalMoE",
@@ -51,7 +51,11 @@ PARTS = {
 ROWS = {name: row for part in PARTS.values() for name, row in part.items()}
 COLUMNS = {
     "`MirroredStrategy`": {"engine": "mirrored", "devices": 2},
-    "`MirroredStrategy`, 2 x 2": {"engine": "mirrored", "devices": 4, "group_size": 2},
+    "`MirroredStrategy`, 2 x 2": {
+        "engine": "mirrored",
+        "devices": 4,
+        "expert_parallel_size": 2,
+    },
     "`MultiWorkerMirroredStrategy`": {"engine": "processes", "devices": 1},
     "mesh": {"engine": "mesh", "devices": 2},
     "mesh, 2 x 2": {"engine": "mesh", "devices": 4, "expert_parallel_size": 2},

@@ -64,24 +64,27 @@ def _run(processes: list[dict[str, str]], module: str, settings: dict, timeout: 
             )
             for variables, output in zip(processes, outputs, strict=True)
         ]
-        with mock.patch.dict(
-            os.environ, environment()
-        ):  # the forking process inherits it
+        # The forking process inherits it.
+        with mock.patch.dict(os.environ, environment()):
             for child in children:
                 child.start()
         end = time.monotonic() + timeout
         try:
             for child in children:
                 child.join(max(end - time.monotonic(), 1))
+            late = [child.exitcode is None for child in children]
         finally:
             for child in children:
                 child.kill()
+        if any(late):
+            said = [output.read_text(errors="replace")[-2000:] for output in outputs]
+            raise TimeoutError(f"{module} has not ended after {timeout} s: {said}")
         return [result_of(output.read_text(errors="replace"), "") for output in outputs]
 
 
 def _child(module: str, settings: dict, variables: dict[str, str], output: Path):
     """Runs a module as `python -m` would."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    file = os.open(output, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)

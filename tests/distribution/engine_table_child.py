@@ -1,7 +1,7 @@
 """Trains every layer of a table on one device and on an engine, in a process of its own.
 
 `python -m tests.distribution.engine_table_child SETTINGS`: JSON with `rows`, `engine`,
-`devices` and, for a mesh in groups, `expert_parallel_size`; see
+`devices` and, in groups, `expert_parallel_size`; see
 `tests.conformance.engine_table`. With `TF_CONFIG` the process is one of several.
 """
 
@@ -29,9 +29,8 @@ def _mixture_of_layers(**kwargs):
 def _mixture_beside_shared_experts(**kwargs):
     # Without dropout, which of Keras' is another on replicas.
     shared = keras.Sequential([keras.layers.Dense(5, "silu"), keras.layers.Dense(4)])
-    gating = layers.NoisyTopKGating(k=2, gate_initializer="glorot_uniform", seed=5)
     experts = layers.GatedExperts(6, hidden_units=8)
-    return layers.MoE(experts, gating, shared_experts=shared, **kwargs)
+    return layers.MoE(experts, child.noisy_gate(), shared_experts=shared, **kwargs)
 
 
 OF_LAYERS = Descriptor(
@@ -90,13 +89,15 @@ def compare(row, strategy):
 def main():
     settings = json.loads(sys.argv[1])
     child.start(settings["devices"])
-    make = partial(child.strategy_of, settings["devices"], settings.get("group_size"))
+    size = settings.get("expert_parallel_size")
+    make = partial(child.strategy_of, settings["devices"], size)
     if settings["engine"] == "mesh":
         make = partial(dtensor_child.strategy_of, settings)
-    strategy, found = make(), {}
+    strategy, found = None, {}
     for name in settings["rows"]:
-        if settings["engine"] == "mirrored":
-            strategy = make()  # a layer must not depend on those before it
+        # Where it can be made anew: a layer must not depend on those before it.
+        if strategy is None or settings["engine"] == "mirrored":
+            strategy = make()
         found[name] = compare(ROWS[name], strategy)
         print(name, found[name], file=sys.stderr, flush=True)
     print("RESULT " + json.dumps(found), flush=True)

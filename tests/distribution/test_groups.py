@@ -100,7 +100,7 @@ def test_other_mixtures(group_size):
 
 @children.cases(
     usual=[
-        {**AVERAGED, "num_experts": 5, "use_bias": True, "rules": True} | {"steps": 5}
+        {**AVERAGED, "num_experts": 5, "use_bias": True, "rules": True} | {"steps": 8}
     ],
     others=[{**FACTORED, **SEVEN, "use_bias": True, "steps": 5}],
 )

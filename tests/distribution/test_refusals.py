@@ -11,13 +11,19 @@ from keras_moe.distribution.dtensor.dispatcher import MeshDispatcher
 from keras_moe.distribution.mirrored.engine import MirroredEngine
 
 
-def test_a_recurrence_of_unknown_length_is_refused_on_a_mesh(monkeypatch):
+@pytest.fixture
+def in_step_of_mesh(monkeypatch):
+    """Recurrences behave as in a step on a mesh."""
     for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
         monkeypatch.setattr(kind, "inner_loop", kind.inner_loop)  # put back afterwards
     training._install_recurrence()
+    monkeypatch.setattr(training, "in_step", lambda: True)
+
+
+@pytest.mark.usefixtures("in_step_of_mesh")
+def test_a_recurrence_of_unknown_length_is_refused_on_a_mesh():
     layer = keras.layers.RNN(layers.MoELSTMCell(3, 4))
     layer.build((None, None, 3))
-    monkeypatch.setattr(training, "in_step", lambda: True)
     with pytest.raises(
         ValueError,
         match=r"known number of time steps.*unrolled. Received: shape=\(2, None, 3\)",
@@ -25,13 +31,10 @@ def test_a_recurrence_of_unknown_length_is_refused_on_a_mesh(monkeypatch):
         tf.function(layer).get_concrete_function(tf.TensorSpec((2, None, 3)))
 
 
-def test_stacked_cells_with_a_mixture_are_refused_on_a_mesh(monkeypatch):
-    for kind in (keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN):
-        monkeypatch.setattr(kind, "inner_loop", kind.inner_loop)  # put back afterwards
-    training._install_recurrence()
+@pytest.mark.usefixtures("in_step_of_mesh")
+def test_stacked_cells_with_a_mixture_are_refused_on_a_mesh():
     layer = keras.layers.RNN([keras.layers.LSTMCell(3), layers.MoELSTMCell(3, 4)])
     layer.build((None, 2, 3))
-    monkeypatch.setattr(training, "in_step", lambda: True)
     with pytest.raises(
         ValueError, match=r"must be one cell.*\['LSTMCell', 'MoELSTMCell'\].*one after"
     ):

@@ -1,7 +1,5 @@
 """A step waits for the readers of its weight, so that it writes it where it lies."""
 
-import time
-
 import keras
 import numpy as np
 import pytest
@@ -10,25 +8,7 @@ import tensorflow as tf
 from keras_moe import optimizers
 from keras_moe.optimizers.readers import Readers
 from tests.distribution import children
-
-
-def late(x):
-    time.sleep(0.2)
-    return x
-
-
-@tf.custom_gradient
-def product(x, w):
-    """`x @ w`, whose gradient in x reads w long after that in w is there."""
-
-    def gradient(upstream):
-        waited = tf.numpy_function(late, [upstream], upstream.dtype, stateful=False)
-        waited = tf.ensure_shape(waited, upstream.shape)
-        return tf.matmul(waited, w, transpose_b=True), tf.matmul(
-            x, upstream, transpose_a=True
-        )
-
-    return tf.matmul(x, w), gradient
+from tests.distribution.readers_child import product
 
 
 def product_of_parts(x, w):
