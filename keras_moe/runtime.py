@@ -123,6 +123,19 @@ def device_type() -> str:
     return "GPU" if is_gpu else "CPU"
 
 
+def uses_onednn() -> bool:
+    """Whether TensorFlow computes on the CPU by the kernels of oneDNN.
+
+    It does by itself on processors with AVX-512 VNNI, on others if the environment variable
+    `TF_ENABLE_ONEDNN_OPTS` is 1, and nowhere if it is 0.
+    """
+    try:
+        from tensorflow.python.util import _pywrap_util_port as port
+    except ImportError:
+        return False  # nothing else depends on it than which product is the faster
+    return bool(port.IsMklEnabled())
+
+
 @contextlib.contextmanager
 def attribute(owners: Iterable[Any], name: str, value: Any) -> Iterator[None]:
     """Sets an attribute of objects for the time of the `with` block.

@@ -46,6 +46,9 @@ ALLOWED = {
     | {"data", "distribution", "functional", "layers", "losses", "models"}
     | {"optimizers", "planning", "serving", "telemetry"},
 }
+# Imported when it is called; it decides which of two equal products is the faster, and may
+# be missing.
+ALLOWED_INTERNALS = {"runtime": {"tensorflow.python.util._pywrap_util_port"}}
 ENTRY_POINTS = {"__init__", "__main__"}
 
 
@@ -83,8 +86,10 @@ def test_every_part_is_listed():
 def test_internals_of_libraries_are_used_in_distribution_only(path):
     if part_of(path) == "distribution":
         return
+    allowed = ALLOWED_INTERNALS.get(part_of(path), set())
     for name in imports(path):
-        assert not name.startswith(("keras.src", "tensorflow.python")), name
+        internal = name.startswith(("keras.src", "tensorflow.python"))
+        assert name in allowed or not internal, name
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("__internal__", "src"), path
@@ -205,11 +210,14 @@ def test_importing_the_package_reaches_inside_no_library():
     inside = []
     for path in FILES:
         name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-        if name.removesuffix(".__init__") in loaded and any(
-            each.startswith(("keras.src", "tensorflow.python", "tensorflow.dtensor"))
-            for each in imports(path)
-        ):
-            inside.append(name)
+        if name.removesuffix(".__init__") in loaded:
+            allowed = ALLOWED_INTERNALS.get(part_of(path), set())
+            internals = "keras.src", "tensorflow.python", "tensorflow.dtensor"
+            inside += [
+                each
+                for each in imports(path)
+                if each.startswith(internals) and each not in allowed
+            ]
     assert not inside
     assert not [m for m in loaded if m.startswith("keras_moe.distribution.mirrored")]
     assert not [m for m in loaded if m.startswith("keras_moe.distribution.dtensor")]

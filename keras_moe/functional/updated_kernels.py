@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_moe import updating
+from keras_moe.functional import few_rows
 
 
 class UpdatedKernels:
@@ -65,14 +66,12 @@ class ExpertKernel:
             def grad(dy):
                 update = self._source.update()
                 if update is None:
-                    return (
-                        tf.matmul(dy, value, transpose_b=True),
-                        tf.matmul(x, dy, transpose_a=True),
-                    )
+                    d_x = few_rows.gradient_of_rows(dy, value)
+                    return d_x, tf.matmul(x, dy, transpose_a=True)
                 # Read again: the tensor of the forward pass would keep all kernels
                 # from being written where they lie.
                 kernel, dy = update.read(self._expert, dy)
-                d_x = tf.matmul(dy, tf.cast(kernel, dy.dtype), transpose_b=True)
+                d_x = few_rows.gradient_of_rows(dy, tf.cast(kernel, dy.dtype))
                 update.add(self._expert, tf.matmul(x, dy, transpose_a=True))
                 return d_x, None
 
