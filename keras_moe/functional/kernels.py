@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_moe.functional import few_rows
+from keras_moe.functional import expert_products
 from keras_moe.functional.updated_kernels import ExpertKernel
 
 
@@ -47,7 +47,7 @@ def product(x: tf.Tensor, kernel: tf.Tensor | Kernel | ExpertKernel) -> tf.Tenso
     if isinstance(kernel, ExpertKernel):
         return kernel.times(x)
     if not isinstance(kernel, Kernel):
-        return few_rows.times(x, kernel)
+        return expert_products.times(x, kernel)
     y = tf.matmul(x, tf.cast(tf.stop_gradient(kernel.value), x.dtype))
     if kernel.scale is not None:
         y = y / tf.stop_gradient(kernel.scale)[..., tf.newaxis, :]

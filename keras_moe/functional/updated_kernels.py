@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_moe import updating
-from keras_moe.functional import few_rows
+from keras_moe.functional import expert_products
 
 
 class UpdatedKernels:
@@ -66,16 +66,18 @@ class ExpertKernel:
             def grad(dy):
                 update = self._source.update()
                 if update is None:
-                    d_x = few_rows.gradient_of_rows(dy, value)
-                    return d_x, tf.matmul(x, dy, transpose_a=True)
+                    d_x = expert_products.gradient_of_rows(dy, value)
+                    return d_x, expert_products.gradient_of_kernel(x, dy, value)
                 # Read again: the tensor of the forward pass would keep all kernels
                 # from being written where they lie.
                 kernel, dy = update.read(self._expert, dy)
-                d_x = few_rows.gradient_of_rows(dy, tf.cast(kernel, dy.dtype))
-                update.add(self._expert, tf.matmul(x, dy, transpose_a=True))
+                d_x = expert_products.gradient_of_rows(dy, tf.cast(kernel, dy.dtype))
+                update.add(
+                    self._expert, expert_products.gradient_of_kernel(x, dy, kernel)
+                )
                 return d_x, None
 
-            return tf.matmul(x, value), grad
+            return expert_products.times(x, value), grad
 
         return run(x, self.value)
 

@@ -1,4 +1,4 @@
-"""Products of few rows with a large kernel, against NumPy in float64."""
+"""Products of the rows of one expert with its kernel, against NumPy in float64."""
 
 import importlib
 import os
@@ -12,14 +12,16 @@ import tensorflow as tf
 import keras_moe
 import keras_moe.functional as F
 from keras_moe import runtime
-from keras_moe.functional import few_rows
+from keras_moe.functional import expert_products
 
 D, H = 256, 512
+SHAPES = [(1, D, H), (1, 512, H), (1, 4, 6), (3, 4, 6)]
 
 
-@pytest.fixture
-def without_onednn(monkeypatch):
-    monkeypatch.setattr(runtime, "uses_onednn", lambda: False)
+@pytest.fixture(params=[False, True], ids=["eigen", "onednn"])
+def onednn(request, monkeypatch):
+    monkeypatch.setattr(runtime, "uses_onednn", lambda: request.param)
+    return request.param
 
 
 def kinds_of(function, *arguments):
@@ -28,21 +30,23 @@ def kinds_of(function, *arguments):
 
 
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 5, 256, 257, 300])
-def test_value_and_gradients(rng, without_onednn, rows, traced):
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [0, 5, 256, 257])
+def test_value_and_gradients(rng, onednn, rows, shape, traced):
+    e, d, h = shape
     x, kernel, weights = (
-        rng.normal(size=shape) for shape in ((1, rows, D), (1, D, H), (1, rows, H))
+        rng.normal(size=each) for each in ((e, rows, d), shape, (e, rows, h))
     )
 
     def run(x, kernel):
         with tf.GradientTape() as tape:
             tape.watch([x, kernel])
-            y = few_rows.times(x, kernel)
+            y = expert_products.times(x, kernel)
             total = tf.reduce_sum(tf.square(y) * tf.constant(weights, tf.float32))
         return [y, *tape.gradient(total, [x, kernel])]
 
     if traced:
-        signature = [tf.TensorSpec((1, None, D)), tf.TensorSpec((1, D, H))]
+        signature = [tf.TensorSpec((e, None, d)), tf.TensorSpec(shape)]
         run = tf.function(run, input_signature=signature)
     found = run(tf.constant(x, tf.float32), tf.constant(kernel, tf.float32))
     y = x @ kernel
@@ -53,7 +57,7 @@ def test_value_and_gradients(rng, without_onednn, rows, traced):
         np.testing.assert_allclose(here / scale, there / scale, atol=2e-6)
 
 
-def test_second_derivatives(rng, without_onednn):
+def test_second_derivatives(rng, onednn):
     x, kernel, direction = (
         tf.constant(rng.normal(size=shape), tf.float32)
         for shape in ((1, 3, D), (1, D, H), (1, 3, D))
@@ -68,16 +72,15 @@ def test_second_derivatives(rng, without_onednn):
             along = tf.reduce_sum(tape.gradient(total, x) * direction)
         return outer.gradient(along, [x, kernel])
 
-    for here, there in zip(second(few_rows.times), second(tf.matmul), strict=True):
+    for here, there in zip(
+        second(expert_products.times), second(tf.matmul), strict=True
+    ):
         assert np.abs(there).max() > 1e-4
         np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("onednn", [False, True])
-def test_only_without_onednn_the_kernel_is_not_the_one_to_be_transposed(
-    monkeypatch, onednn
-):
-    monkeypatch.setattr(runtime, "uses_onednn", lambda: onednn)
+def products_of_a_step(d, h):
+    """Batched and plain products of a step of two experts with two kernels each."""
     plan = F.make_dispatch_plan(tf.constant([[0, 1], [1, 0]]), 2)
 
     def step(x, first, last):
@@ -86,19 +89,29 @@ def test_only_without_onednn_the_kernel_is_not_the_one_to_be_transposed(
             y = F.mix_feed_forward_experts(x, tf.ones((2, 2)), plan, [first, last])
         return tape.gradient(y, [x, first, last])
 
-    shapes = (2, D), (2, D, H), (2, H, D)
-    products = kinds_of(step, *map(tf.TensorSpec, shapes)).count("BatchMatMulV2")
-    # Of two experts with two kernels: three each, and one more for the other number of rows.
-    assert products == 4 * (3 if onednn else 4)
+    kinds = kinds_of(step, *map(tf.TensorSpec, ((2, d), (2, d, h), (2, h, d))))
+    return kinds.count("BatchMatMulV2"), kinds.count("MatMul")
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((1, 64, 128), "float32"), ((2, D, H), "float32"), ((1, D, H), "float64")],
+    ("size", "with_onednn", "without"),
+    [
+        ((4, 6), (0, 12), (0, 12)),
+        ((D, H), (0, 12), (12, 4)),
+        ((512, H), (4, 8), (12, 4)),
+    ],
+    ids=["small", "middle", "large"],
 )
-def test_others_are_plain_products(without_onednn, shape, dtype):
-    x = tf.TensorSpec((shape[0], None, shape[1]), dtype)
-    kinds = kinds_of(few_rows.times, x, tf.TensorSpec(shape, dtype))
+def test_each_product_is_taken_as_it_is_fastest(onednn, size, with_onednn, without):
+    """Forward always plain; large kernels' gradients in a batch, without oneDNN twice."""
+    assert products_of_a_step(*size) == (with_onednn if onednn else without)
+
+
+def test_on_gpus_products_are_batched(onednn):
+    with runtime.gpu_operations():
+        kinds = kinds_of(
+            expert_products.times, tf.TensorSpec((1, None, D)), tf.TensorSpec((1, D, H))
+        )
     assert kinds == ["Placeholder", "Placeholder", "BatchMatMulV2", "Identity"]
 
 
