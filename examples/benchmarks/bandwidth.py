@@ -59,6 +59,22 @@ class Bandwidth(NamedTuple):
             (2 + read) / self.read + written / self.write + 1 / self.new_pages
         )
 
+    def seconds_after_products(self, step, weight_bytes, optimizer=None):
+        """Time of the memory for what products do not do themselves, in memory in use.
+
+        The gradients of the experts are read and written once more, as one array, and the
+        optimizer has its passes.
+
+        Args:
+            step: As for `least_seconds`.
+            weight_bytes: Likewise.
+            optimizer: Likewise.
+        """
+        if step == "forward":
+            return 0.0
+        read, written = (0, 0) if optimizer is None else OPTIMIZERS[optimizer]
+        return weight_bytes * ((1 + read) / self.read + (1 + written) / self.write)
+
 
 def weight_bytes(num_experts, units, hidden_units):
     """Bytes of the weights of experts with one hidden layer, in float32."""

@@ -3,6 +3,7 @@
     python examples/benchmarks/layer_benchmark.py --picture layer.png
     python examples/benchmarks/layer_benchmark.py --peers    # tf-models-official, keras-hub
     python examples/benchmarks/layer_benchmark.py --products # the experts' products alone
+    python examples/benchmarks/layer_benchmark.py --bound --optimizer adam
     python examples/benchmarks/layer_benchmark.py --optimizer factored_adam
 
 The dense feed-forward layer has k times the hidden units of an expert, so it spends the
@@ -12,6 +13,9 @@ many experts: the limit beside it is the longer of the time of the dense layer a
 time that the memory takes for the weights (`bandwidth.py`). `--products` compares with what no
 layer can leave out, the products of the experts, done by NumPy one expert at a time with as
 many threads as there are cores. `--optimizer` adds a step that ends with the optimizer's.
+`--bound` says how near the dense layer a mixture could come at all: the products of each
+expert with an equal number of rows, by TensorFlow, then what the memory takes to put the
+gradients together and for the optimizer, one after the other since both want the same cores.
 The two sides alternate in one run; a ratio above 1 means the mixture is faster.
 `--quick` is a tiny run that only shows that everything works.
 """
@@ -32,6 +36,7 @@ import tensorflow as tf
 from alternating import compare, make_steps
 
 from keras_moe import layers, optimizers
+from keras_moe.functional import expert_products
 
 HEADER = (
     "| experts | step | {other} (ms) | mixture (ms) | {other} / mixture | quartiles |{more}"
@@ -119,6 +124,38 @@ def make_products(num_experts, tokens, units, hidden_units, k):
     return {"forward": forward, "training": training}
 
 
+def make_bare(num_experts, tokens, units, hidden_units, k):
+    """The same by TensorFlow's fastest products: nothing is put together or given back."""
+    rows = tokens * k // num_experts
+    shapes = (1, rows, units), (1, units, hidden_units), (1, hidden_units, units)
+    experts = [
+        [tf.random.normal(shape) for shape in shapes] for _ in range(num_experts)
+    ]
+
+    def first_of(tensors):
+        return tf.add_n([tf.reshape(each, [-1])[0] for each in tensors])
+
+    @tf.function
+    def forward(_):
+        return first_of(
+            expert_products.times(expert_products.times(x, first), last)
+            for x, first, last in experts
+        )
+
+    @tf.function
+    def training(_):
+        made = []
+        for x, first, last in experts:
+            hidden = expert_products.times(x, first)
+            dy = expert_products.times(hidden, last)  # stands for a gradient
+            made.append(expert_products.gradient_of_kernel(hidden, dy, last))
+            d_hidden = expert_products.gradient_of_rows(dy, last)
+            made.append(expert_products.gradient_of_kernel(x, d_hidden, first))
+        return first_of(made)
+
+    return {"forward": forward, "training": training}
+
+
 def make_tf_models(num_experts, units, hidden_units, k, tokens):
     """tf-models-official: experts choose, capacity for k experts a token on average."""
     from official.nlp.modeling.layers import moe
@@ -193,6 +230,36 @@ def against_dense(a):
             if num_experts == max(a.experts):
                 print(f"<!-- first call of {step}: {first:.1f} s -->", flush=True)
     return ratios
+
+
+def against_bound(a):
+    memory = bandwidth.measure(a.threads, a.quick)
+    print(
+        f"{memory}\n\n| experts | step | dense (ms) | products (ms) | memory (ms) "
+        "| at best, dense / mixture | mixture (ms) | dense / mixture |\n"
+        + "|---" * 8
+        + "|"
+    )
+    x = tf.random.normal((a.tokens, a.units))
+    dense = make_dense(a.units, a.hidden_units, a.k, a.optimizer)
+    for num_experts in a.experts:
+        mixture = make_mixture(num_experts, a.units, a.hidden_units, a.k, a.optimizer)
+        bare = make_bare(num_experts, a.tokens, a.units, a.hidden_units, a.k)
+        size = bandwidth.weight_bytes(num_experts, a.units, a.hidden_units)
+        for step in dense:
+            products = bare["forward" if step == "forward" else "training"]
+            # Pairs of dense and products, and of dense and mixture, in turns.
+            (dense_s, products_s), _ = compare(dense[step], products, (x,), a.pairs)
+            (_, mixture_s), ratios = compare(dense[step], mixture[step], (x,), a.pairs)
+            memory_s = memory.seconds_after_products(
+                step, size, a.optimizer if step == "update" else None
+            )
+            print(
+                f"| {num_experts} | {step} | {dense_s * 1e3:.1f} | {products_s * 1e3:.1f} "
+                f"| {memory_s * 1e3:.1f} | {dense_s / (products_s + memory_s):.2f} "
+                f"| {mixture_s * 1e3:.1f} | {ratios[1]:.2f} |",
+                flush=True,
+            )
 
 
 def against_products(a):
@@ -280,6 +347,9 @@ def main():
     against.add_argument(
         "--products", action="store_true", help="compare with bare products by NumPy"
     )
+    against.add_argument(
+        "--bound", action="store_true", help="how near the dense layer it could come"
+    )
     parser.add_argument("--picture", help="file to draw the ratios to")
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
@@ -294,9 +364,14 @@ def main():
         f"{a.pairs} pairs, TensorFlow {tf.__version__}, "
         f"{a.threads or os.cpu_count()} threads\n"
     )
-    if a.peers or a.products:
-        (against_peers if a.peers else against_products)(a)
-        return
+    for chosen, compared in (
+        (a.peers, against_peers),
+        (a.products, against_products),
+        (a.bound, against_bound),
+    ):
+        if chosen:
+            compared(a)
+            return
     ratios = against_dense(a)
     if a.picture:
         draw(ratios, a.picture)

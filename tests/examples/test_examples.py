@@ -62,6 +62,25 @@ def test_the_sweep_trains_translation_models(tmp_path):
     assert "Signatures: `BLEU|nrefs:1" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_bound_of_a_step_is_printed(tmp_path):
+    script = EXAMPLES / "benchmarks" / "layer_benchmark.py"
+    printed = run_quickly(script, tmp_path, "--bound", "--optimizer", "factored_adam")
+    lines = [line.split("|")[1:-1] for line in printed.splitlines() if "|" in line]
+    rows = [[cell.strip() for cell in line] for line in lines[2:]]
+    assert [row[:2] for row in rows] == [
+        [experts, step]
+        for experts in ("4", "8")
+        for step in ("forward", "training", "update")
+    ]
+    for row in rows:
+        times = [float(cell) for cell in (row[2], row[3], row[4], row[6])]
+        assert times[2] == 0 if row[1] == "forward" else times[2] >= 0
+        assert all(time >= 0 for time in times)
+        assert float(row[5]) > 0
+
+
 def run_quickly(script, folder, *options):
     ran = subprocess.run(
         [sys.executable, str(script), "--quick", *options],
