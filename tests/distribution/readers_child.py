@@ -15,7 +15,7 @@ from keras_moe import engine, optimizers
 from tests.distribution import child
 
 SHAPE, ROWS = (8, 512, 256), 4  # so large that it is updated in blocks
-WRITES = ("AssignSubVariableOp", "AssignVariableOp", "ResourceScatterSub")
+WRITES = ("AssignSubVariableOp", "AssignVariableOp", "ResourceScatterNdSub")
 
 
 def late(x):
