@@ -30,7 +30,9 @@ def times(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     Returns:
         `(e, R, out)`.
     """
-    if kernel.shape.rank != 3 or kernel.shape[0] != 1 or _elsewhere():
+    shape = kernel.shape
+    is_of_one = shape.rank == 3 and shape.is_fully_defined() and shape[0] == 1
+    if not is_of_one or _elsewhere():
         return tf.matmul(x, kernel)
 
     @tf.custom_gradient
