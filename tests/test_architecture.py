@@ -67,6 +67,13 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def internals_of(path):
+    """What a file imports from inside of a library, and may not."""
+    inside = "keras.src", "tensorflow.python", "tensorflow.dtensor"
+    allowed = ALLOWED_INTERNALS.get(part_of(path), set())
+    return [n for n in imports(path) if n.startswith(inside) and n not in allowed]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
     part = part_of(path)
@@ -86,10 +93,7 @@ def test_every_part_is_listed():
 def test_internals_of_libraries_are_used_in_distribution_only(path):
     if part_of(path) == "distribution":
         return
-    allowed = ALLOWED_INTERNALS.get(part_of(path), set())
-    for name in imports(path):
-        internal = name.startswith(("keras.src", "tensorflow.python"))
-        assert name in allowed or not internal, name
+    assert not internals_of(path)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("__internal__", "src"), path
@@ -211,13 +215,7 @@ def test_importing_the_package_reaches_inside_no_library():
     for path in FILES:
         name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
         if name.removesuffix(".__init__") in loaded:
-            allowed = ALLOWED_INTERNALS.get(part_of(path), set())
-            internals = "keras.src", "tensorflow.python", "tensorflow.dtensor"
-            inside += [
-                each
-                for each in imports(path)
-                if each.startswith(internals) and each not in allowed
-            ]
+            inside += internals_of(path)
     assert not inside
     assert not [m for m in loaded if m.startswith("keras_moe.distribution.mirrored")]
     assert not [m for m in loaded if m.startswith("keras_moe.distribution.dtensor")]

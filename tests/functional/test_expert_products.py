@@ -1,15 +1,9 @@
 """Products of the rows of one expert with its kernel, against NumPy in float64."""
 
-import importlib
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
-import keras_moe
 import keras_moe.functional as F
 from keras_moe import runtime
 from keras_moe.functional import expert_products
@@ -123,30 +117,3 @@ def test_on_gpus_products_are_batched(onednn):
             expert_products.times, tf.TensorSpec((1, None, D)), tf.TensorSpec((1, D, H))
         )
     assert kinds == ["Placeholder", "Placeholder", "BatchMatMulV2", "Identity"]
-
-
-def test_uses_onednn_follows_the_environment():
-    here = runtime.uses_onednn()
-    script = "from keras_moe import runtime; print(runtime.uses_onednn())"
-    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": str(int(not here))}
-    command = [sys.executable, "-c", script]
-    output = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert output.strip() == str(not here)
-
-
-def test_commands_keep_the_pages_of_large_tensors(monkeypatch):
-    settings = "TF_CPU_ALLOCATOR_USE_BFC", "TF_CPU_BFC_MEM_LIMIT_IN_MB"
-    for name in settings:
-        monkeypatch.setenv(name, "")  # so that it is taken back
-        monkeypatch.delenv(name)
-    importlib.reload(keras_moe)
-    assert not any(name in os.environ for name in settings)
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "keras_moe", "plan"])
-    importlib.reload(keras_moe)
-    assert os.environ[settings[0]] == "true"
-    assert int(os.environ[settings[1]]) >= 2**20
-    monkeypatch.setenv(settings[0], "false")
-    importlib.reload(keras_moe)
-    assert os.environ[settings[0]] == "false"
