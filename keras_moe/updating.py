@@ -34,6 +34,15 @@ class Step:
         self.updated: list[Any] = []
 
 
+def is_on_one_device() -> bool:
+    """Whether TensorFlow's own steps run here: not of several devices, nor under XLA."""
+    return (
+        engine.current() is engine.ONE_DEVICE
+        and not tf.distribute.has_strategy()
+        and not engine.is_compiled_by_xla()
+    )
+
+
 def want(optimizer: Any) -> None:
     """From now on experts are computed so that their kernels can be updated early."""
     _optimizers.add(optimizer)
@@ -41,12 +50,7 @@ def want(optimizer: Any) -> None:
 
 def is_wanted() -> bool:
     """Whether experts that run here are to note how they use their kernels."""
-    return (
-        len(_optimizers) > 0
-        and not tf.executing_eagerly()
-        and not tf.distribute.has_strategy()
-        and engine.current() is engine.ONE_DEVICE
-    )
+    return len(_optimizers) > 0 and not tf.executing_eagerly() and is_on_one_device()
 
 
 def note_use(variable: Any) -> None:

@@ -71,7 +71,8 @@ def make_steps(call, variables, optimizer=None):
     @tf.function
     def update(x):
         optimizer.apply_gradients(zip(gradients_of(x), variables, strict=True))
-        return tf.add_n([tf.reshape(v, [-1])[0] for v in values])
+        # A call ends with all of its writes. Reading a variable here may copy it.
+        return tf.identity(optimizer.iterations)
 
     steps = {"forward": forward, "training": training}
     if optimizer is not None:

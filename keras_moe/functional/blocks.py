@@ -23,8 +23,10 @@ class _Blocks:
         owners: `(blocks,)`, expert of each spill block.
     """
 
-    def __init__(self, counts, num_experts, num_rows):
+    def __init__(self, counts, num_rows):
         counts = tf.cast(counts, tf.int32)
+        # Not known where only chosen experts are here.
+        num_experts = counts.shape[0] or tf.size(counts)
         base, spill = _block_sizes(counts, num_experts)
         starts = tf.cumsum(counts, exclusive=True)
         spilled = tf.maximum(counts - base, 0)
@@ -61,21 +63,41 @@ class _Blocks:
         return network(inputs[0], *of_base), network(inputs[1], *of_spill)
 
 
+def chosen_only(counts, weights):
+    """The experts that have rows, and their part of every weight.
+
+    Args:
+        counts: `(E,)` int32, rows of each expert.
+        weights: Tensors or `tf.Variable`s `(E, ...)`. Of a variable only these experts
+            are read.
+
+    Returns:
+        `(c,)`, rows of the c experts that have some, or of one expert without if none
+        has, and a list of tensors `(c, ...)`. The gradients of `weights` through them are
+        `tf.IndexedSlices` in which no expert stands twice.
+    """
+    experts = tf.range(tf.size(counts))
+    # The network is called with one expert at least.
+    most = tf.argmax(counts, output_type=tf.int32)
+    chosen = tf.boolean_mask(experts, (counts > 0) | tf.equal(experts, most))
+    return tf.gather(counts, chosen), [tf.gather(w, chosen) for w in weights]
+
+
 def run_in_blocks(network, counts, x, *weights):
     """Runs experts on `(M, D)` rows sorted by expert."""
-    blocks = _Blocks(counts, weights[0].shape[0], tf.shape(x)[0])
+    blocks = _Blocks(counts, tf.shape(x)[0])
     outputs = blocks.run(network, _into_blocks(x, blocks), weights)
     return _out_of_blocks(outputs, blocks)
 
 
-def mix_in_blocks(network, tokens, gates, plan: SortedPlan, *weights):
+def mix_in_blocks(network, counts, tokens, gates, plan: SortedPlan, *weights):
     """Runs `(N, D)` tokens through their experts and sums the answers.
 
     Tokens go straight to their slots, and answers from their slots to the sums: the
-    sorted rows are never laid side by side.
+    sorted rows are never laid side by side. `counts` are the rows of each expert that
+    the weights are of.
     """
-    rows = tf.size(plan.token_indices)
-    blocks = _Blocks(plan.counts, weights[0].shape[0], rows)
+    blocks = _Blocks(counts, tf.size(plan.token_indices))
     tokens_of = [_at_rows(plan.token_indices, own) for own in blocks.rows]
     slots = tf.gather(blocks.slots, plan.positions)  # (N, K)
     inputs = _tokens_into_blocks(tokens, tokens_of, slots)
@@ -133,7 +155,7 @@ _COPY_COST = 32
 def _block_sizes(counts, num_experts):
     """Slots of a base block and of a spill block, of least estimated work."""
     longest = tf.reduce_max(counts)
-    mean = tf.cast(tf.reduce_sum(counts), tf.float32) / num_experts
+    mean = tf.cast(tf.reduce_sum(counts), tf.float32) / tf.cast(num_experts, tf.float32)
     shares = tf.constant([0.0, 0.25, 0.5, 0.75, 1.0, 1.125, 1.25, 1.5, 1.75, 2.0, 3.0])
     bases = tf.minimum(tf.cast(tf.math.ceil(mean * shares), tf.int32), longest)
     bases = tf.concat([bases, [longest]], axis=0)  # (S,)
@@ -144,7 +166,7 @@ def _block_sizes(counts, num_experts):
     )  # (S, B)
     # In float: the products may be beyond int32.
     work = tf.where(bases > 0, tf.cast(bases + _READ_COST, tf.float32), 0.0)
-    work = work[:, tf.newaxis] * num_experts
+    work = work[:, tf.newaxis] * tf.cast(num_experts, tf.float32)
     work += tf.cast(blocks, tf.float32) * tf.cast(spills + _COPY_COST, tf.float32)
     best = tf.argmin(tf.reshape(work, [-1]), output_type=tf.int32)
     num_spills = spills.shape[0]

@@ -2,13 +2,16 @@
 
 Expert inputs come either as `(M, D)` rows sorted by expert with the number of
 rows of each expert (dropless), or as `(E, C, D)` with the same number of slots
-for every expert (static shapes). There are four ways to compute them:
+for every expert (static shapes). There are five ways to compute them:
 
 * static: one batched product over `(E, C, D)`;
 * `"unrolled"`: each expert by itself, no padding; the graph grows with E;
 * `"blocks"`: rows are padded into one block for each expert and multiplied in one
   batched product; what exceeds a block spills into further ones. The graph does not
   grow with E, and weight gradients are written once;
+* `"chosen"`: the same with copies of the kernels of those experts that have rows. Nothing
+  grows with E, and weight gradients are those of the chosen experts (`tf.IndexedSlices`):
+  for thousands of experts and few tokens;
 * slots, under XLA and on GPUs: one batched product over static slots, and a loop for
   what spills (`slot_runs.py`).
 
@@ -29,7 +32,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from keras_moe import checks, runtime
-from keras_moe.functional.blocks import mix_in_blocks, run_in_blocks
+from keras_moe.functional.blocks import chosen_only, mix_in_blocks, run_in_blocks
 from keras_moe.functional.dispatching import SortedPlan
 from keras_moe.functional.recomputation import (
     Network,
@@ -42,7 +45,7 @@ from keras_moe.functional.static_slots import SlotPlan
 from keras_moe.functional.updated_kernels import as_tensors, split_each
 from keras_moe.types import DispatchPlan
 
-COMPUTATIONS = ("unrolled", "blocks")
+COMPUTATIONS = ("unrolled", "blocks", "chosen")
 
 # Up to so many experts they are unrolled. On CPUs (measured): beyond, the size of the
 # graph and stacking the weight gradients cost more than padding does. On other devices
@@ -93,7 +96,7 @@ def run_experts(
         network: Maps rows `(e, R, D)` and the part of every weight that belongs to
             these e experts, `(e, ...)`, to `(e, R, out)`, row by row.
         expert_inputs: `(M, D)` sorted by expert, or `(E, C, D)`.
-        weights: Tensors `(E, ...)`.
+        weights: Tensors or `tf.Variable`s `(E, ...)`.
         counts: `(E,)` int32, rows of each expert, with sum M. Needed for
             `(M, D)`, not used for `(E, C, D)`.
         recompute: Whether hidden activations are computed again in the backward
@@ -101,11 +104,17 @@ def run_experts(
             memory, about a third more operations. Unrolled, the backward pass holds
             those of one expert at a time; otherwise those of all experts of one
             layer.
-        computation: `"unrolled"`, each expert by itself, or `"blocks"`, one
-            batched product; None takes `default_computation`.
+        computation: `"unrolled"`, each expert by itself; `"blocks"`, one
+            batched product; `"chosen"`, one of only those experts that have rows, of
+            whose weights copies are made: for far fewer rows than experts. None takes
+            `default_computation`, one of the first two.
 
     Returns:
         `(M, out)` or `(E, C, out)`. An expert without rows costs nothing.
+
+        With `"chosen"` and `(M, D)` the gradients of `weights` are `tf.IndexedSlices`
+        of the experts that have rows, each once; of a `tf.Variable` nothing else is read,
+        either.
 
     Raises:
         ValueError: `counts` is missing for `(M, D)`, or `computation` is unknown.
@@ -120,7 +129,8 @@ def run_experts(
         )
     verify_computation(computation)
     num_experts = weights[0].shape[0]
-    weights = as_tensors(weights)
+    if not _is_of_chosen(computation) or expert_inputs.shape.rank == 3:
+        weights = as_tensors(weights)
     if expert_inputs.shape.rank == 3:
         shape = [num_experts, None, None]
         checks.verify_shape(shape, "slots of each expert", expert_inputs=expert_inputs)
@@ -128,7 +138,8 @@ def run_experts(
         return run(expert_inputs, *weights)
     counts = checks.verify_counts(counts, num_experts, expert_inputs)
     if num_experts == 0:  # no experts live on this device: no rows either
-        nothing = network(expert_inputs[tf.newaxis], *map(_no_expert, weights))
+        weights = map(_no_expert, as_tensors(weights))
+        nothing = network(expert_inputs[tf.newaxis], *weights)
         return nothing[0]
     if (
         runtime.only_plain()
@@ -137,6 +148,8 @@ def run_experts(
         parts = split_by_expert(expert_inputs, counts, num_experts)
         return _concat(_run_each(network, parts, weights, recompute))
     run = recomputed(network) if recompute else network
+    if _is_of_chosen(computation):
+        counts, weights = chosen_only(counts, weights)
     return run_in_blocks(run, counts, expert_inputs, *weights)
 
 
@@ -163,9 +176,9 @@ def mix_experts(
         inputs: `(N, D)`, the tokens.
         gates: Float, shape of `plan.positions`.
         plan: From `make_plan`, `make_capacity_plan` or `make_slot_plan`.
-        weights: Tensors `(E, ...)`.
+        weights: Tensors or `tf.Variable`s `(E, ...)`.
         recompute: As for `run_experts`.
-        computation: As for `run_experts`.
+        computation: As for `run_experts`; `"chosen"` of a `SortedPlan` only.
 
     Returns:
         `(N, out)`. Zero for a token without expert. The same in every run.
@@ -179,7 +192,9 @@ def mix_experts(
     verify_computation(computation)
     num_experts = weights[0].shape[0]
     is_unrolled = (computation or default_computation(num_experts)) == "unrolled"
-    if not isinstance(plan, SortedPlan) or not is_unrolled or recompute:
+    is_of_chosen = _is_of_chosen(computation)
+    takes_parts = is_of_chosen or (is_unrolled and not recompute)
+    if not isinstance(plan, SortedPlan) or not takes_parts:
         weights = as_tensors(weights)
     if isinstance(plan, SlotPlan):
         return run_in_slots(
@@ -198,10 +213,17 @@ def mix_experts(
     gates = tf.cast(gates, float_type(inputs, weights))
     if not is_unrolled:
         run = recomputed(network) if recompute else network
-        return mix_in_blocks(run, inputs, gates, plan, *weights)
+        counts = plan.counts
+        if is_of_chosen:
+            counts, weights = chosen_only(counts, weights)
+        return mix_in_blocks(run, counts, inputs, gates, plan, *weights)
     rows = _Rows(plan, num_experts)
     parts = _run_each(network, _gather_to_each(inputs, rows), weights, recompute)
     return _combine_parts(parts, gates, rows)
+
+
+def _is_of_chosen(computation):
+    return computation == "chosen" and not runtime.only_plain()
 
 
 def _no_expert(weight):

@@ -84,7 +84,13 @@ class ExpertKernel:
 
 def as_tensors(weights: Sequence[Any]) -> list[tf.Tensor]:
     """The same weights, all as tensors with ordinary gradients."""
-    return [w.value if isinstance(w, UpdatedKernels) else w for w in weights]
+    return [_as_tensor(w) for w in weights]
+
+
+def _as_tensor(weight):
+    if isinstance(weight, UpdatedKernels):
+        return weight.value
+    return tf.convert_to_tensor(weight) if isinstance(weight, tf.Variable) else weight
 
 
 def split_each(weights: Sequence[Any], number: int) -> list[list]:

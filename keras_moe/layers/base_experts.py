@@ -12,13 +12,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import checks, engine, functional
+from keras_moe import checks, engine, functional, updating
 from keras_moe.layers.expert_rules import (
     PerExpertConstraint,
     PerExpertRegularizer,
     StepValues,
     stop_gradients,
+    value_is_own,
     verify_frozen,
+    with_dense_gradient,
 )
 from keras_moe.layers.initializers import PerExpertInitializer
 from keras_moe.layers.tracking import track_entries
@@ -39,8 +41,9 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         recompute: Bool. Whether what lies between inputs and outputs is computed
             again in the backward pass instead of being kept (appendix D): same
             gradients, less memory, more operations. Defaults to `False`.
-        computation: `"unrolled"`, each expert by itself, `"blocks"`, one batched
-            product over padded rows, or None, which chooses by the number of
+        computation: `"unrolled"`, each expert by itself; `"blocks"`, one batched
+            product over padded rows; `"chosen"`, one of only those experts that have
+            rows, see below; or None, which takes one of the first two by the number of
             experts and the device (`functional.default_computation`). Defaults to
             `None`.
         frozen_experts: Indices of experts that are not trained, see below. May be
@@ -75,6 +78,15 @@ class Experts(checks.FromConfig, keras.layers.Layer):
     them too and decays. An optimizer that Keras did not make, or that is applied in
     another function, sees zero gradients and nothing else. To save the state as well
     use `ExpertList`, whose experts are layers with `trainable` of their own.
+
+    Only chosen experts: with `computation="chosen"` a step reads the weights of those
+    experts that have rows, and nothing else, and their gradients are `tf.IndexedSlices` of
+    these experts: the time and the memory of a step go by the experts chosen, not by
+    E. It pays where a step chooses few of thousands of experts; else copying their weights
+    costs more. An optimizer that makes dense gradients of them is right, too, but costs
+    as much as ever; `FactoredAdam` and `keras.optimizers.SGD` without momentum do not.
+    Regularizers, frozen experts and several devices get the same gradients, dense; XLA,
+    GPUs and plans of a capacity compute as without it.
 
     Raises:
         ValueError: A size is not positive; `computation` is unknown;
@@ -195,8 +207,10 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             self.group_size,
             **options,
         )
-        # Optimizers may keep less state for kernels, see `FactoredAdam`.
+        # Optimizers may keep less state for kernels, see `FactoredAdam`, and more for what
+        # they update expert by expert.
         variable.is_expert_weight = is_kernel
+        variable.has_sparse_gradient = self.computation == "chosen"
         self.stacked_weights.append(variable)
         track_entries(self, "stacked_weights")
         self._rules.append(
@@ -215,12 +229,15 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             `(E, ...)` of the experts that are here, in the compute type.
         """
         value = tf.convert_to_tensor(weight)
-        if not self.frozen_experts or not weight.trainable:
+        if not self._is_frozen(weight):
             return value
         frozen = engine.current().weights.entries_here(weight, self._frozen)
         # Not what a policy makes of it.
         self._before.note(weight.path, tf.convert_to_tensor(weight._value))
         return stop_gradients(value, frozen)
+
+    def _is_frozen(self, weight):
+        return len(self.frozen_experts) > 0 and weight.trainable
 
     def values(self, rows: tf.Tensor) -> list[tf.Tensor]:
         """What `compute` takes beside rows: `stacked_weights`, and what else there is.
@@ -233,6 +250,18 @@ class Experts(checks.FromConfig, keras.layers.Layer):
     def for_update(self, values: list[Any]) -> list[Any]:
         """`values`, kernels as optimizers may update them in the backward pass."""
         return values
+
+    def _for_chosen(self, values):
+        """`values` as `"chosen"` takes them: variables, of which it reads few experts."""
+        is_here = updating.is_on_one_device()
+        own = [
+            weight._value
+            if is_here and value_is_own(weight) and not self._is_frozen(weight)
+            else value
+            for value, weight in zip(values, self.stacked_weights, strict=False)
+        ]
+        rest = values[len(own) :]
+        return [*(own if is_here else map(with_dense_gradient, own)), *rest]
 
     def network(self, rows: tf.Tensor, *weights: tf.Tensor) -> tf.Tensor:
         """What experts compute, row by row.
@@ -272,6 +301,10 @@ class Experts(checks.FromConfig, keras.layers.Layer):
                 f"Received: {missing}=None. Pass both, or neither."
             )
         weights = self.values(inputs)
+        if self.computation == "chosen":
+            weights = self._for_chosen(weights)
+        elif plan is not None:
+            weights = self.for_update(weights)
         if plan is None:
             return functional.run_experts(
                 self.compute,
@@ -286,7 +319,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             inputs,
             gates,
             plan,
-            self.for_update(weights),
+            weights,
             recompute=self.recompute,
             computation=self.computation,
         )

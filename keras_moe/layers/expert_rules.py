@@ -110,6 +110,21 @@ def stop_gradients(value: tf.Tensor, frozen: np.ndarray) -> tf.Tensor:
     return run(value)
 
 
+def with_dense_gradient(value: tf.Tensor) -> tf.Tensor:
+    """`value`, whose gradient is a tensor whatever arises behind it."""
+
+    @tf.custom_gradient
+    def run(x):
+        return tf.identity(x), tf.convert_to_tensor
+
+    return run(value)
+
+
+def value_is_own(weight: Any) -> bool:
+    """Whether layers read a Keras variable as it is: without a cast, or another value."""
+    return weight.value is weight._value
+
+
 def _like(flags, x):
     """`(E,)` flags with the rank of x, as a constant."""
     return tf.constant(_filled(flags, x).reshape(-1, *[1] * (x.shape.rank - 1)))

@@ -42,8 +42,8 @@ class FeedForwardExperts(DroppingExperts):
         recompute: Bool. Whether hidden activations are computed again in the
             backward pass instead of being kept (appendix D): same gradients,
             less memory, more operations. Defaults to `False`.
-        computation: `"unrolled"`, `"blocks"` or None, see `Experts`. Defaults to
-            `None`.
+        computation: `"unrolled"`, `"blocks"`, `"chosen"` or None, see `Experts`.
+            Defaults to `None`.
         dropout: Float. Share of the hidden units that are dropped in training; the
             others are scaled up. On several devices, recomputed, and with a capacity
             the same are dropped. Defaults to `0.0`.
@@ -190,8 +190,8 @@ class GatedExperts(DroppingExperts):
         recompute: Bool. Whether hidden activations are computed again in the
             backward pass instead of being kept, see `FeedForwardExperts`. Defaults
             to `False`.
-        computation: `"unrolled"`, `"blocks"` or None, see `Experts`. Defaults to
-            `None`.
+        computation: `"unrolled"`, `"blocks"`, `"chosen"` or None, see `Experts`.
+            Defaults to `None`.
         dropout: Float. Share of the hidden units that are dropped in training; the
             others are scaled up. On several devices, recomputed, and with a capacity
             the same are dropped. Defaults to `0.0`.

@@ -5,18 +5,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe import updating
 
 _DTYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
-
-
-def is_on_one_device() -> bool:
-    """Whether a step is TensorFlow's own here: not of several devices, nor under XLA."""
-    return (
-        engine.current() is engine.ONE_DEVICE
-        and not tf.distribute.has_strategy()
-        and not engine.is_compiled_by_xla()
-    )
 
 
 def can_be_applied(variable: Any, gradient: tf.Tensor) -> bool:
@@ -30,7 +21,7 @@ def can_be_applied(variable: Any, gradient: tf.Tensor) -> bool:
         gradient: Dense.
     """
     return (
-        is_on_one_device()
+        updating.is_on_one_device()
         and hasattr(resource_of(variable), "handle")
         and tf.as_dtype(variable.dtype) == gradient.dtype
         and gradient.dtype in _DTYPES

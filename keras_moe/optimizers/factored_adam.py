@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_moe import checks, engine
+from keras_moe import checks, engine, updating
 from keras_moe.optimizers import adam, backward, factors, patterns, readers, rows
 from keras_moe.types import at_least_float32
 
@@ -48,13 +48,17 @@ class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
             gradients below 1e-19 are 0 in float32, and the step is then their
             quotient with `epsilon`. Defaults to `1e-7`.
         untouched_rows: `"decay"`, `"catch_up"` or `"keep"`. What becomes of the rows
-            of an embedding, or of the kernel of a `SampledSoftmax`, that a step has
-            not read. `"decay"`: as in Adam, their momentum moves them on and decays,
-            for which a step reads and writes the whole table. Otherwise a step costs
-            only the rows that it has read. `"catch_up"`: what Adam would have done
-            meanwhile to a row and its state is done when it has been read again; one
-            number a row more. `"keep"`: rows and their state stay (often called lazy
-            Adam), and rare words learn less. Defaults to `"decay"`.
+            of an embedding, of the kernel of a `SampledSoftmax`, or of the experts of
+            `computation="chosen"`, that a step has not read. `"decay"`: as in Adam, their
+            momentum moves them on and decays, for which a step reads and writes the
+            whole table. Otherwise a step costs only the rows that it has read.
+            `"catch_up"`: what Adam would have done meanwhile to a row and its state is
+            done when it has been read again; one number a row more. `"keep"`: rows and
+            their state stay (often called lazy Adam), and rare words learn less.
+            Factored kernels have no momentum, so experts that were not read stay in
+            any case; with `"keep"` their averages stay, too, otherwise those of all
+            experts decay in every step, `in + out` numbers an expert. Defaults to
+            `"decay"`.
         factored: None or a list of regular expressions. None factors the
             weights that are marked as those of experts, with an attribute
             `is_expert_weight` that is True, as `FeedForwardExperts` marks its
@@ -196,8 +200,10 @@ class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
 
     def _add_last_step(self, variable):
         """When each row was read, if that is to be known."""
-        of_experts = getattr(variable, "is_expert_weight", False)
-        if self.untouched_rows != "catch_up" or of_experts or not variable.shape:
+        is_dense = getattr(variable, "is_expert_weight", False) and not getattr(
+            variable, "has_sparse_gradient", False
+        )
+        if self.untouched_rows != "catch_up" or is_dense or not variable.shape:
             return None
         # Float, of which GPUs hold all in their memory: exact up to 2**24 steps.
         dtype = at_least_float32(variable.dtype).name
@@ -288,7 +294,9 @@ class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
         if self._rows[index] is not None:
             self._update_factored(gradient, variable, learning_rate, index)
         elif rows.is_sparse(gradient) and self.untouched_rows != "decay":
-            self._update_rows(gradient, variable, learning_rate, index)
+            slots = self._momentums[index], self._velocities[index]
+            last_step = self._last_steps[index]
+            rows.apply(self, gradient, variable, slots, last_step, learning_rate)
         else:
             if rows.is_sparse(gradient):
                 gradient = tf.convert_to_tensor(gradient)  # sums rows by word
@@ -303,35 +311,17 @@ class FactoredAdam(backward.UpdatesInBackward, keras.optimizers.Adam):
         step = self.iterations + 1
         adam.apply(variable, *slots, gradient, learning_rate, step, self)
 
-    def _update_rows(self, gradient, variable, learning_rate, index):
-        """Adam on the rows of a table that have a gradient."""
-        rows.verify_place(self.untouched_rows)
-        # A row stands there for every look-up: its square is that of their sum.
-        gradient = rows.summed_by_row(gradient)
-        values, read = tf.cast(gradient.values, variable.dtype), gradient.indices
-        step = tf.cast(self.iterations + 1, at_least_float32(variable.dtype))
-        rate = tf.cast(learning_rate, variable.dtype)
-        rates = rows.Rates(rate, self.beta_1, self.beta_2, self.epsilon)
-        slots = self._momentums[index], self._velocities[index]
-        moments = rows.Moments(*(tf.gather(slot, read) for slot in slots))
-        caught_up = tf.zeros((), variable.dtype)
-        if self._last_steps[index] is not None:
-            last = tf.gather(self._last_steps[index], read)
-            caught_up, moments = rows.catch_up(moments, last, step, rates)
-            now = tf.fill(tf.shape(read), tf.cast(step, last.dtype))
-            self.assign(self._last_steps[index], tf.IndexedSlices(now, read))
-        move, moments = rows.adam_step(values, moments, step, rates)
-        for slot, value in zip(slots, moments, strict=True):
-            self.assign(slot, tf.IndexedSlices(value, read))
-        self.assign_sub(variable, tf.IndexedSlices(move + caught_up, read))
-
     def _update_factored(self, gradient, variable, learning_rate, index):
         """Block by block of experts, so that no second array of the size of all
         their weights comes to be."""
+        slots = self._rows[index], self._columns[index]
+        is_of_some = rows.is_sparse(gradient) and len(variable.shape) > 2
+        if is_of_some and updating.is_on_one_device():
+            rows.apply_factored(self, gradient, variable, slots, learning_rate)
+            return
         gradient = tf.cast(tf.convert_to_tensor(gradient), variable.dtype)
         # Summed over replicas it may have lost its shape.
         gradient = tf.ensure_shape(gradient, variable.shape)
-        slots = self._rows[index], self._columns[index]
         parts = factors.blocks_of(gradient.shape, gradient.dtype.size)
         if len(parts) == 1:
             step, *new = self.factored_step(gradient, learning_rate, slots)

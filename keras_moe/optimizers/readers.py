@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_moe import engine
+from keras_moe import engine, updating
 from keras_moe.optimizers import adam
 
 # Their outputs are their first inputs, under another shape or name.
@@ -85,7 +85,7 @@ class Readers:
 def _can_wait():
     return (
         not tf.executing_eagerly()
-        and (adam.is_on_one_device() or engine.current().has_experts)
+        and (updating.is_on_one_device() or engine.current().has_experts)
         and hasattr(tf.compat.v1.get_default_graph(), "capture")
     )
 

@@ -1,10 +1,13 @@
-"""Adam on the rows of a table that a step has read."""
+"""Steps of the rows of a table, or of the experts of a stack, that have a gradient."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from keras_moe import engine
+from keras_moe.optimizers import adam, factors
+from keras_moe.types import at_least_float32
 
 
 class Rates(NamedTuple):
@@ -45,6 +48,89 @@ def verify_place(untouched_rows: str) -> None:
         )
 
 
+def apply(
+    optimizer: Any,
+    gradient: tf.IndexedSlices,
+    variable: Any,
+    slots: Sequence[Any],
+    last_steps: Any,
+    learning_rate: Any,
+) -> None:
+    """Adam on the rows of a table that have a gradient.
+
+    Args:
+        optimizer: A `FactoredAdam`.
+        gradient: With a row for each look-up.
+        variable: The table, `(rows, ...)`.
+        slots: Its first and second moments, of its shape.
+        last_steps: `(rows,)`, when each row was read, or None: what a row has missed is
+            not done later.
+        learning_rate: A number.
+    """
+    verify_place(optimizer.untouched_rows)
+    # A row stands there for every look-up: its square is that of their sum.
+    gradient = summed_by_row(gradient)
+    values, read = tf.cast(gradient.values, variable.dtype), gradient.indices
+    step = tf.cast(optimizer.iterations + 1, at_least_float32(variable.dtype))
+    rate = tf.cast(learning_rate, variable.dtype)
+    rates = Rates(rate, optimizer.beta_1, optimizer.beta_2, optimizer.epsilon)
+    moments = Moments(*(read_rows(slot, read) for slot in slots))
+    caught_up = tf.zeros((), variable.dtype)
+    if last_steps is not None:
+        last = read_rows(last_steps, read)
+        caught_up, moments = catch_up(moments, last, step, rates)
+        now = tf.fill(tf.shape(read), tf.cast(step, last.dtype))
+        optimizer.assign(last_steps, tf.IndexedSlices(now, read))
+    move, moments = adam_step(values, moments, step, rates)
+    for slot, value in zip(slots, moments, strict=True):
+        optimizer.assign(slot, tf.IndexedSlices(value, read))
+    optimizer.assign_sub(variable, tf.IndexedSlices(move + caught_up, read))
+    if _is_one_variable():
+        factors.end_of_writes(adam.resource_of(variable))
+
+
+def apply_factored(
+    optimizer: Any,
+    gradient: tf.IndexedSlices,
+    variable: Any,
+    slots: Sequence[Any],
+    learning_rate: Any,
+) -> None:
+    """The step of a stack of kernels, of which some experts have a gradient.
+
+    With a gradient of 0 a kernel stays and its averages decay, so this is the step of the
+    dense gradient; but for `untouched_rows="keep"`, with which averages stay, too.
+
+    Args:
+        optimizer: A `FactoredAdam`, on one device.
+        gradient: Of `(E, in, out)`, with the kernels of some experts.
+        variable: The stack.
+        slots: Its rows and columns, `(E, in)` and `(E, out)`.
+        learning_rate: A number.
+    """
+    gradient = summed_by_row(gradient)
+    values, chosen = tf.cast(gradient.values, variable.dtype), gradient.indices
+    own = [read_rows(slot, chosen) for slot in slots]
+    move, *new = optimizer.factored_step(values, learning_rate, own)
+    for slot, value in zip(slots, new, strict=True):
+        if optimizer.untouched_rows != "keep":
+            optimizer.assign(slot, slot * tf.constant(optimizer.beta_2, slot.dtype))
+        optimizer.assign(slot, tf.IndexedSlices(value, chosen))
+    target = adam.resource_of(variable)
+    factors.subtract_rows(target, chosen, move)
+    factors.end_of_writes(target)
+
+
+def read_rows(slot: Any, rows: tf.Tensor) -> tf.Tensor:
+    """Rows of a slot. Of all of it one would get a copy after the first write of rows."""
+    return tf.gather(adam.resource_of(slot) if _is_one_variable() else slot, rows)
+
+
+def _is_one_variable():
+    """Whether variables are what they seem: not one for each replica, nor on a mesh."""
+    return factors.writes_in_place() and not tf.distribute.has_strategy()
+
+
 def summed_by_row(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
     """The same gradient, in which no row stands twice.
 
@@ -52,7 +138,14 @@ def summed_by_row(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
         gradient: `tf.IndexedSlices` with a row for each look-up.
     """
     rows, positions = tf.unique(gradient.indices)
-    values = tf.math.unsorted_segment_sum(gradient.values, positions, tf.size(rows))
+    number = tf.size(rows)
+    # Where each is alone they are in their order: nothing to add, and nothing is copied.
+    values = tf.cond(
+        tf.equal(number, tf.size(positions)),
+        lambda: gradient.values,
+        lambda: tf.math.unsorted_segment_sum(gradient.values, positions, number),
+    )
+    values.set_shape([None, *gradient.values.shape[1:]])
     return tf.IndexedSlices(values, rows, gradient.dense_shape)
 
 

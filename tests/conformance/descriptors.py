@@ -454,6 +454,17 @@ DESCRIPTORS = [
         dynamic_axes=(0, 1),
     ),
     Descriptor(
+        "MoE, only the chosen experts",
+        _moe_of(
+            lambda **kw: layers.FeedForwardExperts(
+                6, 8, use_bias=True, computation="chosen", **kw
+            )
+        ),
+        (3, 5, 4),
+        layers.FeedForwardExperts,
+        dynamic_axes=(0, 1),
+    ),
+    Descriptor(
         "MoE of a user's gated experts, with capacity",
         _moe_of(lambda **kw: own_layers.GatedExperts(6, 8, **kw), capacity_factor=3.0),
         (3, 5, 4),

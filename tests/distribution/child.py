@@ -53,6 +53,7 @@ class Case:
     dropout: float = 0.0
     later: bool = False  # what gates take besides the paper
     int8: bool = False
+    computation: str | None = None
     capacity: float | None = None
     backwards: bool = False
     segments: int | None = None
@@ -112,6 +113,7 @@ def mixture(case: Case, name: str = "moe"):
         hidden_units=24,
         use_bias=case.use_bias,
         dropout=case.dropout,
+        computation=case.computation,
         **(rules if case.rules else {}),
     )
     options = {"name": name, "losses_in_evaluation": True}

@@ -76,13 +76,16 @@ LAST = {**ADAM, "steps": 6, "mask": True, "examples": 25}
 
 
 @children.cases(
-    usual=[{**LAST, **SEVEN, "layer": "shared"}],
+    usual=[
+        {**LAST, **SEVEN, "layer": "shared"},
+        {**LAST, **SEVEN, "computation": "chosen"},
+    ],
     others=[
         {**LAST, **SEVEN, **HIERARCHICAL, "dropout": 0.3, "int8": True},
         {**LAST, **SEVEN, "layer": "low rank"},  # with dropout
     ],
 )
-def test_gated_experts_beside_shared_ones(cases):
+def test_experts_beside_shared_ones_and_chosen_ones_alone(cases):
     assert_equal_on_devices(2, cases)
 
 

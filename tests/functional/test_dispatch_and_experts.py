@@ -37,9 +37,9 @@ def mix(plan, x, gates, *kernels, **way):
     return F.combine(outputs, gates, plan, num_tokens=tf.shape(x)[0])
 
 
-@pytest.fixture(params=["unrolled", "blocks"])
+@pytest.fixture(params=["unrolled", "blocks", "chosen"])
 def way(request):
-    """Both ways to compute sorted rows, whatever the number of experts."""
+    """All ways to compute sorted rows, whatever the number of experts."""
     return {"computation": request.param}
 
 

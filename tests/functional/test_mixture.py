@@ -33,9 +33,9 @@ def plan_of(kind, indices):
     return F.make_capacity_plan(indices, E, 2 * len(indices))
 
 
-@pytest.fixture(params=["blocks", "unrolled"])
+@pytest.fixture(params=["blocks", "unrolled", "chosen"])
 def way(request):
-    """Both ways to run experts, whatever their number."""
+    """All ways to run experts, whatever their number."""
     return {"computation": request.param}
 
 

@@ -99,6 +99,89 @@ def test_blocks_of_experts_are_updated_as_the_whole(monkeypatch):
         np.testing.assert_allclose(variable.numpy(), wanted, rtol=1e-6, atol=1e-7)
 
 
+# Of which experts each step has a gradient; in the second one twice.
+CHOSEN = ((0, 3), (3, 1, 3), (1,), (3, 0), (0,))
+
+
+def chosen_gradients(seed=7):
+    """Start, sparse gradients and the same dense, of 5 experts, the last never chosen."""
+    rng = np.random.default_rng(seed)
+    values = [rng.normal(size=(len(experts), 4, 6)) for experts in CHOSEN]
+    sparse = [
+        tf.IndexedSlices(tf.constant(v), tf.constant(experts), tf.constant([5, 4, 6]))
+        for v, experts in zip(values, CHOSEN, strict=True)
+    ]
+    dense = np.zeros((len(CHOSEN), 5, 4, 6))
+    for t, experts in enumerate(CHOSEN):
+        np.add.at(dense[t], list(experts), values[t])
+    return rng.normal(size=(5, 4, 6)), sparse, dense
+
+
+@pytest.mark.parametrize("untouched_rows", ["decay", "catch_up", "keep"])
+@pytest.mark.parametrize("wrap", [lambda step: step, tf.function])
+def test_experts_with_a_gradient_equal_the_oracle(untouched_rows, wrap):
+    start, sparse, dense = chosen_gradients()
+    variable = expert_variable(start)
+    optimizer = FactoredAdam(0.05, beta_2=0.9, untouched_rows=untouched_rows)
+    optimizer.build([variable])
+    step = wrap(stepper(optimizer, variable))
+    for gradient in sparse:
+        step(gradient)
+    decays = untouched_rows != "keep"
+    wanted, rows, columns = oracle.factored_adam_of_chosen(
+        start, dense, 0.05, 0.9, 1e-7, decays
+    )
+    np.testing.assert_allclose(variable.numpy(), wanted, rtol=1e-6, atol=1e-7)
+    for slot, average in zip(
+        optimizer.slots_of(variable), (rows, columns), strict=True
+    ):
+        np.testing.assert_allclose(slot.numpy(), average, rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(variable.numpy()[4], start[4])
+    if decays:
+        whole = oracle.factored_adam(start, dense, 0.05, 0.9, 1e-7)
+        np.testing.assert_allclose(wanted, whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("untouched_rows", ["keep", "catch_up"])
+def test_experts_that_are_not_factored_are_rows(untouched_rows):
+    start, sparse, dense = chosen_gradients()
+    variable = expert_variable(start)
+    variable.has_sparse_gradient = True  # as `computation="chosen"` marks it
+    options = {"beta_1": 0.8, "beta_2": 0.9, "factored": []}
+    optimizer = FactoredAdam(0.05, untouched_rows=untouched_rows, **options)
+    run(optimizer, [variable], [[g] for g in sparse])
+    gradients = [
+        [(e, g[e]) for e in set(experts)]
+        for g, experts in zip(dense, CHOSEN, strict=True)
+    ]
+    function = {
+        "keep": oracle.adam_of_rows,
+        "catch_up": oracle.adam_of_rows_that_catch_up,
+    }[untouched_rows]
+    wanted = function(start, gradients, 0.05, 0.8, 0.9, 1e-7)
+    np.testing.assert_allclose(variable.numpy(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("untouched_rows", ["keep", "catch_up"])
+def test_what_was_not_read_is_not_copied(untouched_rows):
+    """After a write of rows, whoever reads a variable gets a copy of all of it."""
+    start, slices, _ = look_ups()
+    variable = keras.Variable(start, dtype="float64")
+    optimizer = FactoredAdam(0.05, untouched_rows=untouched_rows)
+    optimizer.build([variable])
+    step = tf.function(stepper(optimizer, variable))
+    graph = step.get_concrete_function(slices[0]).graph
+    operations = graph.get_operations()
+    used = [op for op in operations if any(t.consumers() for t in op.outputs)]
+    reads = [op for op in used if op.type == "ReadVariableOp"]
+    assert not [op for op in reads if op.outputs[0].shape[:1] == [6]]
+    # The table itself is read by whoever looks words up.
+    [done] = [op for op in operations if op.type == "DisableCopyOnRead"]
+    [written] = [op for op in operations if op.type == "ResourceScatterSub"]
+    assert done.inputs[0] is written.inputs[0]
+    assert written in done.control_inputs
+
+
 def stepper(optimizer, variable):
     return lambda gradient: optimizer.apply([gradient], [variable])
 

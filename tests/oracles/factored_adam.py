@@ -23,6 +23,27 @@ def factored_adam(weights, gradients, rate, beta_2, epsilon):
     return weights
 
 
+def factored_adam_of_chosen(weights, gradients, rate, beta_2, epsilon, decays):
+    """The same, expert by expert and only those with a gradient.
+
+    Returns weights and averages over rows and columns; those of the other experts decay,
+    or stay as they are.
+    """
+    weights = np.array(weights, np.float64)
+    rows, columns = np.zeros(weights.shape[:2]), np.zeros(weights.shape[::2])
+    for t, gradient in enumerate(gradients, 1):
+        for e, g in enumerate(gradient):
+            if not np.any(g):
+                rows[e] *= beta_2 if decays else 1.0
+                columns[e] *= beta_2 if decays else 1.0
+                continue
+            rows[e] = beta_2 * rows[e] + (1 - beta_2) * (g**2).mean(axis=1)
+            columns[e] = beta_2 * columns[e] + (1 - beta_2) * (g**2).mean(axis=0)
+            second = np.outer(rows[e], columns[e]) / rows[e].mean() / (1 - beta_2**t)
+            weights[e] -= rate * g / (np.sqrt(second) + epsilon)
+    return weights, rows, columns
+
+
 def adam(weights, gradients, rate, beta_1, beta_2, epsilon):
     """Adam as in Kingma and Ba 2015, algorithm 1, with Keras' epsilon.
 
