@@ -88,7 +88,9 @@ def main():
         for tokens in a.tokens:
             x = tf.random.normal((tokens, a.units))
             used = int(number(x))
-            (before, after), (low, middle, high) = compare(blocks, chosen, (x,), a.pairs)
+            (before, after), (low, middle, high) = compare(
+                blocks, chosen, (x,), a.pairs
+            )
             size = bandwidth.weight_bytes(used, a.units, a.hidden_units)
             least = memory.least_seconds("training", size, kind)
             least += size * (1 / memory.read + 1 / memory.write)

@@ -2,7 +2,7 @@
 
 Expert inputs come either as `(M, D)` rows sorted by expert with the number of
 rows of each expert (dropless), or as `(E, C, D)` with the same number of slots
-for every expert (static shapes). There are five ways to compute them:
+for every expert (static shapes). There are six ways to compute them:
 
 * static: one batched product over `(E, C, D)`;
 * `"unrolled"`: each expert by itself, no padding; the graph grows with E;
@@ -12,6 +12,8 @@ for every expert (static shapes). There are five ways to compute them:
 * `"chosen"`: the same with copies of the kernels of those experts that have rows. Nothing
   grows with E, and weight gradients are those of the chosen experts (`tf.IndexedSlices`):
   for thousands of experts and few tokens;
+* row by row (`few_rows.py`), where the graph is made for far fewer rows than experts, as
+  for one token, and nobody has asked for another way;
 * slots, under XLA and on GPUs: one batched product over static slots, and a loop for
   what spills (`slot_runs.py`).
 
@@ -34,6 +36,7 @@ import tensorflow as tf
 from keras_moe import checks, runtime
 from keras_moe.functional.blocks import chosen_only, mix_in_blocks, run_in_blocks
 from keras_moe.functional.dispatching import SortedPlan
+from keras_moe.functional.few_rows import are_few, run_row_by_row
 from keras_moe.functional.recomputation import (
     Network,
     float_type,
@@ -42,7 +45,7 @@ from keras_moe.functional.recomputation import (
 )
 from keras_moe.functional.slot_runs import run_in_slots
 from keras_moe.functional.static_slots import SlotPlan
-from keras_moe.functional.updated_kernels import as_tensors, split_each
+from keras_moe.functional.updated_kernels import as_tensors, has_updated, split_each
 from keras_moe.types import DispatchPlan
 
 COMPUTATIONS = ("unrolled", "blocks", "chosen")
@@ -55,7 +58,7 @@ _MOST_UNROLLED = {"CPU": 256}
 
 
 def default_computation(num_experts: int, device_type: str | None = None) -> str:
-    """How the rows of so many experts are computed if nobody says.
+    """How the rows of so many experts are computed if nobody says, but for very few rows.
 
     Args:
         num_experts: E.
@@ -107,7 +110,8 @@ def run_experts(
         computation: `"unrolled"`, each expert by itself; `"blocks"`, one
             batched product; `"chosen"`, one of only those experts that have rows, of
             whose weights copies are made: for far fewer rows than experts. None takes
-            `default_computation`, one of the first two.
+            `default_computation`, one of the first two, or row by row where M is known
+            when a graph is made, at most 16 and at most a sixteenth of E.
 
     Returns:
         `(M, out)` or `(E, C, out)`. An expert without rows costs nothing.
@@ -138,9 +142,11 @@ def run_experts(
         return run(expert_inputs, *weights)
     counts = checks.verify_counts(counts, num_experts, expert_inputs)
     if num_experts == 0:  # no experts live on this device: no rows either
-        weights = map(_no_expert, as_tensors(weights))
+        weights = [_no_expert(each) for each in as_tensors(weights)]
         nothing = network(expert_inputs[tf.newaxis], *weights)
         return nothing[0]
+    if computation is None and are_few(expert_inputs, num_experts):
+        return run_row_by_row(network, expert_inputs, weights, counts)
     if (
         runtime.only_plain()
         or (computation or default_computation(num_experts)) == "unrolled"
@@ -200,7 +206,13 @@ def mix_experts(
         return run_in_slots(
             network, inputs, plan, weights, gates=gates, recompute=recompute
         )
-    if not isinstance(plan, SortedPlan) or runtime.only_plain():
+    by_row = (
+        computation is None
+        and isinstance(plan, SortedPlan)
+        and are_few(plan.token_indices, num_experts)
+        and not has_updated(weights)
+    )
+    if not isinstance(plan, SortedPlan) or runtime.only_plain() or by_row:
         rows = run_experts(
             network,
             plan.dispatch(inputs),

@@ -87,6 +87,11 @@ def as_tensors(weights: Sequence[Any]) -> list[tf.Tensor]:
     return [_as_tensor(w) for w in weights]
 
 
+def has_updated(weights: Sequence[Any]) -> bool:
+    """Whether there are weights whose gradients an optimizer may want early."""
+    return any(isinstance(w, UpdatedKernels) for w in weights)
+
+
 def _as_tensor(weight):
     if isinstance(weight, UpdatedKernels):
         return weight.value

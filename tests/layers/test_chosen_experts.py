@@ -88,7 +88,8 @@ USUAL += ["factored, in the backward pass"]
     "name",
     [
         pytest.param(
-            name, marks=() if name in USUAL else (pytest.mark.slow, pytest.mark.exhaustive)
+            name,
+            marks=() if name in USUAL else (pytest.mark.slow, pytest.mark.exhaustive),
         )
         for name in OPTIMIZERS
     ],
