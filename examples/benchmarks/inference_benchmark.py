@@ -43,6 +43,9 @@ def main():
         "--pairs", type=int, default=51, help="pairs of alternating measurements"
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument(
+        "--known", action="store_true", help="graphs of a known number of tokens"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny, for a test")
     a = parser.parse_args()
     if a.quick:
@@ -63,9 +66,8 @@ def main():
         layer.build((None, a.units))
         kernel = layer.gating.gate_kernel
         kernel.assign(tf.random.normal(kernel.shape))
-        mixture = tf.function(
-            layer, input_signature=[tf.TensorSpec((None, a.units), tf.float32)]
-        )
+        unknown = [tf.TensorSpec((None, a.units), tf.float32)]
+        mixture = tf.function(layer, input_signature=None if a.known else unknown)
         for tokens in a.tokens:
             x = tf.random.normal((tokens, a.units))
             # The weights the gate chooses, side by side, each expert once.

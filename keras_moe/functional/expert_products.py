@@ -24,14 +24,14 @@ def times(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """Rows times kernels.
 
     Args:
-        x: `(e, R, in)` float.
-        kernel: `(e, in, out)`, of the same type.
+        x: `(e, R, in)` float, or `(R, in)`.
+        kernel: `(e, in, out)`, of the same type, or `(in, out)`.
 
     Returns:
-        `(e, R, out)`.
+        `(e, R, out)` or `(R, out)`.
     """
     shape = kernel.shape
-    is_of_one = shape.rank == 3 and shape.is_fully_defined() and shape[0] == 1
+    is_of_one = shape.is_fully_defined() and shape[:-2].num_elements() == 1
     if not is_of_one or _elsewhere():
         return tf.matmul(x, kernel)
 
@@ -49,47 +49,57 @@ def gradient_of_rows(dy: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """The gradient of x in `times`, of one expert.
 
     Args:
-        dy: `(1, R, out)` float.
-        kernel: `(1, in, out)`, of the same type.
+        dy: `(1, R, out)` float, or `(R, out)`.
+        kernel: `(1, in, out)`, of the same type, or `(in, out)`.
 
     Returns:
-        `(1, R, in)`.
+        `(1, R, in)` or `(R, in)`.
     """
     size = kernel.shape.num_elements()
     if _elsewhere() or (runtime.uses_onednn() and size >= _LARGE):
-        return tf.matmul(dy, kernel, transpose_b=True)
+        return _batched(dy, kernel, transpose_b=True)
     if runtime.uses_onednn() or size < _LARGE_WITHOUT:
         return _plain(dy, kernel, transpose_b=True)
     # One of the two parts is empty. A condition would do, too, but an optimizer could not
     # tell when the products in it have read the kernel.
-    rows = tf.shape(dy)[1]
+    rows = tf.shape(dy)[-2]
     few = tf.where(rows <= _FEW_ROWS, rows, 0)
-    turned = tf.matmul(kernel, dy[:, :few], transpose_b=True)
-    straight = tf.matmul(dy[:, few:], kernel, transpose_b=True)
-    return tf.concat([tf.transpose(turned, [0, 2, 1]), straight], axis=1)
+    turned = _batched(kernel, dy[..., :few, :], transpose_b=True)
+    straight = _batched(dy[..., few:, :], kernel, transpose_b=True)
+    return tf.concat([tf.linalg.matrix_transpose(turned), straight], axis=-2)
 
 
 def gradient_of_kernel(x: tf.Tensor, dy: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     """The gradient of the kernel in `times`, of one expert.
 
     Args:
-        x: `(1, R, in)` float.
-        dy: `(1, R, out)`, of the same type.
-        kernel: `(1, in, out)`; only its shape counts.
+        x: `(1, R, in)` float, or `(R, in)`.
+        dy: `(1, R, out)`, of the same type, or `(R, out)`.
+        kernel: `(1, in, out)` or `(in, out)`; only its shape counts.
 
     Returns:
-        `(1, in, out)`.
+        `(1, in, out)` or `(in, out)`.
     """
     large = kernel.shape.num_elements() >= _LARGE_WITHOUT
     if _elsewhere() or (large and not runtime.uses_onednn()):
-        return tf.matmul(x, dy, transpose_a=True)
+        return _batched(x, dy, transpose_a=True)
     return _plain(x, dy, transpose_a=True)
 
 
 def _plain(a, b, **transposed):
-    """The product of two batches of one, without the batch."""
+    """The product of two matrices, or of two batches of one without the batch."""
+    if a.shape.rank == 2:
+        return tf.matmul(a, b, **transposed)
     product = tf.matmul(tf.squeeze(a, 0), tf.squeeze(b, 0), **transposed)
     return tf.expand_dims(product, 0)
+
+
+def _batched(a, b, **transposed):
+    """The product of two batches of one, or of two matrices as such batches."""
+    if a.shape.rank == 3:
+        return tf.matmul(a, b, **transposed)
+    product = tf.matmul(tf.expand_dims(a, 0), tf.expand_dims(b, 0), **transposed)
+    return tf.squeeze(product, 0)
 
 
 def _elsewhere():

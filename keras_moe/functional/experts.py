@@ -26,7 +26,9 @@ are put together, in the order of the tokens.
 
 What one expert computes is a function `network(rows, *weights)`: it maps rows
 `(e, R, D)` of e experts and their part of every weight, `(e, ...)`, to `(e, R, out)`.
-Within `plain_operations` it gets one expert at a time, without the axis of experts.
+Within `plain_operations` it gets one expert at a time, without the axis of experts; and also
+elsewhere, where experts are unrolled, if it says so by an attribute `takes_one` that is True.
+With hundreds of experts each operation that only names an axis counts.
 """
 
 from collections.abc import Sequence
@@ -264,7 +266,8 @@ def _run_each(network, parts, weights, recompute):
     """Each expert's network on its own rows, one part for each expert."""
     if recompute:
         return _run_each_recomputed(network, parts, weights)
-    if runtime.only_plain():
+    takes_one = getattr(network, "takes_one", False) and not has_updated(weights)
+    if takes_one or runtime.only_plain():
         # Other runtimes take no batched products of any number of rows.
         each = zip(*map(tf.unstack, weights), strict=True)
         return [network(part, *own) for part, own in zip(parts, each, strict=True)]

@@ -116,7 +116,7 @@ def feed_forward_network(num_kernels: int, activation: Activation) -> Network:
             x = drop(activation(layer(x)))
         return last(x)
 
-    return network
+    return taking_one(network)
 
 
 def gated_network(activation: Activation) -> Network:
@@ -139,7 +139,17 @@ def gated_network(activation: Activation) -> Network:
         activated, linear, output = _products(weights, 3)
         return output(drop(activation(activated(x)) * linear(x)))
 
-    return network
+    return taking_one(network)
+
+
+def taking_one(network: Network) -> Network:
+    """A network that takes `(R, D)` and the weights of one expert, too; marks it so."""
+
+    def run(rows, *weights):
+        return network(rows, *weights)
+
+    run.takes_one = True  # type: ignore[attr-defined]
+    return run
 
 
 def _products(weights, num_kernels):

@@ -279,6 +279,10 @@ class Experts(checks.FromConfig, keras.layers.Layer):
         """`network` of rows and `values`, as dispatchers call it."""
         return self.network(rows, *weights)
 
+    def _network(self):
+        """`compute`, as functions take networks."""
+        return self.compute
+
     def verify_inputs(self, input_shape: Sequence[int | None]) -> int:
         """Returns the features of inputs, or raises if experts cannot take them."""
         name = type(self).__name__
@@ -307,7 +311,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
             weights = self.for_update(weights)
         if plan is None:
             return functional.run_experts(
-                self.compute,
+                self._network(),
                 inputs,
                 weights,
                 counts,
@@ -315,7 +319,7 @@ class Experts(checks.FromConfig, keras.layers.Layer):
                 computation=self.computation,
             )
         return functional.mix_experts(
-            self.compute,
+            self._network(),
             inputs,
             gates,
             plan,

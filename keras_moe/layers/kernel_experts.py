@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_moe import checks
+from keras_moe.functional.feed_forward import taking_one
 from keras_moe.functional.kernels import Kernel, merged
 from keras_moe.layers.base_experts import Experts
 from keras_moe.layers.expert_rules import kernels_for_update
@@ -121,10 +122,16 @@ class KernelExperts(Experts):
             self._add_lora(self.lora_rank, "he_uniform", "zeros")
 
     def for_update(self, values):
-        takes_kernels = getattr(type(self).network, "takes_kernels", False)
-        if not takes_kernels or self._beside_kernels():
+        if not self._has_own_network() or self._beside_kernels():
             return values
         return kernels_for_update(values, self.stacked_weights, self.kernels)
+
+    def _has_own_network(self):
+        """Whether `network` is the package's, and not that of a subclass."""
+        return getattr(type(self).network, "takes_kernels", False)
+
+    def _network(self):
+        return taking_one(self.compute) if self._has_own_network() else self.compute
 
     def compute(self, rows, *weights):
         beside = {id(weight) for weight in self._beside_kernels()}
@@ -135,7 +142,7 @@ class KernelExperts(Experts):
             id(variable): self._kernel(i, lambda v: given[id(v)])
             for i, variable in enumerate(self.kernels)
         }
-        if not getattr(type(self).network, "takes_kernels", False):
+        if not self._has_own_network():
             kernels = {key: merged(k, rows.dtype) for key, k in kernels.items()}
         own = [id(v) for v in self.stacked_weights if id(v) not in beside]
         return self.network(rows, *(kernels.get(key, given[key]) for key in own))
@@ -297,7 +304,6 @@ class KernelExperts(Experts):
         return self.call(*args, **kwargs)
 
     # Files hold whole kernels.
-
     def save_own_variables(self, store):
         if not self._beside_kernels():
             super().save_own_variables(store)

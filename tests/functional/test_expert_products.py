@@ -9,7 +9,7 @@ from keras_moe import runtime
 from keras_moe.functional import expert_products
 
 D, H = 256, 512
-SHAPES = [(1, D, H), (1, 512, H), (1, 4, 6), (3, 4, 6)]
+SHAPES = [(1, D, H), (1, 512, H), (1, 4, 6), (3, 4, 6), (D, H), (512, H), (4, 6)]
 
 
 @pytest.fixture(params=[False, True], ids=["eigen", "onednn"])
@@ -27,9 +27,9 @@ def kinds_of(function, *arguments):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [0, 5, 256, 257])
 def test_value_and_gradients(rng, onednn, rows, shape, traced):
-    e, d, h = shape
+    *e, d, h = shape
     x, kernel, weights = (
-        rng.normal(size=each) for each in ((e, rows, d), shape, (e, rows, h))
+        rng.normal(size=each) for each in ((*e, rows, d), shape, (*e, rows, h))
     )
 
     def run(x, kernel):
@@ -40,12 +40,12 @@ def test_value_and_gradients(rng, onednn, rows, shape, traced):
         return [y, *tape.gradient(total, [x, kernel])]
 
     if traced:
-        signature = [tf.TensorSpec((e, None, d)), tf.TensorSpec(shape)]
+        signature = [tf.TensorSpec((*e, None, d)), tf.TensorSpec(shape)]
         run = tf.function(run, input_signature=signature)
     found = run(tf.constant(x, tf.float32), tf.constant(kernel, tf.float32))
     y = x @ kernel
     dy = 2 * weights * y
-    expected = [y, dy @ kernel.transpose(0, 2, 1), x.transpose(0, 2, 1) @ dy]
+    expected = [y, dy @ np.swapaxes(kernel, -1, -2), np.swapaxes(x, -1, -2) @ dy]
     for here, there in zip(found, expected, strict=True):
         scale = np.abs(there).max(initial=1.0)
         np.testing.assert_allclose(here / scale, there / scale, atol=2e-6)
