@@ -15,7 +15,6 @@ largest of 20 shuffles of the labels, what chance gives. `--quick` trains a tiny
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 from importlib import resources
@@ -30,6 +29,7 @@ import sweep_arm
 import sweep_language
 import sweep_translation
 import tensorflow as tf
+from experiment import Records
 
 from keras_moe import data, telemetry
 from keras_moe.data.files import read_lines
@@ -180,8 +180,7 @@ def arms_of(options):
         return {task.QUICK_ARMS[1]: arm}
     fields = {field.name for field in dataclasses.fields(task.Arm)}
     found = {}
-    for line in options.records.read_text().splitlines():
-        record = json.loads(line)
+    for record in Records(options.records).all():
         arm = task.Arm(**{k: v for k, v in record["arm"].items() if k in fields})
         if arm.num_experts:
             found[f"{record['name']}, seed {arm.seed}"] = arm

@@ -117,3 +117,11 @@ def test_on_gpus_products_are_batched(onednn):
             expert_products.times, tf.TensorSpec((1, None, D)), tf.TensorSpec((1, D, H))
         )
     assert kinds == ["Placeholder", "Placeholder", "BatchMatMulV2", "Identity"]
+
+
+def test_other_runtimes_get_plain_products():
+    with runtime.plain_operations():
+        kinds = kinds_of(
+            expert_products.times, tf.TensorSpec((None, D)), tf.TensorSpec((D, H))
+        )
+    assert kinds == ["Placeholder", "Placeholder", "MatMul", "Identity"]
