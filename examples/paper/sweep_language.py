@@ -30,6 +30,7 @@ class LanguageModelArm(sweep_arm.Arm):
 
     Attributes:
         corpus: Name of the data: `"embedded"`, or that of the folder.
+        tokens: Of training; a text that has less begins again.
         points: How often it is measured, after equal numbers of tokens.
         validation_tokens: So much of the validation text is read at each point.
         test_tokens: So much of the test text is read at the end, with `--test`.
@@ -101,7 +102,9 @@ class LanguageModelArm(sweep_arm.Arm):
         ends = [round(self.steps * i / self.points) for i in range(self.points + 1)]
         for point in range(len(curve), self.points):
             first, last = ends[point], ends[point + 1]
-            stream = corpus.dataset("train", *shape).skip(first).take(last - first)
+            # Where there is less text than tokens, it begins again.
+            stream = corpus.dataset("train", *shape).repeat()
+            stream = stream.skip(first).take(last - first)
             clock, cpu = time.perf_counter(), time.process_time()
             logs = model.fit(
                 stream,

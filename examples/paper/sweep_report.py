@@ -122,13 +122,11 @@ def best_twin(row, rows):
 def at_the_end(rows):
     """A row for each arm."""
     columns = ["arm", "seeds", "operations", "parameters", "validation", "test"]
-    columns += ["fewer than dense", "overtakes at"]
+    columns += ["fewer than dense", "on test text", "overtakes at"]
     columns += ["BLEU, greedy", "test BLEU", "CPU seconds"]
     lines = []
     for row in rows:
         best = best_twin(row, rows)
-        final = row.mean("perplexity")
-        spread = np.std([r["perplexity"] for r in row.found])
         overtakes = ""
         if best and row.is_mixture:
             overtakes = overtaking(row.curve(), best.curve())
@@ -138,9 +136,10 @@ def at_the_end(rows):
                 len(row.found),
                 f"{row.found[0]['operations']:,}",
                 f"{row.found[0]['parameters']:,}",
-                number(final) + (f" (sd {spread:.2f})" if len(row.found) > 1 else ""),
-                number(row.mean("test_perplexity")),
-                f"{1 - final / best.mean('perplexity'):.1%}" if best else "",
+                with_spread(row, "perplexity"),
+                with_spread(row, "test_perplexity"),
+                fewer(row, best, "perplexity"),
+                fewer(row, best, "test_perplexity"),
                 overtakes,
                 number(row.mean("bleu"), ".1f"),
                 number(row.mean("test_bleu"), ".1f"),
@@ -148,6 +147,20 @@ def at_the_end(rows):
             ]
         )
     return table(columns, lines)
+
+
+def with_spread(row, name):
+    """The mean of a figure, and its standard deviation over several seeds."""
+    mean = row.mean(name)
+    if mean is None or len(row.found) == 1:
+        return number(mean)
+    return f"{mean:.2f} (sd {np.std([r[name] for r in row.found]):.2f})"
+
+
+def fewer(row, dense, name):
+    """How much less a perplexity is than that of the dense row, if both have it."""
+    found = [r and r.mean(name) for r in (row, dense)]
+    return "" if None in found else f"{1 - found[0] / found[1]:.1%}"
 
 
 def by_points(rows):
